@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ ARCHITECTURES = {
     "phi": "phi2",
     "gpt_neox": "gptneox",
     "gpt_bigcode": "starcoder",
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "gpt_oss": "gpt-oss",
 }
 """``model_type`` -> ``general.architecture``, where they differ."""
 
@@ -56,6 +61,25 @@ def converted(name: str, weights: Tensor, config: Any, architecture: str) -> Ten
     return weights
 
 
+EXPERTS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj(_bias)?$")
+
+
+def of_experts(name: str, weights: Tensor, architecture: str) -> list[tuple[str, Tensor]]:
+    """The tensors of all experts, by their names in the file: gates apart from ups, every matrix [outputs, inputs]."""
+    found = EXPERTS.fullmatch(name)
+    if found is None:
+        return []
+    layer, what, bias = found.groups()
+    if architecture == "gpt-oss" and not bias:
+        weights = weights.transpose(1, 2)
+    end = "bias" if bias else "weight"
+    if what == "down":
+        return [(f"blk.{layer}.ffn_down_exps.{end}", weights)]
+    pairs = architecture == "gpt-oss"
+    parts = (weights[:, 0::2], weights[:, 1::2]) if pairs else weights.chunk(2, dim=1)
+    return [(f"blk.{layer}.ffn_{part}_exps.{end}", each) for part, each in zip(("gate", "up"), parts, strict=True)]
+
+
 def metadata(writer: GGUFWriter, config: Any, architecture: str) -> None:
     heads = config.num_attention_heads
 
@@ -79,6 +103,20 @@ def metadata(writer: GGUFWriter, config: Any, architecture: str) -> None:
         writer.add_layer_norm_rms_eps(epsilon)
     else:
         writer.add_layer_norm_eps(get("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"))
+    if get("num_local_experts", "num_experts"):
+        writer.add_expert_count(get("num_local_experts", "num_experts"))
+        writer.add_expert_used_count(get("num_experts_per_tok"))
+        for width, add in (
+            (get("moe_intermediate_size"), writer.add_expert_feed_forward_length),
+            (get("shared_expert_intermediate_size"), writer.add_expert_shared_feed_forward_length),
+        ):
+            if width:
+                add(width)
+        if architecture == "gpt-oss":
+            writer.add_expert_feed_forward_length(config.intermediate_size)
+            writer.add_sliding_window(config.sliding_window)
+        if get("clip_qkv"):
+            writer.add_clamp_kqv(config.clip_qkv)
     head_dim = get("head_dim")
     if head_dim:
         writer.add_key_length(head_dim)
@@ -178,12 +216,18 @@ def write_gguf(
     state = model.state_dict()
     tied = bool(config.tie_word_embeddings)
     for name, weights in state.items():
-        if tied and name in ("lm_head.weight", "embed_out.weight"):
+        experts = of_experts(name, weights, architecture)
+        for found, matrices in experts:
+            kind = kind_of(found) if found.endswith(".weight") else "F32"
+            add_matrix(writer, found, matrices, kind)
+        if experts or (tied and name in ("lm_head.weight", "embed_out.weight")):
             continue
+        name = f"{name}.weight" if name.endswith(".sinks") else name
         stem, _, suffix = name.rpartition(".")
         found = table.get_name(stem) or table.get_name(stem.removeprefix("transformer."))
         assert found is not None, name
-        kind = kind_of(f"{found}.{suffix}") if weights.dim() > 1 else "F32"
+        weights = weights[0] if found.endswith("ffn_gate_inp_shexp") else weights
+        kind = kind_of(f"{found}.{suffix}") if weights.dim() > 1 and "ffn_gate_inp" not in found else "F32"
         add_matrix(writer, f"{found}.{suffix}", converted(name, weights, config, architecture), kind)
     for name, factors in factors_of(config).items():
         writer.add_tensor(name, factors)

@@ -20,8 +20,9 @@ class ModuleMapping:
     likewise. part: which rows of a fused tensor it fills ("q", "k", "v", "gate", "up"), or how the source differs:
     "grouped" (per KV head its queries, key, value), "codegen" (per quarter of the heads queries, values, keys),
     "transposed". Words that may stand together: "bare" (the module's name is the tensor's own, without a suffix),
-    "stacked" (all experts in one tensor, expert first), "flat" (the same, in two dimensions), "turned" (inputs by
-    outputs, of every expert), "pairs" (gates and ups by turns, not one after the other), "row" (stored [1, n]), "heads"
+    "stacked" (all experts in one tensor, expert first; with "gate" or "up" these alone), "flat" (all experts, in two
+    dimensions), "turned" (inputs by outputs, of every expert), "pairs" (gates and ups by turns), "row" (stored [1, n]),
+    "vector" (stored [n], of [1, n]), "left" and "right" (halves of the columns), "heads"
     (of latent attention, for each head the rows of ``k_up`` and those of ``v_up``, as many as ``heads`` says). expert:
     which of the experts of a fused tensor it fills. A module's name with ``{expert}`` and a role with ``experts.``
     stand for those of every expert, a role with ``{layer}`` for a tensor of a layer that is kept in the embedding

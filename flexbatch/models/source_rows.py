@@ -55,18 +55,28 @@ def parts_of_expert(row: ModuleMapping) -> int:
     return 2 if "gate_up" in row.role else 1
 
 
+def sections_of_expert(spec: WeightSpec, row: ModuleMapping) -> slice:
+    """Those of the first expert that a tensor of all experts fills: gate and up, or one of both."""
+    place = next((place for place, part in enumerate(("gate", "up")) if row.says(part)), None)
+    return slice(0, parts_of_expert(row)) if place is None else slice(place, place + 1)
+
+
 def source_shape(spec: WeightSpec, row: ModuleMapping, arch: Arch) -> tuple[int, ...]:
     rows = section(spec, row)
     if row.says("heads"):
         return stored_rows(spec, row), *spec.shape[1:]
     if row.is_shared:
         assert arch.experts is not None
-        parts = parts_of_expert(row) if row.says("stacked") else 1
-        shape = sum(spec.sections[:parts]), *spec.shape[1:]
+        parts = sections_of_expert(spec, row) if row.says("stacked") else slice(0, 1)
+        shape = sum(spec.sections[parts]), *spec.shape[1:]
         shape = shape[::-1] if row.says("turned") else shape
         return (arch.experts.count, *shape) if row.says("stacked") else (arch.experts.count * shape[0], *shape[1:])
     if row.says("row"):
         return 1, *spec.shape
+    if row.says("vector"):
+        return spec.shape[1:]
+    if row.says("left", "right"):
+        return spec.shape[0], spec.shape[1] // 2
     if row.part == "transposed":
         return spec.shape[::-1]
     return spec.shape if rows is None else (rows.stop - rows.start, *spec.shape[1:])
@@ -81,7 +91,7 @@ def rows_of_head(row: ModuleMapping) -> slice:
 def stored_rows(spec: WeightSpec, row: ModuleMapping) -> int:
     """Rows of a tensor that holds keys and values by head, and of one expert in one that holds all."""
     if row.says("stacked"):
-        return sum(spec.sections[: parts_of_expert(row)])
+        return sum(spec.sections[sections_of_expert(spec, row)])
     part = rows_of_head(row)
     return spec.shape[0] // (part.stop - part.start) * sum(row.heads)
 

@@ -49,6 +49,12 @@ CASES = {
     "falcon-7b": {},
     "falcon-40b": {},
     "falcon-11b": {},
+    "mixtral": {"sliding_window": None},
+    "qwen2_moe": {"decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False, "qkv_bias": True},
+    "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": []},
+    "olmoe": {},
+    "gpt_oss": {"swiglu_limit": 7.0},
+    "gpt_oss-plain": {"layer_types": None, "swiglu_limit": 7.0, "swiglu_alpha": 1.702},
 }
 """Cases of FAMILY_CASES, with changes: what a file cannot say is as llama.cpp takes it."""
 

@@ -30,6 +30,8 @@ class GGUFFamily:
     more: Callable[[Header, Values, Config], Config] = lambda header, values, config: {}
     compute: str = "float16"
     """The 16-bit type to compute with where the file has none."""
+    gating: tuple[int, ...] = ()
+    """Of a mixture of experts, how llama.cpp numbers the router's scoring that the family has."""
 
 
 def _gemma2(header: Header, values: Values, config: Config) -> Config:
@@ -95,6 +97,37 @@ def _starcoder(header: Header, values: Values, config: Config) -> Config:
     return {"multi_query": config["num_key_value_heads"] == 1}
 
 
+def _qwen2_moe(header: Header, values: Values, config: Config) -> Config:
+    return {"norm_topk_prob": False, "shared_expert_intermediate_size": values["expert_shared_feed_forward_length"]}
+
+
+def _qwen3_moe(header: Header, values: Values, config: Config) -> Config:
+    """The files leave out that the weights of the chosen add up to 1, and so do all published models."""
+    return {"norm_topk_prob": True}
+
+
+def _mixtral(header: Header, values: Values, config: Config) -> Config:
+    return {"moe_intermediate_size": None, "sliding_window": None}
+
+
+def _olmoe(header: Header, values: Values, config: Config) -> Config:
+    return {"moe_intermediate_size": None, "norm_topk_prob": False, "clip_qkv": values["attention.clamp_kqv"]}
+
+
+def _gpt_oss(header: Header, values: Values, config: Config) -> Config:
+    """Its rotation is not rounded to whole pairs."""
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type") == "yarn":
+        rope = {**rope, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+    width = values["expert_feed_forward_length"] or values["feed_forward_length"]
+    return {
+        "rope_parameters": rope,
+        "sliding_window": values["attention.sliding_window"],
+        "intermediate_size": width,
+        "moe_intermediate_size": None,
+    }
+
+
 GPT = {"feed_forward_length": "n_inner"}
 LLAMA = GGUFFamily("llama", turned=True)
 FAMILIES: dict[str, GGUFFamily] = {
@@ -117,18 +150,36 @@ FAMILIES: dict[str, GGUFFamily] = {
     "falcon": GGUFFamily("falcon", {"feed_forward_length": "ffn_hidden_size"}, "layer_norm_epsilon", more=_falcon),
 }
 """By ``general.architecture``. Mistral's files call themselves llama."""
+SOFTMAX, SOFTMAX_OF_CHOSEN = 1, 3
+EXPERT_FAMILIES: dict[str, GGUFFamily] = {
+    "llama": GGUFFamily("mixtral", turned=True, more=_mixtral, gating=(SOFTMAX,)),
+    "qwen2moe": GGUFFamily("qwen2_moe", more=_qwen2_moe, gating=(SOFTMAX,)),
+    "qwen3moe": GGUFFamily("qwen3_moe", more=_qwen3_moe, gating=(SOFTMAX,)),
+    "olmoe": GGUFFamily("olmoe", more=_olmoe, gating=(SOFTMAX,)),
+    "gpt-oss": GGUFFamily("gpt_oss", more=_gpt_oss, compute="bfloat16", gating=(SOFTMAX_OF_CHOSEN,)),
+}
+"""Mixtures of experts likewise. Mixtral's files call themselves llama."""
 
 
 def family_of(header: Header) -> GGUFFamily:
-    """Raises CheckpointError for an architecture that is not in the table, or a mixture of experts."""
-    name, known = header.architecture, FAMILIES.get(header.architecture)
-    if header.of_model("expert_count") or any(".ffn_gate_inp." in tensor for tensor in header.tensors):
+    """Raises CheckpointError for an architecture that is not in the tables, or whose router scores in another way."""
+    name, sparse = header.architecture, any(".ffn_gate_inp." in tensor for tensor in header.tensors)
+    table = EXPERT_FAMILIES if header.of_model("expert_count") or sparse else FAMILIES
+    known = table.get(name)
+    if known is None and name in {*FAMILIES, *EXPERT_FAMILIES}:
         raise CheckpointError(
-            f"{header.path}: {name} with experts: mixtures of experts are not read from GGUF files; use "
-            "the model's safetensors"
+            f"{header.path}: {name} {'with' if table is EXPERT_FAMILIES else 'without'} experts is not read from GGUF "
+            f"files; with experts are {', '.join(sorted(EXPERT_FAMILIES))}; use the model's safetensors"
         )
     if known is None:
         raise CheckpointError(
-            f"{header.path}: general.architecture {name!r} is unknown; known: {', '.join(sorted(FAMILIES))}"
+            f"{header.path}: general.architecture {name!r} is unknown; known: "
+            f"{', '.join(sorted({*FAMILIES, *EXPERT_FAMILIES}))}"
+        )
+    gating = header.of_model("expert_gating_func")
+    if gating is not None and gating not in known.gating and table is EXPERT_FAMILIES:
+        raise CheckpointError(
+            f"{header.path}: {name}.expert_gating_func={gating!r} is not the scoring of this family's router, "
+            f"{known.gating[0]} in llama.cpp's numbers"
         )
     return known

@@ -4,8 +4,9 @@ holds exactly what the file does.
 A store computes scale * code + minimum in float32 for every group (`kernels.reference.dequantize`). A type of blocks
 fits it when its weights are equal steps of one scale: d * (q - offset), or d * q + m. d and m are float16 in the
 file, so parameters of float16 and float32 hold them as they are; products with codes of up to 8 bits take at most 19 of
-the 24 bits of a float32, so each weight is rounded as in the package gguf, in whose numbers -0 may stand for 0. The
-K-types have scales of scales, with more bits than a float16, and MXFP4 exponents beyond its range: they are expanded.
+the 24 bits of a float32, so each weight is rounded as in the package gguf, in whose numbers -0 may stand for 0. MXFP4
+is kept as it is, in a store of its own kind. The K-types have scales of scales, with more bits than a float16: they are
+expanded.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexbatch.kernels.mxfp4_reference import NO_SCALE
 from flexbatch.validation.errors import CheckpointError, reason
 
 if TYPE_CHECKING:
@@ -26,12 +28,13 @@ if TYPE_CHECKING:
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EXPANDED = (
-    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "TQ1_0", "TQ2_0"),
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
 )
 """Types that the package gguf turns into numbers and no store holds exactly."""
+FLOAT_BLOCKS = "MXFP4"
 CODE_BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 8, "Q5_1": 8, "Q8_0": 8, "IQ4_NL": 8}
-"""Types that a store holds exactly -> the fewest bits with which it does."""
+"""Types whose equal steps a store holds exactly -> the fewest bits with which it does."""
 GROUP = 32
 """Weights of one block of each of these types, which share a scale."""
 
@@ -50,7 +53,7 @@ def _package() -> ModuleType:
 def type_names() -> Mapping[int, str]:
     """The types that are read, by their numbers in the file."""
     known = {kind.name: int(kind) for kind in _package().GGMLQuantizationType}
-    return {known[name]: name for name in (*FLOATS, *CODE_BITS, *EXPANDED) if name in known}
+    return {known[name]: name for name in (*FLOATS, *CODE_BITS, FLOAT_BLOCKS, *EXPANDED) if name in known}
 
 
 def block_sizes(name: str) -> tuple[int, int]:
@@ -89,6 +92,19 @@ def numbers(raw: np.ndarray, kind: str) -> Tensor:
     package = _package()
     with np.errstate(all="ignore"):  # scales that are infinite or NaN are the file's
         return torch.from_numpy(package.quants.dequantize(raw, package.GGMLQuantizationType[kind]))
+
+
+def floats_and_scales(stored: StoredTensor, raw: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Rows of MXFP4 as codes [rows, columns / 2] and scales [rows, columns / 32]. A block's first half of weights lies
+    in the lower halves of its bytes, ours in the order of the weights. Raises CheckpointError."""
+    blocks = np.array(raw).reshape(len(raw), -1, block_sizes(FLOAT_BLOCKS)[1])
+    scales, codes = np.ascontiguousarray(blocks[..., 0]), _codes(blocks[..., 1:], FLOAT_BLOCKS)
+    if (scales == NO_SCALE).any():
+        raise CheckpointError(
+            f"{stored.file}: tensor {stored.name} has blocks whose scale is {NO_SCALE}, which is none"
+        )
+    pairs = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return torch.from_numpy(pairs.reshape(len(raw), -1)), torch.from_numpy(scales)
 
 
 def codes_and_parameters(raw: np.ndarray, kind: str, bits: int) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"), EPSILON),
     **dict.fromkeys(("rope.freq_base", "rope.freq_base_swa"), BASE),
     "attention.sliding_window": WINDOW,
+    **dict.fromkeys(("expert_count", "expert_used_count"), HEADS),
+    **dict.fromkeys(("expert_feed_forward_length", "expert_shared_feed_forward_length"), INNER),
+    "attention.clamp_kqv": NOT_NEGATIVE,
     "attention.scale": POSITIVE,
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), NOT_NEGATIVE),
     "rope.scaling.type": TEXT,
@@ -59,6 +62,9 @@ SIZES = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
     "feed_forward_length": "intermediate_size",
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
 }
 NEEDED = ("block_count", "embedding_length", "attention.head_count", "context_length")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from flexbatch.models.arch import Arch
 from flexbatch.models.assignment import Assignment, assign, untied
@@ -19,9 +21,11 @@ from flexbatch.models.gguf import config
 from flexbatch.models.gguf.architectures import family_of
 from flexbatch.models.gguf.blocks import (
     CODE_BITS,
+    FLOAT_BLOCKS,
     FLOATS,
     GROUP,
     codes_and_parameters,
+    floats_and_scales,
     numbers,
     raw_rows,
     rows_and_columns,
@@ -30,6 +34,7 @@ from flexbatch.models.gguf.header import Header, read_header
 from flexbatch.models.module_names import ModuleMapping
 from flexbatch.models.quantized.decoding import kept_and_expanded
 from flexbatch.models.quantized.scheme import Form, QuantizedPiece
+from flexbatch.models.source_rows import parts_of_expert
 from flexbatch.models.specs import Piece, weight_specs
 
 logger = logging.getLogger("flexbatch")
@@ -38,6 +43,12 @@ CHUNK_BYTES = 32 << 20
 """Of float32, expanded at a time; the package gguf holds them twice."""
 BESIDE = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 """Tensors that are part of the configuration."""
+
+CODED_ROLES = re.compile(r"(qkv|o|(shared\.|experts\.\d+\.)?(gate_up|up|down))\.weight")
+"""Matrices of layers that may be stored in codes: routers and biases of experts are too small, and too sensitive."""
+EXPERTS = (("gate", "gate_up", "stacked gate"), ("up", "gate_up", "stacked up"), ("down", "down", "stacked"))
+BIASES = (("gate", "gate_up", "left"), ("up", "gate_up", "right"), ("down", "down", ""))
+"""(name in the file, role, part) of what is there of all experts together."""
 
 Names = dict[str, tuple[int, ModuleMapping, str]]
 Formats = dict[str, Form]
@@ -65,16 +76,35 @@ def names_of(header: Header, arch: Arch) -> Names:
     names: Names = {}
     unfit: Names = {}
     for source, (layer, row, suffix) in source_names(arch).items():
+        if row.role.startswith("expert"):
+            continue
         module = source.removesuffix(suffix)
         tries = (table.get_name(prefix + module) for prefix in FAMILIES[arch.family].prefixes)
         name = next((found for found in tries if found is not None), None)
         if name is None:
             continue
         part = row.part if row.part in ("q", "k", "v", "gate", "up") else ""
+        part = "vector" if row.role == "shared_gate" else part
+        own_suffix = suffix or ".weight"  # what is bare elsewhere
         # Two rows may have one name (norms of the models of a family): the one that this model has.
         target = names if (layer, row.role + suffix) in specs else unfit
-        target.setdefault(name + suffix, (layer, ModuleMapping(row.module, row.role, part), suffix))
-    return {**unfit, **names}
+        target.setdefault(name + own_suffix, (layer, ModuleMapping(row.module, row.role, part), suffix))
+    return {**unfit, **names, **_names_of_experts(arch)}
+
+
+def _names_of_experts(arch: Arch) -> Names:
+    """Tensors [experts, outputs, inputs] and [experts, outputs]."""
+    names: Names = {}
+    for layer in range(arch.num_layers):
+        if (experts := arch.experts_of(layer)) is None:
+            continue
+        for name, role, part in EXPERTS:
+            module = f"blk.{layer}.ffn_{name}_exps"
+            names[f"{module}.weight"] = layer, ModuleMapping(module, f"experts.{role}", part), ".weight"
+        for name, role, part in BIASES if experts.bias else ():
+            module = f"blk.{layer}.ffn_{name}_exps"
+            names[f"{module}.bias"] = layer, ModuleMapping(module, f"expert_biases.{role}", part), ""
+    return names
 
 
 def assignments_of(header: Header, arch: Arch, noting: bool = False) -> list[Assignment]:
@@ -91,13 +121,17 @@ def prequantized(path: Path, arch: Arch) -> Formats:
 def _formats(assignments: list[Assignment], arch: Arch) -> Formats:
     kinds: dict[str, set[str]] = {}
     for a in assignments:
-        if 0 <= a.spec.layer < arch.num_layers and len(a.spec.shape) == 2:
+        if 0 <= a.spec.layer < arch.num_layers and CODED_ROLES.fullmatch(a.spec.role):
             kinds.setdefault(a.spec.role, set()).add(a.stored[""].dtype)
-    return {
-        role: Form(max(CODE_BITS[kind] for kind in found), GROUP)
-        for role, found in kinds.items()
-        if found <= CODE_BITS.keys()
-    }
+    forms = {role: _form(found) for role, found in kinds.items()}
+    return {role: form for role, form in forms.items() if form is not None}
+
+
+def _form(kinds: set[str]) -> Form | None:
+    """What holds matrices of these types exactly; None where nothing does."""
+    if kinds == {FLOAT_BLOCKS}:
+        return Form(4, GROUP, floats=True)
+    return Form(max(CODE_BITS[kind] for kind in kinds), GROUP) if kinds <= CODE_BITS.keys() else None
 
 
 def check(path: Path, arch: Arch) -> None:
@@ -116,7 +150,18 @@ def stream(path: Path, arch: Arch, skip: Collection[tuple[int, str]], packed: bo
         logger.info("%s: %s", path, told)
     turned = family_of(header).turned
     wanted = [a for a in assignments if (a.spec.layer, a.spec.role) not in skip]
-    return chain.from_iterable(_pieces(a, arch, formats.get(a.spec.role), turned) for a in wanted)
+    whole = [a for a in wanted if not a.row.says("left", "right")]
+    pieces = (_pieces(a, arch, formats.get(a.spec.role), turned) for a in whole)
+    return chain(chain.from_iterable(pieces), _beside([a for a in wanted if a.row.says("left", "right")]))
+
+
+def _beside(halves: list[Assignment]) -> Iterator[Piece]:
+    """What has a half of its columns from each of two tensors."""
+    order = sorted(halves, key=lambda a: (a.spec.layer, a.spec.role, a.row.says("right")))
+    for left, right in zip(order[::2], order[1::2], strict=True):
+        parts = [a.stored[""] for a in (left, right)]
+        values = [numbers(raw_rows(part, 0, part.shape[0]), part.dtype).float() for part in parts]
+        yield Piece(left.spec.layer, left.spec.role, None, torch.cat(values, dim=1))
 
 
 def summary(path: Path, arch: Arch, kept: Collection[str]) -> str | None:
@@ -135,26 +180,47 @@ def _pieces(assignment: Assignment, arch: Arch, form: Form | None, turned: bool)
     """One stored tensor, some rows at a time."""
     stored, spec = assignment.stored[""], assignment.spec
     rows, columns = rows_and_columns(stored)
-    first = assignment.rows.start if assignment.rows is not None else 0
     turns = turned and assignment.row.part in ("q", "k")
     unit = arch.head_dim if turns else 1
     step = max(1, CHUNK_BYTES // (4 * columns * unit)) * unit
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        raw = raw_rows(stored, start, stop)
-        raw = halves(raw, arch.head_dim) if turns else raw
-        target = slice(first + start, first + stop)
-        if form is not None:
-            codes, parameters = codes_and_parameters(raw, stored.dtype, form.bits)
+    for begin, end, first in _runs(assignment, arch, rows):
+        for start in range(begin, end, step):
+            raw = raw_rows(stored, start, min(start + step, end))
+            raw = halves(raw, arch.head_dim) if turns else raw
+            target = slice(first + start - begin, first + start - begin + len(raw))
+            if form is None:
+                yield _numbers(assignment, arch, raw, target)
+                continue
+            in_form = floats_and_scales(stored, raw) if form.floats else None
+            codes, parameters = in_form or codes_and_parameters(raw, stored.dtype, form.bits)
             yield QuantizedPiece(spec.layer, spec.role, target, codes, parameters, *form)
-            continue
-        values = numbers(raw, stored.dtype)
-        if spec.role.endswith("norm.weight") and arch.norm_offset:
-            values = values.float() - arch.norm_offset  # the converter added it
-        if len(spec.shape) == 1:
-            values = values.reshape(-1)
-            target = slice(first, first + spec.shape[0]) if rows == 1 else target
-        yield Piece(spec.layer, spec.role, target, values, from_codes=stored.dtype not in FLOATS)
+
+
+def _runs(assignment: Assignment, arch: Arch, rows: int) -> Iterator[tuple[int, int, int]]:
+    """Rows of a stored tensor that follow each other in the canonical one, and the first of these there: (first, end,
+    first there), of each expert or of all."""
+    spec, row, experts = assignment.spec, assignment.row, assignment.source_experts
+    first = assignment.rows.start if assignment.rows is not None else 0
+    if experts is None or arch.experts is None:
+        yield 0, rows, first
+        return
+    of_expert, stride = rows // arch.experts.count, sum(spec.sections[: parts_of_expert(row)])
+    for index, expert in enumerate(range(experts.start, experts.stop)):
+        yield expert * of_expert, (expert + 1) * of_expert, first + index * stride
+
+
+def _numbers(assignment: Assignment, arch: Arch, raw: np.ndarray, target: slice) -> Piece:
+    stored, spec = assignment.stored[""], assignment.spec
+    values = numbers(raw, stored.dtype)
+    if spec.role.endswith("norm.weight") and arch.norm_offset:
+        values = values.float() - arch.norm_offset  # the converter added it
+    if assignment.row.says("vector"):
+        values, target = values.reshape(spec.shape), slice(0, spec.shape[0])
+    elif len(spec.shape) == 1:
+        first, whole = target.start, len(raw) == 1
+        values = values.reshape(-1)
+        target = slice(first, first + len(values)) if whole else target
+    return Piece(spec.layer, spec.role, target, values, from_codes=stored.dtype not in FLOATS)
 
 
 def halves(raw: np.ndarray, head_dim: int) -> np.ndarray:
