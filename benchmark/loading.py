@@ -48,6 +48,11 @@ def projections(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
     }
 
 
+def drawn_codes(rows: int, columns: int, device: str) -> torch.Tensor:
+    """Eight 4-bit codes in every number."""
+    return torch.randint(-(2**31), 2**31 - 1, (rows, columns), dtype=torch.int32, device=device).cpu()
+
+
 def layer_tensors(config: dict[str, Any], layer: int, bits: int, device: str) -> dict[str, torch.Tensor]:
     made: dict[str, torch.Tensor] = {}
     for name, (rows, columns) in projections(config).items():
@@ -56,9 +61,8 @@ def layer_tensors(config: dict[str, Any], layer: int, bits: int, device: str) ->
             weight = torch.randn(rows, columns, device=device, dtype=torch.bfloat16) * 0.02
             made[f"{module}.weight"] = weight.cpu()
             continue
-        codes = {"dtype": torch.int32, "device": device}
-        made[f"{module}.qweight"] = torch.randint(-(2**31), 2**31 - 1, (columns // 8, rows), **codes).cpu()  # type: ignore[call-overload]
-        made[f"{module}.qzeros"] = torch.randint(-(2**31), 2**31 - 1, (columns // GROUP, rows // 8), **codes).cpu()  # type: ignore[call-overload]
+        made[f"{module}.qweight"] = drawn_codes(columns // 8, rows, device)
+        made[f"{module}.qzeros"] = drawn_codes(columns // GROUP, rows // 8, device)
         made[f"{module}.scales"] = (torch.rand(columns // GROUP, rows) * 0.01 + 0.001).half()
         made[f"{module}.g_idx"] = torch.arange(columns, dtype=torch.int32) // GROUP
     for name in ("input_layernorm", "post_attention_layernorm"):

@@ -1,5 +1,5 @@
-"""Attention and cache writes on the CPU in C, compiled on the machine at first use. Signatures as in
-`reference` and `attention_reference`.
+"""Attention, cache writes and experts on the CPU in C, compiled on the machine at first use. Signatures as in
+`reference` and `attention_reference`; experts are called by `native_experts`.
 
 The library is built once per (sources, compiler, flags, processor) into a cache folder (see `native_cache`) and put
 there by an atomic rename, so that processes starting together are safe. Calls release the interpreter's lock: a worker
@@ -33,6 +33,7 @@ SOURCES = (
     "native_few_rows.c",
     "native_many_rows.c",
     "native_append.c",
+    "native_experts.c",
 )
 # Infinities and NaN keep their meaning (masked scores are -inf): of -ffast-math only the harmless parts.
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
@@ -173,6 +174,10 @@ def library(cache_folder: Path | None = None) -> ctypes.CDLL | None:
     loaded.flexbatch_attention_bytes.restype = ctypes.c_int64
     loaded.flexbatch_paged_attention.argtypes = [ctypes.POINTER(_Attention), ctypes.c_void_p]
     loaded.flexbatch_paged_attention.restype = None
+    loaded.flexbatch_experts_bytes.argtypes = [ctypes.c_void_p]
+    loaded.flexbatch_experts_bytes.restype = ctypes.c_int64
+    loaded.flexbatch_expert_rows.argtypes = [ctypes.c_void_p] * 2
+    loaded.flexbatch_expert_rows.restype = None
     loaded.flexbatch_append_rows.argtypes = [ctypes.POINTER(_Cache), *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 4]
     return loaded
 

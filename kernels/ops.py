@@ -14,10 +14,12 @@ from torch import Tensor
 
 from flexbatch.kernels import (
     attention_reference,
+    experts_reference,
     latent_reference,
     low_rank_reference,
     mxfp4_reference,
     native,
+    native_experts,
     reference,
 )
 
@@ -213,3 +215,20 @@ def replace_columns(out: Tensor, x: Tensor, *arguments: Any) -> None:
         low_rank.replace_columns(out, x, *arguments)
     else:
         low_rank_reference.replace_columns(out, x, *arguments)
+
+
+def expert_rows(
+    x: Tensor,
+    tokens: Tensor,
+    experts: Tensor,
+    table: native_experts.ExpertTable,
+    scales: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    threads: int = 0,
+) -> Tensor:
+    """`experts_reference.expert_rows`, of experts in host memory, into ``out`` where it is given."""
+    if _compiled(x.dtype):
+        return native_experts.expert_rows(x, tokens, experts, table, scales, out=out, threads=threads)
+    rows = experts_reference.expert_rows(x, tokens, experts, table.stored, scales)
+    return rows if out is None else out.copy_(rows)

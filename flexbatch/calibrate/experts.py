@@ -1,0 +1,61 @@
+"""How fast this machine's processor computes experts where they lie: bytes of weights a second, by their format and the
+rows that an expert is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flexbatch.kernels import mxfp4_reference, ops, reference
+from flexbatch.kernels.experts_reference import StoredExperts, StoredMatrices
+from flexbatch.kernels.native_experts import ExpertTable
+
+HIDDEN, WIDTH, GROUP = 2048, 768, 64
+"""Of one expert: those of Qwen3-30B-A3B."""
+FORMS = ("16", "8", "4", "mxfp4")
+
+
+def stored_matrices(
+    form: str, count: int, outputs: int, inputs: int, dtype: torch.dtype, group: int = GROUP
+) -> StoredMatrices:
+    """Random matrices of ``count`` experts. Those of a few experts are drawn and repeated, which nothing can tell."""
+
+    def repeated(drawn: Tensor) -> dict[int, Tensor]:
+        whole = torch.empty(count, *drawn.shape[1:], dtype=drawn.dtype)
+        for part in whole.split(len(drawn)):
+            part.copy_(drawn[: len(part)])
+        return dict(enumerate(whole))
+
+    few = min(count, 2)
+    if form == "16":
+        return StoredMatrices(repeated((torch.randn(few, outputs, inputs) / inputs**0.5).to(dtype)))
+    bits = 8 if form == "8" else 4
+    codes = repeated(torch.randint(256, (few, outputs, reference.code_bytes(inputs, bits)), dtype=torch.uint8))
+    if form == "mxfp4":
+        block = mxfp4_reference.BLOCK
+        scales = repeated(torch.full((few, outputs, inputs // block), 120, dtype=torch.uint8))
+        return StoredMatrices(codes, scales, bits, block, floats=True)
+    parameters = torch.full((few, outputs, reference.num_groups(inputs, group), 2), 2.0**-8, dtype=dtype)
+    return StoredMatrices(codes, repeated(parameters), bits, group)
+
+
+def stored_experts(form: str, count: int, hidden: int, width: int, dtype: torch.dtype) -> tuple[ExpertTable, int]:
+    """A layer's experts in a form, and the bytes of one of them."""
+    gate_up, down = (
+        stored_matrices(form, count, outputs, inputs, dtype)
+        for outputs, inputs in ((2 * width, hidden), (hidden, width))
+    )
+    kept = [gate_up.values, gate_up.parameters, down.values, down.parameters]
+    num_bytes = sum(tensor.nbytes for tensors in kept for tensor in tensors.values()) // count
+    return ExpertTable.of(StoredExperts(gate_up, down, hidden, width), count), num_bytes
+
+
+def call_of(table: ExpertTable, rows: int, dtype: torch.dtype, threads: int = 0) -> Callable[[], object]:
+    """Every expert of the table is given so many rows."""
+    count, hidden = len(table.addresses), table.stored.hidden
+    experts = torch.arange(count).repeat(rows)
+    x = torch.randn(len(experts), hidden).to(dtype)
+    tokens = torch.arange(len(experts))
+    return lambda: ops.expert_rows(x, tokens, experts, table, threads=threads)
