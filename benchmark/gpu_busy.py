@@ -4,10 +4,10 @@
     python -m benchmark.gpu_busy --model llama-3-8b --async-scheduling false
 
 Random weights of a public shape, ragged prompts of 20 to 400 tokens. The job runs three times: to warm up, timed, and
-with torch's profiler on some passes in the middle, of the GPU alone: recording the host as well would slow it down. ``busy`` is the share of those passes
-in which at least one kernel or copy ran; ``gaps`` are the waits between them, the longest first, each with the kernel
-before and after it. ``host`` are milliseconds a pass of the parts of a turn, of the timed run. Without a GPU the device
-is the CPU, and ``busy`` is left out.
+with torch's profiler on some passes in the middle, of the GPU alone: recording the host as well would slow it down.
+``busy`` is the share of those passes in which at least one kernel or copy ran; ``gaps`` are the waits between them, the
+longest first, each with the kernel before and after it. ``host`` are milliseconds a pass of the parts of a turn, of the
+timed run. Without a GPU the device is the CPU, and ``busy`` is left out.
 """
 
 from __future__ import annotations

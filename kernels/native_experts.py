@@ -23,7 +23,7 @@ class Matrix(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("outputs", "inputs", "bits", "group", "floats")]
 
 
-class Call(ctypes.Structure):
+class ExpertCall(ctypes.Structure):
     """`experts_t` of native_experts.c."""
 
     _fields_ = [
@@ -105,7 +105,7 @@ def expert_rows(
     ordered = [each.to(torch.int32) for each in (hit, tokens[order], order)]
     factors = None if scales is None else scales[order].float()
     pointers = (x, out, table.addresses, ordered[0], starts, *ordered[1:], factors, *table.biases)
-    call = Call(
+    call = ExpertCall(
         *(None if each is None else each.data_ptr() for each in pointers),
         _matrix(stored.gate_up, 2 * stored.width, stored.hidden),
         _matrix(stored.down, stored.hidden, stored.width),
