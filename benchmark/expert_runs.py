@@ -83,14 +83,22 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         hardware=args.hardware,
         **settings_of(run, config, args.share),
     ) as llm:
+        opened = time.perf_counter() - begun
         prompts = job()
         llm.prepare(prompts, params)
         ready = time.perf_counter() - begun
+        plan = llm.engine_plan.plan
+        print(
+            f"{name}: opened in {opened:.1f} s, ready in {ready:.1f} s; {llm.policy}, {plan.seconds:.1f} s predicted",
+            file=sys.stderr,
+            flush=True,
+        )
         few = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
         llm.generate(job()[: min(count, llm.policy.block_size)], few)
         if all(split.gpu == 1 for split in (llm.policy.weights, llm.policy.cache)):
             llm.generate(job(), params)
         warmed = time.perf_counter() - begun
+        print(f"{name}: warm after {warmed:.1f} s", file=sys.stderr, flush=True)
         began = time.perf_counter()
         llm.generate(prompts, params)
         seconds = time.perf_counter() - began
