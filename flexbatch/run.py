@@ -108,16 +108,18 @@ def print_plan(
     from flexbatch.execution.job import Job
     from flexbatch.planner import tables
     from flexbatch.planner.planner import Planner
-    from flexbatch.policy.explain import explain, summary
+    from flexbatch.policy.explain import engines_summary, engines_text, explain, summary
     from flexbatch.policy.whatif import plot_plan
 
     planner = Planner(engine, job, dry=True, model=model)
     report = planner.describe(job or Job.typical(planner.deployment.model.arch.context))
     plan = report.pop("plan")
     if as_json:
-        print(json.dumps({**report, **summary(plan), "planned_for": words}, indent=2, default=str), file=data)
+        found = {**report, **summary(plan), **engines_summary(plan, engine.data_parallel_size), "planned_for": words}
+        print(json.dumps(found, indent=2, default=str), file=data)
     else:
-        print(words, explain(plan, f"{tables.shares(report)}\n{tables.memory(report)}"), sep="\n", file=data)
+        text = explain(plan, f"{tables.shares(report)}\n{tables.memory(report)}")
+        print(words, engines_text(plan, engine.data_parallel_size) + text, sep="\n", file=data)
     if plot is not None:
         try:
             plot_plan(plan, plot)

@@ -169,13 +169,16 @@ def command(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO) 
     plan = with_more_memory(planner, report.pop("plan"))
     caches = smaller_caches(planner, plan)
     if config.json:
-        from flexbatch.policy.explain import summary
+        from flexbatch.policy.explain import engines_summary, summary
 
+        together = engines_summary(plan, engine.data_parallel_size)
         smaller = {str(bits): summary(other) for bits, other in caches.items()}
-        print(json.dumps({**report, **summary(plan), "smaller_caches": smaller}, indent=2, default=str), file=data)
+        found = {**report, **summary(plan), **together, "smaller_caches": smaller}
+        print(json.dumps(found, indent=2, default=str), file=data)
     else:
-        from flexbatch.policy.explain import explain
+        from flexbatch.policy.explain import engines_text, explain
 
+        print(engines_text(plan, engine.data_parallel_size), end="", file=data)
         print(explain(plan, f"{tables.shares(report)}\n{tables.memory(report)}", caches), file=data)
     if config.plot is not None:
         from flexbatch.policy.whatif import plot_plan

@@ -81,29 +81,40 @@ def link_engines(
     end = time.monotonic() + (MEETING.total_seconds() if seconds is None else seconds)
     alone = mesh.local_size == mesh.size
     arrived: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+    done = threading.Event()
     with Listener((LOCAL if alone else "", 0), backlog=len(engines), authkey=key) as listener:
 
         def accept() -> None:
-            with contextlib.suppress(OSError):  # closed
-                while True:
-                    with contextlib.suppress(AuthenticationError, EOFError):
-                        arrived.put(listener.accept())
+            while not done.is_set():
+                # Strangers who connect and go, or have no key, are no reason to stop; a closed listener is.
+                with contextlib.suppress(AuthenticationError, EOFError, OSError):
+                    arrived.put(listener.accept())
 
         threading.Thread(target=accept, name="engines", daemon=True).start()
         store.set(ADDRESS, f"{listener.address[1]} {key.hex()}")
-        found: dict[int, Link] = {}
-        while len(found) < len(engines):
-            try:
-                connection = arrived.get(timeout=0.1)
-            except queue.Empty:
-                if said := lost():
-                    raise LostRankError(said) from None
-                if time.monotonic() > end:
-                    missing = ", ".join(str(each) for each in engines if each not in found)
-                    raise LostRankError(f"engines {missing} did not come to rank 0 in time") from None
-                continue
-            engine = connection.recv()
-            found[engine] = Link(connection, f"engine {engine}")
+        try:
+            return come_in(arrived, engines, lost, end)
+        finally:
+            done.set()
+
+
+def come_in(
+    arrived: queue.SimpleQueue[Connection], engines: list[int], lost: Callable[[], str], end: float
+) -> dict[int, Link]:
+    """The connections of all engines, which tell their numbers. Raises LostRankError."""
+    found: dict[int, Link] = {}
+    while len(found) < len(engines):
+        try:
+            connection = arrived.get(timeout=0.1)
+        except queue.Empty:
+            if said := lost():
+                raise LostRankError(said) from None
+            if time.monotonic() > end:
+                missing = ", ".join(str(each) for each in engines if each not in found)
+                raise LostRankError(f"engines {missing} did not come to rank 0 in time") from None
+            continue
+        engine = connection.recv()
+        found[engine] = Link(connection, f"engine {engine}")
     return found
 
 
