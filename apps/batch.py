@@ -111,9 +111,11 @@ def open_llm(config: EngineConfig, seen: Preview | None = None, others: Launched
     started."""
     from flexbatch.apps.jobs.preview import planner_job
     from flexbatch.engine import LLM
+    from flexbatch.planner.meshes import with_chosen_mesh
     from flexbatch.planner.planner import Planner
 
     job = planner_job(config, seen) if seen is not None else None
+    config = with_chosen_mesh(config, job)
     return LLM.from_planner(Planner(config, job, channel=others.channel, group=others.group))
 
 
@@ -153,6 +155,11 @@ def run(
 ) -> int:
     config, engine = read_settings([JobConfig, EngineConfig], args, environ, getattr(args, "config", None))
     refuse_measurements(engine)
+    if engine.parallel and "WORLD_SIZE" in environ:
+        raise ConfigurationError(
+            "--parallel auto shares out the GPUs of one host, whose processes it starts itself: with torchrun give the "
+            "sizes; flexbatch plan --gpus N --parallel auto says which"
+        )
     if engine.mesh_shape.size == 1:
         # Processes of torchrun divide the rows among them.
         return run_rows(args.words, config, engine, environ, resume, open_engine, identity, data)

@@ -28,7 +28,8 @@ from flexbatch.planner.adapter_choice import AdapterChoice
 from flexbatch.planner.capacity import Capacity
 from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.loader import PlacedModel
-from flexbatch.planner.other_engines import prepare_everywhere, refuse_listeners
+from flexbatch.planner.meshes import with_chosen_mesh
+from flexbatch.planner.other_engines import line_of, prepare_everywhere, refuse_listeners
 from flexbatch.planner.planner import Planner
 from flexbatch.planner.report import Report, Statistics
 from flexbatch.planner.vllm_keywords import NamesOfVllm, check_call, engine_settings
@@ -54,12 +55,12 @@ class LLM(NamesOfVllm):
     loop_class = EngineLoop
 
     def __init__(self, model: str = "demo", *, trace: bool = False, **settings: Any) -> None:
-        self._start(Planner(EngineConfig(model=model, **engine_settings(settings))), trace)
+        self._start(Planner(with_chosen_mesh(EngineConfig(model=model, **engine_settings(settings)))), trace)
 
     @classmethod
     def from_config(cls, config: EngineConfig, trace: bool = False, job: Job | None = None) -> LLM:
         """An engine from a ready configuration; ``job`` tells the planner what will be run."""
-        return cls.from_planner(Planner(config, job), trace)
+        return cls.from_planner(Planner(with_chosen_mesh(config, job), job), trace)
 
     @classmethod
     def from_planner(cls, planner: Planner, trace: bool = False) -> LLM:
@@ -84,9 +85,8 @@ class LLM(NamesOfVllm):
         choice = AdapterChoice(planner, lambda: self._loop.scheduler is None)
         self._model = PlacedModel(deployment, self.tracer)
         others = self._model.others
-        if waiting is None:
-            waiting = WaitingLine() if others is None else others.line
-        self._intake = Intake(planner.encoder, planner.generation, self.arch, self.config.seed, choice, waiting)
+        line = line_of(others, waiting)
+        self._intake = Intake(planner.encoder, planner.generation, self.arch, self.config.seed, choice, line)
         self.tiers, self.queues = self._model.tiers, self._model.queues
         self._capacity = Capacity(planner, self.tiers, self.queues, self._model.place, self._model.leader)
         self._loop = self.loop_class(planner, self._capacity, self._intake, self.tracer, others)

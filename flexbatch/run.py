@@ -107,10 +107,12 @@ def print_plan(
     Raises DoesNotFitError as a run would."""
     from flexbatch.execution.job import Job
     from flexbatch.planner import tables
+    from flexbatch.planner.meshes import with_chosen_mesh
     from flexbatch.planner.planner import Planner
     from flexbatch.policy.explain import engines_summary, engines_text, explain, summary
     from flexbatch.policy.whatif import plot_plan
 
+    engine = with_chosen_mesh(engine, job, model)
     planner = Planner(engine, job, dry=True, model=model)
     report = planner.describe(job or Job.typical(planner.deployment.model.arch.context))
     plan = report.pop("plan")
@@ -236,6 +238,7 @@ def run_work(
     from flexbatch.cli import result_rows
     from flexbatch.cli.run_output import complete, print_report
     from flexbatch.engine import LLM
+    from flexbatch.planner.meshes import with_chosen_mesh
     from flexbatch.planner.planner import Planner
     from flexbatch.text.files import json_text
 
@@ -246,6 +249,7 @@ def run_work(
         if on_prompt is not None:
             on_prompt(index, completion)
 
+    engine = with_chosen_mesh(engine, work.job(first), work.model)
     planner = Planner(engine, work.job(first), model=work.model, channel=others.channel, group=others.group)
     with LLM.from_planner(planner, trace=config.trace is not None) as llm:
         whole = complete(llm, work, first, add, resume)

@@ -18,6 +18,7 @@ import torch
 from flexbatch.execution.job import Job
 from flexbatch.execution.observer import RunObserver
 from flexbatch.execution.shared_line import SharedLine
+from flexbatch.execution.waiting import WaitingLine
 from flexbatch.execution.watch import PassSeen, Watch
 from flexbatch.parallel.links import Link
 from flexbatch.parallel.processes import GRACE, RankProcesses
@@ -226,6 +227,13 @@ class OtherEngines:
 def run_plan(capacity: Capacity, job: Job, exactly: bool) -> messages.RunPlan:
     planner = capacity.planner
     return messages.RunPlan(job, exactly, planner.known_hardware, planner.engine_plan.policy)
+
+
+def line_of(others: OtherEngines | None, given: WaitingLine | None) -> WaitingLine:
+    """Where an engine's requests wait: where it was told, with others, or alone."""
+    if given is not None:
+        return given
+    return WaitingLine() if others is None else others.line
 
 
 def prepare_everywhere(others: OtherEngines | None, capacity: Capacity, job: Job) -> None:

@@ -127,8 +127,7 @@ class Planner:
         return self._hardware
 
     def _of_a_rank(self, found: Hardware) -> Hardware:
-        local_ranks = self.deployment.local_ranks
-        return found if local_ranks == 1 else shared_by(found, local_ranks)
+        return shared_by(found, self.deployment.local_ranks, self.config.tensor_parallel_size)
 
     @property
     def known_hardware(self) -> Hardware | None:
