@@ -125,6 +125,17 @@ class EngineConfig:
         choices=("auto", "none"),
     )
     dummy_weights: bool = option(False, "random weights of a public shape, without any download")
+    parallel: str | None = option(
+        None,
+        "auto: share the GPUs of this host out among engines and tensor ranks as the plan is fastest (default: by the "
+        "sizes given)",
+        choices=("auto",),
+    )
+    data_parallel_size: int = option(
+        1,
+        "engines with all of the model each, which take prompts from one line: started with the first one on this "
+        "host, or by torchrun",
+    )
     tensor_parallel_size: int = option(
         1,
         "GPUs that share every layer, a process each: started with the engine on this host, or by torchrun",
@@ -153,10 +164,14 @@ class EngineConfig:
                         f"(the rest is on disk), not {gpu + cpu:g}"
                     )
         sizes = "gpu_batch_size", "num_gpu_batches", "prefill_chunk", "prefill_budget", "max_model_len"
-        for name in (*sizes, "tensor_parallel_size"):
+        for name in (*sizes, "data_parallel_size", "tensor_parallel_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 refuse(f"{name}={value} must be at least 1")
+        if self.parallel not in (None, "auto"):
+            refuse(f"parallel={self.parallel!r} must be auto, or left out")
+        if self.parallel and self.mesh_shape.size > 1:
+            refuse(f"parallel=auto chooses what {self.mesh_shape.sizes} say: leave either out")
         if self.cpu_attention is not None and not 0 <= self.cpu_attention <= 1:
             refuse(f"cpu_attention={self.cpu_attention} must be between 0 and 1")
         if self.reserve not in ("expected", "all"):
@@ -183,7 +198,7 @@ class EngineConfig:
     @property
     def mesh_shape(self) -> MeshShape:
         """Of the ranks that run it."""
-        return MeshShape(tensor=self.tensor_parallel_size)
+        return MeshShape(self.data_parallel_size, 1, self.tensor_parallel_size)
 
     @property
     def goes_ahead(self) -> bool:

@@ -84,6 +84,20 @@ def headline(plan: Plan) -> str:
     return f"{plan.shape.name} on {hardware.name}{derived}"
 
 
+def engines_summary(plan: Plan, engines: int) -> dict:
+    """`engines_text` for ``--json``."""
+    together = engines * plan.predicted_tokens_per_second
+    return {"engines": engines, "predicted_tokens_per_second_together": together}
+
+
+def engines_text(plan: Plan, engines: int) -> str:
+    """What several engines that share the prompts of a job make together; empty for one."""
+    if engines == 1:
+        return ""
+    rate = number_text(engines * plan.predicted_tokens_per_second)
+    return f"{engines} engines share the prompts: {rate} new tokens/s together. What follows is one of them.\n\n"
+
+
 def job_text(plan: Plan) -> str:
     prompt, output = plan.workload.columns
     count = plan.workload.num_sequences

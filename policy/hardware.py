@@ -51,8 +51,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Hardware:
-    """One machine as `profile` measured it. Whatever limits a pass is a rate or a fixed cost here; the cost model
-    assumes nothing else.
+    """One machine as `profile` measured it: whatever limits a pass is a rate or a fixed cost here.
 
     On a "cpu" device the ``gpu`` tier is plain memory with a budget, and copies take cores away from compute.
     """
@@ -93,15 +92,13 @@ class Hardware:
     launch_seconds: float
     """Per tick: what the host needs to launch a tick and no resource hides."""
     graph_seconds: float = 0.0
-    """Per layer of a decode pass that is one CUDA graph: its kernels start one after another, however little they
-    compute."""
+    """Per layer of a decode pass that is one CUDA graph: its kernels start one after another."""
     expand_seconds: float = 0.0
     """Per layer of quantized weights: the expansion of its matrices is launched, once for all micro-batches."""
     request_seconds: float = 0.0
     """Per sequence, once: it is admitted, gets its pages, and gives them back at its end."""
     staging_seconds: float = 0.0
-    """Per tick that attends cache from another tier on the GPU: gathering, appending and draining are launched, too,
-    with several micro-batches while another resource is busy."""
+    """Per tick that attends cache from another tier on the GPU: gathering, appending and draining are launched."""
     fetch_seconds: float = 0.0
     """Per tick while weights stream: a slice of the next layer is put on the link, likewise."""
     pass_seconds: float = 0.0
@@ -111,8 +108,7 @@ class Hardware:
     cpu_attention_seconds: float = 0.0
     """Fixed cost of one call of CPU attention, per layer and micro-batch: its threads start and meet."""
     exchange_seconds: float = 0.0
-    """Per tick of a single micro-batch that waits for CPU attention: queries go down and results come up, and
-    nothing hides it."""
+    """Per tick of a single micro-batch that waits for CPU attention, which nothing hides: queries down, results up."""
     synchronize_seconds: float = 0.0
     """Per tick without overlap: waiting until nothing is under way, twice."""
     disk_read_seconds: float = 0.0
@@ -123,12 +119,17 @@ class Hardware:
     """Keys that attention on the GPU takes together: of a sequence's last tile half is empty, on average. 512
     sequences of OPT-1.3B took 8.1 ms a pass at any context of 135 to 190 tokens."""
     attention_expand: float = 0.0
-    """Bytes a second, counted at 16 bits, of quantized cache that attention expands as it reads; 0: half of
-    ``attention_decode``'s time is enough."""
+    """Bytes a second, counted at 16 bits, of quantized cache that attention expands; 0: twice `attention_decode`."""
     cpu_attention_8: Curve | None = None
     """``cpu_attention`` of 8-bit cache, counted at 16 bits; None: as fast as 16 bits."""
     cpu_attention_4: Curve | None = None
     """The same for 4 bits."""
+    interconnect: float = 0.0
+    """Bytes a second that each GPU sends to another one while they add up numbers; 0: as fast as ``d2h``."""
+    interconnect_seconds: float = 0.0
+    """Fixed cost of adding up numbers of several GPUs once."""
+    tensor_ranks: int = 1
+    """GPUs that share every layer, of which this is one."""
     gpu_reserved_bytes: int = 0
     """Not for the pools: context, libraries' workspaces, fragmentation."""
     cpu_reserved_bytes: int = 0
@@ -267,8 +268,7 @@ OTHER_NAMES = {
     **dict.fromkeys(("t4-16gb",), "t4"),
     **dict.fromkeys(("l4-24gb",), "l4"),
 }
-"""What a shipped machine's card is called elsewhere. A card of another kind (RTX 4090 Laptop, H100 PCIe) has other
-rates, and is none of these."""
+"""What a shipped machine's card is called elsewhere. An RTX 4090 Laptop or H100 PCIe has other rates: none of these."""
 
 
 def shipped_names() -> list[str]:

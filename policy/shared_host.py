@@ -18,8 +18,9 @@ OF_A_CPU = frozenset(
 """Also rates of the host, where it is the compute device."""
 
 
-def shared_by(hardware: Hardware, ranks: int) -> Hardware:
-    """The machine of one rank: a GPU and its link, and an equal part of the host's memory bandwidth, disk and cores."""
+def shared_by(hardware: Hardware, ranks: int, tensor_ranks: int = 1) -> Hardware:
+    """The machine of one rank: a GPU and its link, and an equal part of the host's memory bandwidth, disk and cores.
+    tensor_ranks: those that share every layer."""
     names = OF_THE_HOST | (OF_A_CPU if hardware.device == "cpu" else frozenset())
 
     def part(value: Any) -> Any:
@@ -27,4 +28,5 @@ def shared_by(hardware: Hardware, ranks: int) -> Hardware:
             return Curve(value.points, tuple(each / ranks for each in value.values))
         return value / ranks if value else value
 
-    return dataclasses.replace(hardware, **{name: part(getattr(hardware, name)) for name in names})
+    parts = {name: part(getattr(hardware, name)) for name in names}
+    return dataclasses.replace(hardware, tensor_ranks=tensor_ranks, **parts)

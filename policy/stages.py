@@ -146,6 +146,13 @@ class PassStages:
         moved = self.batches * hit * shape.expert_bytes(self.policy.weight_bits) / experts.count
         return self.batches * hit * each, 2.0 * experts.top_k * elements * self.tokens, moved
 
+    def _sum_seconds(self) -> np.ndarray:
+        """GPUs that share a layer add up its two products, and compute nothing meanwhile. Each sends, of a sum, twice
+        what it does not have itself of the result: NCCL's ring."""
+        ranks, rate = self.hardware.tensor_ranks, self.hardware.interconnect or self.hardware.d2h
+        sent = 2 * (ranks - 1) / ranks * self.tokens * self.shape.hidden_bytes
+        return 2 * (sent / rate + self.batches * self.hardware.interconnect_seconds)
+
     def _around(
         self, seconds: np.ndarray, flops: np.ndarray, moved: float | np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -163,6 +170,8 @@ class PassStages:
             reading = np.maximum(reading, self.row_bytes_16 * keys / hardware.quantized_attention)
         decode = np.maximum(reading, decode_flops / hardware.attention_prefill)
         seconds = seconds + elementwise / hardware.gpu_bandwidth + prompt_flops / hardware.attention_prefill + decode
+        if hardware.tensor_ranks > 1:
+            seconds = seconds + self._sum_seconds()
         flops = flops + prompt_flops + decode_flops
         return (
             affine(seconds, cpu_attention=-decode),

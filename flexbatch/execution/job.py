@@ -74,6 +74,10 @@ class Job:
         """The job without its first requests."""
         return self._chosen(range(count, self.num_requests))
 
+    def part(self, engines: int) -> Job:
+        """What one of several engines may expect to get of it."""
+        return self if engines == 1 else self._chosen(range(0, self.num_requests, engines))
+
     def repeated(self, count: int) -> Job:
         """At least ``count`` requests of these lengths: what comes later is expected to be like what came first."""
         times = -(-count // self.num_requests)

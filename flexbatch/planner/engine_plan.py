@@ -21,6 +21,7 @@ from flexbatch.models.opened import OpenModel
 from flexbatch.models.shard import RankShard
 from flexbatch.models.sharding import shard_of
 from flexbatch.parallel.channel import RankChannel
+from flexbatch.parallel.links import ONE_ENGINE, EngineGroup
 from flexbatch.planner import budgets, requirements
 from flexbatch.policy.limits import weight_group
 from flexbatch.policy.plan import Plan
@@ -44,6 +45,8 @@ class Deployment:
     rank: int = 0
     channel: RankChannel | None = None
     """To ranks that somebody else has started; None: where there are some, they are started with the engine."""
+    group: EngineGroup = ONE_ENGINE
+    """The engines that share the line of requests with this one."""
 
     @property
     def shard(self) -> RankShard | None:
@@ -52,8 +55,9 @@ class Deployment:
 
     @property
     def local_ranks(self) -> int:
-        """Ranks on this host, which share what is not their GPUs'."""
-        return max(1, len(self.shards)) if self.channel is None else self.channel.mesh.local_size
+        """Ranks on this host, of all engines, which share what is not their GPUs'."""
+        own = max(1, len(self.shards)) if self.channel is None else self.channel.mesh.local_size
+        return own * self.group.local_engines
 
     @cached_property
     def arch(self) -> Arch:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from collections.abc import Sequence as Sequenced
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,6 +22,12 @@ from flexbatch.speculative.speculator import Speculator
 logger = logging.getLogger("flexbatch")
 
 LOGGED_FAILURES = 3
+LOADED = ("loaded_bytes", "reused_bytes")
+OF_AN_ENGINE = (
+    *("device", "budgets", "policy", "peak_bytes", "load_seconds", "seconds", "passes", "requests", "prompt_tokens"),
+    *("generated_tokens", "generated_tokens_per_second", "resources"),
+)
+"""What the report of several engines has of each."""
 
 
 class Report(dict[str, Any]):
@@ -74,6 +82,25 @@ class Statistics(RunObserver):
             "preemptions": {"total": self.preemptions.total, **asdict(self.preemptions)},
             "moved_bytes": self.moved_bytes,
         }
+
+
+def of_engines(own: Report, others: Sequenced[Mapping[str, Any]]) -> Report:
+    """The report of several engines: what rank 0's says of itself holds for each of them, counts are sums over all, and
+    the seconds are rank 0's, which waits for the others."""
+    reports = [dict(own), *others]
+    whole = Report(own)
+    for name in ("requests", "passes", "prompt_tokens", "prefilled_tokens", "generated_tokens", *LOADED):
+        whole[name] = sum(report[name] for report in reports)
+    for name in ("preemptions", "moved_bytes"):
+        kinds = dict.fromkeys(kind for report in reports for kind in report[name])
+        whole[name] = {kind: sum(report[name].get(kind, 0) for report in reports) for kind in kinds}
+    whole["load_seconds"] = max(report["load_seconds"] for report in reports)
+    seconds = whole["seconds"]
+    whole["generated_tokens_per_second"] = whole["generated_tokens"] / seconds if seconds else 0.0
+    tokens = whole["prompt_tokens"] + whole["generated_tokens"]
+    whole["total_tokens_per_second"] = tokens / seconds if seconds else 0.0
+    whole["engines"] = [{name: report[name] for name in OF_AN_ENGINE} for report in reports]
+    return whole
 
 
 def describe_memory(

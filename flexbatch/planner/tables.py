@@ -113,7 +113,19 @@ def throughput(report: Mapping[str, Any]) -> str:
             for name, count in moved.items()
         ]
         text += "\n" + table(["traffic", unit, f"{unit}/s of the run"], traffic)
-    return text
+    return f"{text}\n{engines(report)}" if report.get("engines") else text
+
+
+def engines(report: Mapping[str, Any]) -> str:
+    """What each of several engines did of it."""
+    rows = []
+    for number, run in enumerate(report["engines"]):
+        rate = run["generated_tokens"] / report["seconds"] if report["seconds"] else 0.0
+        passes, busy = f"{run['passes']:,}", f"{run['seconds']:,.3g}"
+        rows.append(
+            [f"engine {number}", f"{run['requests']:,}", f"{run['generated_tokens']:,}", f"{rate:,.2f}", passes, busy]
+        )
+    return table(["", "requests", "new tokens", "per second", "passes", "s in passes"], rows)
 
 
 def job(report: Mapping[str, Any]) -> str:
@@ -240,6 +252,14 @@ def speculation(report: Mapping[str, Any]) -> str:
 
 def resources(report: Mapping[str, Any]) -> str:
     """What every resource did, by the passes that were timed; empty without a trace."""
+    if report.get("engines"):
+        found = [(number, resources_of(run)) for number, run in enumerate(report["engines"])]
+        return "\n".join(f"engine {number}: {text}" for number, text in found if text)
+    return resources_of(report)
+
+
+def resources_of(report: Mapping[str, Any]) -> str:
+    """Of one engine."""
     uses = report.get("resources") or {}
     unit, size = fitting_unit(max((use["num_bytes"] for use in uses.values()), default=0), DECIMAL)
     rows = []
