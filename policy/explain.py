@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flexbatch.policy.explain_experts import experts_of, experts_text
+from flexbatch.policy.explain_windows import windows_of, windows_text
 from flexbatch.policy.footprint import KIND_LABELS
 from flexbatch.policy.plan import Plan
 from flexbatch.policy.policy import TIERS
@@ -46,6 +47,7 @@ def summary(plan: Plan) -> dict:
         "passes": plan.passes,
         "sequences": plan.workload.num_sequences,
         "experts": experts_of(plan, plan.shape.experts) if plan.shape.experts else None,
+        "windows": windows_of(plan) if plan.shape.window_layers else None,
         "waves": plan.waves,
         "tail_passes": plan.tail_passes,
         "tail_sequences": plan.tail_sequences,
@@ -126,6 +128,8 @@ def in_words(plan: Plan, smaller_caches: Mapping[int, Plan]) -> list[str]:
         lines.append(said("first answer", f"after {duration_text(plan.first_answer_seconds)}; {load}"))
     if plan.shape.experts is not None:
         lines.append(said("experts", experts_text(plan, plan.shape.experts)))
+    if plan.shape.window_layers:
+        lines.append(said("windows", windows_text(plan)))
     lines += [said("disk", disk_text(plan)), said("limited by", limit_text(plan))]
     lines.append(said("1 GiB more", what_more_memory_buys(plan)))
     lines += [said(f"{bits}-bit cache", compared(plan, other)) for bits, other in smaller_caches.items()]

@@ -7,9 +7,11 @@ import math
 
 import numpy as np
 
+from flexbatch.policy.admission import most_prompt_tokens
 from flexbatch.policy.affine import RESIDENT, affine, evaluate, point_of
 from flexbatch.policy.decode_graphs import planned_bytes
 from flexbatch.policy.hardware import Hardware
+from flexbatch.policy.layer_window import passing_pages
 from flexbatch.policy.limits import (
     INPUT_BUFFER_BYTES,
     LOGITS_CHUNK_BYTES,
@@ -62,12 +64,12 @@ def memory_rows(
     """
     batch, batches, bits = policy.gpu_batch_size, policy.num_gpu_batches, policy.weight_bits
     reserved = reserved_tokens(workload, policy)
-    row = shape.token_bytes(policy.cache_bits)
-    weights = shape.total_bytes(bits)
+    row, weights = shape.token_bytes(policy.cache_bits), shape.total_bytes(bits)
     slab = float(policy.num_weight_slabs) * shape.largest_layer_bytes(bits)
     dequantization = shape.dequantized_bytes(bits)
-    cache = batch * batches * reserved * row * shape.num_layers
-    staged = 2.0 * batch * reserved * row
+    kept = shape.kept_layers(reserved, window_tokens(shape))
+    cache = (batch * batches * kept + passing_tokens(shape, workload, policy)) * row
+    staged = 2.0 * staged_tokens(shape, workload, policy) * row
     # On its way from disk to the link everything stops over in host memory; without a GPU it is read straight into
     # place.
     stopover = 1.0 if hardware.device == "cuda" else 0.0
@@ -109,6 +111,32 @@ def memory_rows(
         "activations": affine(activations_disk=hidden),
     }
     return {"gpu": gpu, "cpu": cpu, "disk": disk}
+
+
+def window_tokens(shape: ModelShape) -> float:
+    """Token rows that a sequence keeps in a layer with a window, between passes."""
+    window = shape.layer_window
+    return PAGE_TOKENS * window.pages(1, PAGE_TOKENS) if window else math.inf
+
+
+def passing_tokens(shape: ModelShape, workload: Workload, policy: Policy, share: float = 1.0) -> float:
+    """Token rows of all layers with a window for a pass's chunks of prompts, which are kept until it is over; of a tier
+    that has a share of the block, as all of them may be there."""
+    if not shape.window_layers:
+        return 0.0
+    reserved = reserved_tokens(workload, policy)
+    pages = policy.num_gpu_batches * passing_pages(policy, most_prompt_tokens(policy), PAGE_TOKENS)
+    beyond = share * policy.block_size * max(0.0, reserved - window_tokens(shape))
+    return shape.window_layers * min(PAGE_TOKENS * pages, beyond)
+
+
+def staged_tokens(shape: ModelShape, workload: Workload, policy: Policy) -> float:
+    """Token rows of a micro-batch in one layer: where every layer has a window, no more than a pass needs."""
+    whole = policy.gpu_batch_size * reserved_tokens(workload, policy)
+    if shape.window_layers < shape.num_layers:
+        return whole
+    passing = PAGE_TOKENS * passing_pages(policy, most_prompt_tokens(policy), PAGE_TOKENS)
+    return min(whole, policy.gpu_batch_size * window_tokens(shape) + passing)
 
 
 def graph_bytes_of(shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy) -> int:
@@ -180,9 +208,15 @@ def peak_memory(
     dequantization = shape.dequantized_bytes(policy.weight_bits)
     peak["gpu"]["weight slabs"] = dequantization + policy.num_weight_slabs * int(away)
     # A micro-batch may hold one sequence more of a tier than its even share.
-    staged_rows = shape.token_bytes(policy.cache_bits) * reserved_tokens(workload, policy)
+    row = shape.token_bytes(policy.cache_bits)
+    staged_rows = row * staged_tokens(shape, workload, policy) / policy.gpu_batch_size
     per_batch = policy.gpu_batch_size * (policy.cache.cpu + policy.cache.disk)
     peak["gpu"]["cache staging"] += math.ceil(2 * staged_rows * (math.ceil(per_batch - 1e-6) - per_batch))
+    passing = passing_tokens(shape, workload, policy)
+    for tier, share in zip(TIERS, policy.cache.fractions, strict=True):
+        if 0 < share < 1:
+            more = passing_tokens(shape, workload, policy, share) - share * passing
+            peak[tier]["cache"] += math.ceil(row * max(0.0, more))
     resident = all(each.gpu >= 1 - RESIDENT for each in (policy.weights, policy.cache, policy.activations))
     graphs = graph_bytes_of(shape, hardware, workload, policy) if resident else 0
     peak["gpu"]["decode graphs"] = 0

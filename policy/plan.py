@@ -140,7 +140,7 @@ def price(
 ) -> Plan:
     """Predict everything for a given policy, whether it fits or not (see `Plan.missing`). passes: where they are
     known."""
-    passes = passes_of(workload, policy) if passes is None else passes
+    passes = passes_of(workload, policy, window=shape.layer_window) if passes is None else passes
     load, counts, tokens = passes.load, passes.counts, passes.tokens
     # Without a cache on the CPU nothing is there to attend to, whatever share of it the CPU is given.
     met = policy if policy.cache.cpu else dataclasses.replace(policy, cpu_attention=0.0)

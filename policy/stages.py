@@ -40,8 +40,18 @@ class PassStages:
         self.batches = policy.num_gpu_batches
         self.decode_tokens = np.asarray(load.decode_sequences)
         self.tokens = self.decode_tokens + load.prompt_tokens
+        self.decode_context = self.seen(load.decode_context, load.decode_sequences)
+        """Of the mean layer, as all of the next three."""
+        self.prompt_context = self.seen(load.prompt_context, np.ceil(np.asarray(load.prompt_tokens) / policy.chunk))
+        self.prompt_pairs = self.seen(load.prompt_pairs, load.prompt_tokens)
         self.row_bytes = shape.token_bytes(policy.cache_bits)
         self.row_bytes_16 = shape.token_bytes(16)
+
+    def seen(self, tokens: float | np.ndarray, queries: float | np.ndarray) -> np.ndarray:
+        """Tokens that so many queries see in the mean layer, where they see ``tokens`` in one without a window."""
+        shape, whole = self.shape, np.asarray(tokens, dtype=float)
+        share = shape.window_layers / shape.num_layers
+        return whole - share * np.maximum(0.0, whole - shape.window * np.asarray(queries, dtype=float))
 
     def stages(self) -> list[Stage]:
         dense = min(self.shape.dense_layers, self.shape.num_layers - 1)
@@ -79,8 +89,8 @@ class PassStages:
         shape, load = self.shape, self.load
         activations = self.tokens * shape.hidden_bytes
         # Whole pages cross: half a page more than the context of every sequence.
-        decode = self.row_bytes * (load.decode_context + np.asarray(load.decode_sequences) * (PAGE_TOKENS - 1) / 2)
-        prompt = self.row_bytes * np.asarray(load.prompt_context, dtype=float)
+        decode = self.row_bytes * (self.decode_context + np.asarray(load.decode_sequences) * (PAGE_TOKENS - 1) / 2)
+        prompt = self.row_bytes * self.prompt_context
         fresh = self.row_bytes * self.tokens
         calls = np.where(self.decode_tokens > 0, self.batches, 0.0)
         attending = calls if self.policy.cpu_attention > 0 else 0.0 * calls
@@ -92,8 +102,8 @@ class PassStages:
             "scattered": affine(cache_cpu=fresh, cache_disk=fresh),
             "disk_read": affine(cache_disk=decode + prompt, activations_disk=activations),
             "disk_write": affine(cache_disk=fresh, activations_disk=activations),
-            "cpu_attention": affine(cpu_attention=self.row_bytes * np.asarray(load.decode_context, dtype=float)),
-            "attended_16": affine(cpu_attention=self.row_bytes_16 * np.asarray(load.decode_context, dtype=float)),
+            "cpu_attention": affine(cpu_attention=self.row_bytes * self.decode_context),
+            "attended_16": affine(cpu_attention=self.row_bytes_16 * self.decode_context),
             # Counts, not bytes. On disk every sequence is a request; in proportion to the disk's share, so that they
             # stay linear.
             "calls": affine(attending),
@@ -160,10 +170,10 @@ class PassStages:
         shape, hardware, load = self.shape, self.hardware, self.load
         elementwise = 2.0 * self.tokens * shape.workspace_bytes
         heads = 4.0 * shape.num_heads * shape.head_dim
-        prompt_flops = heads * np.asarray(load.prompt_pairs)
-        decode_flops = heads * np.asarray(load.decode_context)
-        read = self.row_bytes * np.asarray(load.decode_context)
-        keys = np.asarray(load.decode_context) + hardware.attention_tile_keys / 2 * np.asarray(load.decode_sequences)
+        prompt_flops = heads * self.prompt_pairs
+        decode_flops = heads * self.decode_context
+        read = self.row_bytes * self.decode_context
+        keys = self.decode_context + hardware.attention_tile_keys / 2 * np.asarray(load.decode_sequences)
         reading = self.row_bytes * keys / hardware.attention_decode
         if self.policy.cache_bits != 16:
             # Expanding rows inside attention costs instructions, more than the bytes that it saves.

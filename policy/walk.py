@@ -96,6 +96,8 @@ class Walker:
         self.allowed = admission.allowed_tiers(policy.cache)
         self.balancer = TierBalancer(policy.cache)
         self.free = {tier: sizes.pages(tier) for tier in self.allowed} if sizes else {}
+        self.free_windows = sizes.quotas if sizes else {}
+        """Of layers that keep only their window."""
         self.free_tails = sizes.disk_sequences if sizes else 0
         self.ends: list[tuple[int, int, Reading]] = []
         """(pass after which a decoding sequence is done, tie breaker, the sequence)."""
@@ -134,11 +136,14 @@ class Walker:
         generated = np.array([0 if each.began is None else self.now - each.began for each in self.running])
         rows = np.array([each.request.prompt for each in self.running]) + generated
         for each, pages in zip(self.running, self.expected.together(rows, generated).tolist(), strict=True):
-            self.take(each, pages - each.pages)
+            self.take(each, each.pages, pages)
             each.pages = pages
 
     def has_pages(self, tier: str, pages: int) -> bool:
-        return self.sizes is None or (self.free[tier] >= pages and (tier != "disk" or self.free_tails > 0))
+        if self.sizes is None:
+            return True
+        enough = self.free[tier] >= pages and self.free_windows[tier] >= self.sizes.in_windows(pages)
+        return enough and (tier != "disk" or self.free_tails > 0)
 
     def open_micro_batches(self, tier: str, pages: int) -> list[int]:
         occupied, staged = [each.occupied for each in self.batches], [each.staged for each in self.batches]
@@ -164,16 +169,19 @@ class Walker:
         self.balancer.place(tier, sign)
         if self.sizes is None:
             return
-        self.take(reading, sign * reading.pages)
+        self.take(reading, *((0, reading.pages) if sign > 0 else (reading.pages, 0)))
         if tier == "disk":
             self.free_tails -= sign
         if self.expected is not None:
             (self.running.append if sign > 0 else self.running.remove)(reading)
 
-    def take(self, reading: Reading, pages: int) -> None:
-        self.free[reading.tier] -= pages
+    def take(self, reading: Reading, before: int, pages: int) -> None:
+        """Reserve so many pages for it, instead of those ``before``."""
+        assert self.sizes is not None
+        self.free[reading.tier] -= pages - before
+        self.free_windows[reading.tier] -= self.sizes.in_windows(pages) - self.sizes.in_windows(before)
         if reading.tier != "gpu":
-            reading.micro_batch.staged += pages
+            reading.micro_batch.staged += pages - before
 
     # Passes, as in `queries.token_counts` and `Scheduler.commit`
 
@@ -246,7 +254,7 @@ class Walker:
         """Invariants: what is taken is what runs, and nothing is left behind."""
         assert self.num_running == sum(batch.occupied for batch in self.batches) >= 0
         assert all(0 <= batch.occupied <= self.policy.gpu_batch_size and batch.staged >= 0 for batch in self.batches)
-        assert self.expected or min(self.free.values(), default=0) >= 0
+        assert self.expected or min([*self.free.values(), *self.free_windows.values()], default=0) >= 0
         assert self.free_tails >= 0 and len(self.running) == (self.num_running if self.expected else 0)
         self.balancer.check()
 

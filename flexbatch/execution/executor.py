@@ -65,13 +65,13 @@ class Executor:
         self.uploads = host_buffers.uploads
         self.logit_rows = max(1, logits_chunk_bytes // (4 * arch.vocab_size))
         self.builder = InputBuilder(cache.layout.page_tokens, self.uploads, adapters, self.logit_rows)
-        self.rotary, self.routing = rotary, routing
-        self.host_buffers = host_buffers
+        self.rotary, self.routing, self.host_buffers = rotary, routing, host_buffers
         self.attention = CacheAttention(arch, cache, queues, host_buffers, weights.tensors.embedding_weights)
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and self.resident and overlap and recordable(arch):
             sizes, group = (cache.layout.page_tokens, arch.max_positions), self.builder.group_adapters
-            self.graphs = DecodeGraphs(self.device, *sizes, CudaRecorder(arch.experts is not None), max_graphs, group)
+            recorder = CudaRecorder(arch.experts is not None)
+            self.graphs = DecodeGraphs(self.device, *sizes, recorder, max_graphs, group, cache.ring)
 
     @property
     def resident(self) -> bool:
@@ -183,7 +183,7 @@ class Executor:
         """Start bringing the KV pages of a (layer, micro-batch) cell to its staging buffer."""
         if cell is None or cell[0] >= self.arch.num_layers:
             return
-        staged = inputs[cell[1]].staged
+        staged = inputs[cell[1]].groups(self.cache.windowed[cell[0]]).staged
         if staged is not None:
             gathers[cell] = self.cache.gather(
                 staged.gather, cell[0], self.staging_buffer(cell[0], cell[1], len(inputs))
@@ -230,12 +230,13 @@ class Executor:
             pending = PendingTick(
                 tick, inputs, hidden, query.new_empty(*query.shape[:-1], self.arch.value_dim), watch=watch
             )
-            if inputs.cpu is not None:
-                self.attention.start_cpu_attention(pending, inputs.cpu, query, key, value)
-            if inputs.gpu is not None:
-                self.attention.attend_resident(pending, inputs.gpu, query, key, value)
-            if inputs.staged is not None:
-                self.attention.attend_staged(pending, inputs.staged, gathered, buffer, query, key, value)
+            groups = inputs.groups(self.cache.windowed[tick.layer])
+            if groups.cpu is not None:
+                self.attention.start_cpu_attention(pending, groups.cpu, query, key, value)
+            if groups.gpu is not None:
+                self.attention.attend_resident(pending, groups.gpu, query, key, value)
+            if groups.staged is not None:
+                self.attention.attend_staged(pending, groups.staged, gathered, buffer, query, key, value)
         return pending
 
     def finish(self, pending: PendingTick, count: int) -> None:

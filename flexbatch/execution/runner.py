@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from flexbatch.execution.block_sizes import BlockSizes
 from flexbatch.execution.executor import Executor
@@ -47,10 +47,9 @@ class Runner:
 
     def holds(self, policy: Policy, sizes: BlockSizes) -> bool:
         """Whether a block of these sizes can run here."""
-        mine, wanted = asdict(self.sizes.cache), asdict(sizes.cache)
         return (
             self.policy == policy
-            and all(mine[name] >= wanted[name] for name in wanted)
+            and self.sizes.cache.covers(sizes.cache)
             and self.sizes.max_cpu_attention_tokens >= sizes.max_cpu_attention_tokens
         )
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -149,7 +150,17 @@ def model_shape(
         cache_sides=arch.cache_sides,
         head_width=0 if arch.latent is None else arch.latent.head_width,
         adapter_tensors=() if adapters is None else adapters.elements_of_a_layer(),
+        **_window_of(arch),
     )
+
+
+def _window_of(arch: Arch) -> dict[str, Any]:
+    layers = sum(arch.window_layers)
+    return {
+        "window": arch.sliding_window if layers else 0,
+        "window_layers": layers,
+        "window_chunked": arch.chunked_window,
+    }
 
 
 def _expert_shape(arch: Arch) -> ExpertShape | None:

@@ -113,12 +113,26 @@ def describe_memory(
             "cache": runner.cache.realized_percent if runner else {},
             "activations": runner.activations.realized_percent if runner else {},
         },
+        "cache": cache_of_a_sequence(runner) if runner else {},
         "memory": [asdict(row) for row in engine_plan.requirements(runner.sizes)] if runner else [],
         "peak_bytes": {
             "gpu": tiers.gpu.peak_bytes + (speculator.peak_bytes if speculator is not None else 0),
             "cpu": tiers.cpu.peak_bytes,
             "disk": tiers.disk.peak_bytes,
         },
+    }
+
+
+def cache_of_a_sequence(runner: Runner) -> dict[str, Any]:
+    """What the longest sequence takes of the cache between two passes, and which layers keep only their window."""
+    cache, layout = runner.cache, runner.cache.layout
+    short, pages = sum(cache.windowed), layout.num_pages(max(1, runner.sizes.longest))
+    kept = (layout.num_layers - short) * pages + short * cache.sizes.in_windows(pages)
+    return {
+        "sequence_tokens": pages * layout.page_tokens,
+        "bytes_per_token": kept * layout.page_bytes / (pages * layout.page_tokens),
+        "window_layers": short,
+        "window_tokens": layout.window.tokens if layout.window and short else None,
     }
 
 

@@ -71,10 +71,10 @@ def block_requirements(
         MemoryRequirement("weights", "disk", plan.tier_bytes("disk")),
         MemoryRequirement(f"weight slabs ({plan.num_slabs})", "gpu", plan.num_slabs * plan.slab_bytes),
         MemoryRequirement("dequantization buffers", "gpu", dequantized),
-        MemoryRequirement("cache", "gpu", layout.num_layers * cache.gpu_pages * layout.page_bytes),
-        MemoryRequirement("cache", "cpu", layout.num_layers * cache.cpu_pages * layout.page_bytes),
-        MemoryRequirement("cache", "disk", layout.num_layers * cache.disk_pages * layout.disk_page_bytes),
-        MemoryRequirement("cache staging (2)", "gpu", 2 * cache.staging_pages * layout.page_bytes),
+        MemoryRequirement("cache", "gpu", layout.cache_bytes(cache, "gpu")),
+        MemoryRequirement("cache", "cpu", layout.cache_bytes(cache, "cpu")),
+        MemoryRequirement("cache", "disk", layout.cache_bytes(cache, "disk")),
+        MemoryRequirement("cache staging (2)", "gpu", 2 * layout.staging_bytes(cache)),
         MemoryRequirement(
             "cache tails", "cpu", layout.num_layers * cache.disk_sequences * cache.tail_tokens * layout.token_bytes
         ),
@@ -95,7 +95,7 @@ def block_requirements(
             MemoryRequirement(
                 "disk staging",
                 "cpu",
-                plan.num_slabs * disk_slab + (2 * cache.staging_pages * layout.page_bytes if cache.disk_pages else 0),
+                plan.num_slabs * disk_slab + (2 * layout.staging_bytes(cache) if cache.disk_pages else 0),
             ),
             MemoryRequirement("inputs", "cpu", 2 * INPUT_BUFFER_BYTES),
             MemoryRequirement("attention buffers (4)", "cpu", 4 * sizes.max_cpu_attention_tokens * head),
@@ -111,6 +111,7 @@ def one_graph_bytes(arch: Arch, policy: Policy, layout: CacheLayout, sizes: Bloc
         sizes.longest,
         layout.page_tokens,
         arch.experts is not None,
+        sizes.cache.windows.ring if sizes.cache.windows else 0,
     )
 
 

@@ -44,7 +44,18 @@ def placement(report: Mapping[str, Any]) -> str:
     policy = report["policy"]
     sizes = ("gpu_batch_size", "num_gpu_batches", "weight_bits", "cache_bits", "prefill_chunk", "overlap")
     settings = ", ".join(f"{name.replace('_', ' ')} {policy[name]}" for name in sizes)
-    return f"placement ({settings}, cpu attention {policy['cpu_attention']:.0%})\n{shares(report)}\n{memory(report)}"
+    head = f"placement ({settings}, cpu attention {policy['cpu_attention']:.0%})"
+    return "\n".join(part for part in (head, shares(report), memory(report), cache_of_a_token(report)) if part)
+
+
+def cache_of_a_token(report: Mapping[str, Any]) -> str:
+    """Of the longest sequence; empty before a run."""
+    found = report.get("cache")
+    if not found:
+        return ""
+    kept = f", {found['window_layers']} layers keep {found['window_tokens']:,} tokens" if found["window_layers"] else ""
+    size = f"{found['bytes_per_token'] / 1024:,.2f} KiB"
+    return f"  cache: {size} a token of a sequence of {found['sequence_tokens']:,}{kept}"
 
 
 def shares(report: Mapping[str, Any]) -> str:
