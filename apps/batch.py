@@ -24,7 +24,7 @@ from flexbatch.cli.command import resume_command, run_command, set_up_logging
 from flexbatch.cli.early_checks import check_engine, check_folder_to_write
 from flexbatch.cli.help import CommandParser
 from flexbatch.cli.loras import lora_identity
-from flexbatch.cli.ranks import ALONE, Launched, run_on_ranks
+from flexbatch.cli.ranks import ALONE, Elsewhere, run_on_ranks
 from flexbatch.cli.settings import (
     add_arguments,
     add_engine_arguments,
@@ -106,7 +106,7 @@ def model_identity(config: EngineConfig) -> dict[str, Any]:
         raise ConfigurationError(str(error)) from error
 
 
-def open_llm(config: EngineConfig, seen: Preview | None = None, others: Launched = ALONE) -> Any:
+def open_llm(config: EngineConfig, seen: Preview | None = None, others: Elsewhere = ALONE) -> Any:
     """Opens the engine, planned for sequences like those of the preview. others: ranks and engines that torchrun has
     started."""
     from flexbatch.apps.jobs.preview import planner_job
@@ -169,7 +169,7 @@ def run(
             "out"
         )
 
-    def lead(others: Launched) -> int:
+    def lead(others: Elsewhere) -> int:
         open_ranks: Any = open_engine
         opened = open_engine if others == ALONE else functools.partial(open_ranks, others=others)
         return run_rows(args.words, config, engine, {}, resume, opened, identity, data)

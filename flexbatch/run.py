@@ -32,7 +32,7 @@ from flexbatch.cli.early_checks import (
 )
 from flexbatch.cli.help import CommandParser
 from flexbatch.cli.loras import for_all_rows
-from flexbatch.cli.ranks import ALONE, Launched, run_on_ranks
+from flexbatch.cli.ranks import ALONE, Elsewhere, run_on_ranks
 from flexbatch.cli.run_settings import RunConfig, SamplingConfig
 from flexbatch.cli.settings import add_arguments, add_engine_arguments, read_settings
 from flexbatch.config import EngineConfig
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO, resu
     engine, config, sampling = read_settings([EngineConfig, RunConfig, SamplingConfig], args, environ, args.config)
     engine = for_all_rows(with_flexgen_flags(engine, config))
 
-    def lead(others: Launched) -> int:
+    def lead(others: Elsewhere) -> int:
         return run_job(engine, config, sampling, args.config, data, resume, others)
 
     return run_on_ranks(environ, engine.mesh_shape, lead, config.dry_run)
@@ -148,7 +148,7 @@ def run_job(
     settings_file: str | None,
     data: TextIO,
     resume: str | None,
-    others: Launched,
+    others: Elsewhere,
 ) -> int:
     """A run of one process, or of several as its rank 0."""
     if config.plot and not config.dry_run:
@@ -196,7 +196,7 @@ def run_into(
     work: Work,
     data: TextIO,
     resume: str | None = None,
-    others: Launched = ALONE,
+    others: Elsewhere = ALONE,
 ) -> int:
     """A run whose rows go to --output, from the first row on that is not there yet."""
     from flexbatch.cli import result_rows
@@ -232,7 +232,7 @@ def run_work(
     on_prompt: Callable[[int, Completion], None] | None,
     data: TextIO,
     resume: str | None = None,
-    others: Launched = ALONE,
+    others: Elsewhere = ALONE,
 ) -> int:
     """Loads the model and runs the prompts from number ``first`` on; returns the exit code."""
     from flexbatch.cli import result_rows

@@ -9,7 +9,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,7 +46,7 @@ class Counter:
 
     def _read(self) -> None:
         try:
-            while not isinstance(message := self.link.receive(), messages.CloseEngine):
+            while not isinstance(message := self.link.receive(), messages.EndEngine):
                 if isinstance(message, messages.Share):
                     # Here and not where it is taken: `More` may be the next message.
                     self.dry = not message.requests
@@ -80,6 +80,7 @@ class OtherEngine(LLM):
     """An engine that runs what it draws from rank 0, until that closes it."""
 
     counter: Counter
+    line: DrawnLine
 
     @classmethod
     def at(cls, counter: Counter, planner: Planner) -> OtherEngine:
@@ -97,7 +98,7 @@ class OtherEngine(LLM):
         return self.counter.draw(slots - scheduler.num_sequences - len(scheduler.waiting), slots)
 
     def seen(self, what: Any) -> None:
-        self.counter.link.send(messages.Seen(what))
+        self.counter.link.send(messages.SeenElsewhere(what))
 
     @property
     def idle(self) -> bool:
@@ -108,8 +109,8 @@ class OtherEngine(LLM):
 
     def serve(self) -> None:
         """Until rank 0 closes this engine. Raises what ends it."""
-        steps = {
-            messages.PlaceWeights: self.place,
+        steps: dict[type, Callable[[Any], None]] = {
+            messages.PlaceFor: self.place,
             messages.Prepare: self.prepare_for,
             messages.BeginRun: self.begin,
             messages.GiveBack: self.give_back,
@@ -119,7 +120,7 @@ class OtherEngine(LLM):
         }
         while True:
             for message in self.counter.take(wait=self.idle):
-                if isinstance(message, messages.CloseEngine):
+                if isinstance(message, messages.EndEngine):
                     return
                 with torch.inference_mode():
                     steps[type(message)](message)
@@ -145,11 +146,15 @@ class OtherEngine(LLM):
         if plan.hardware is not None:
             planner.recalibrate(plan.hardware)
         if planner.config.allow_bits:
-            bits = {"weight_bits": plan.policy.weight_bits, "cache_bits": plan.policy.cache_bits}
-            config = dataclasses.replace(planner.config, allow_bits=None, **bits)
+            config = dataclasses.replace(
+                planner.config,
+                allow_bits=None,
+                weight_bits=plan.policy.weight_bits,
+                cache_bits=plan.policy.cache_bits,
+            )
             planner.config, planner.deployment = config, dataclasses.replace(planner.deployment, config=config)
 
-    def place(self, message: messages.PlaceWeights) -> None:
+    def place(self, message: messages.PlaceFor) -> None:
         self.follow(message.plan)
         self._capacity.place(self.planner.replan(message.plan.job))
 
@@ -197,7 +202,8 @@ def run_engine(link: Link, engine: int, channel: RankChannel | None = None) -> i
         torch.set_num_threads(opened.threads)
         use_gpus(opened.first_gpu, opened.config.mesh_shape.size)
         planner = Planner(opened.config, channel=channel, group=EngineGroup(opened.local_engines))
-        with OtherEngine.at(Counter(link), planner) as llm:
+        llm = OtherEngine.at(Counter(link), planner)
+        with llm:
             link.send(messages.Opened())
             llm.serve()
         return DONE

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Launched:
+class Elsewhere:
     """The way from rank 0 to the other ranks of its engine, and to the other engines, where torchrun has started
     them."""
 
@@ -26,12 +26,12 @@ class Launched:
     group: EngineGroup | None = None
 
 
-ALONE = Launched()
+ALONE = Elsewhere()
 """Nobody has started others."""
 
 
 def run_on_ranks(
-    environ: Mapping[str, str], shape: MeshShape, command: Callable[[Launched], int], dry: bool = False
+    environ: Mapping[str, str], shape: MeshShape, command: Callable[[Elsewhere], int], dry: bool = False
 ) -> int:
     """Returns the exit code of this process. command: what rank 0 runs. shape: what the flags ask for. dry: no engine
     is opened, and rank 0 needs no others. Raises ConfigurationError."""
@@ -59,7 +59,7 @@ def run_on_ranks(
         return follow_launched(channel)
     if engine:
         return run_other_engine(mesh, store, engine, channel)
-    code = command(Launched(channel, engines_of(mesh, shape, store)))
+    code = command(Elsewhere(channel, engines_of(mesh, shape, store)))
     leave(channel)
     return code
 

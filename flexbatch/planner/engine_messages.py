@@ -47,7 +47,7 @@ class Prepare:
 
 
 @dataclass(frozen=True)
-class PlaceWeights:
+class PlaceFor:
     """Bring the weights to their tiers for a job."""
 
     plan: RunPlan
@@ -97,7 +97,7 @@ class AskReport:
 
 
 @dataclass(frozen=True)
-class CloseEngine:
+class EndEngine:
     """Nothing else comes."""
 
 
@@ -148,7 +148,7 @@ class Returned:
 
 
 @dataclass(frozen=True)
-class Seen:
+class SeenElsewhere:
     """What a pass did, or a sequence that has ended."""
 
     what: PassSeen | SequenceSeen

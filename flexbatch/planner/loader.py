@@ -155,9 +155,9 @@ class PlacedModel:
 def run_near(device: torch.device) -> Callable[[], None]:
     """Have this process run, and get its memory, where its GPU is attached; returns what undoes it."""
     found = torch.cuda.get_device_properties(device)
-    places = [getattr(found, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
     # Older versions of torch do not say where a GPU is.
-    cores = numa.cores_near(numa.pci_name(*places)) if None not in places else ()
+    domain, bus, place = (getattr(found, f"pci_{part}_id", -1) for part in ("domain", "bus", "device"))
+    cores = numa.cores_near(numa.pci_name(domain, bus, place)) if bus >= 0 else frozenset()
     if cores:
         torch.set_num_threads(min(torch.get_num_threads(), len(cores)))
     return numa.run_on(cores)

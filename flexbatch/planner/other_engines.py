@@ -86,7 +86,7 @@ class OtherEngines:
             with self.line.lock:
                 if message.run == self.run:
                     self.line.returned(message.requests)
-        elif isinstance(message, messages.Seen):
+        elif isinstance(message, messages.SeenElsewhere):
             what = message.what
             seen = dataclasses.replace(what, engine=engine) if isinstance(what, PassSeen) else what
             for watcher in self.watchers:
@@ -163,7 +163,7 @@ class OtherEngines:
 
     def place(self, capacity: Capacity) -> None:
         """Engines place their weights for the job that is planned for. Raises LostRankError."""
-        self._tell(messages.PlaceWeights(run_plan(capacity, capacity.planner.problem.job, True)))
+        self._tell(messages.PlaceFor(run_plan(capacity, capacity.planner.problem.job, True)))
 
     def finished(self, wait: bool) -> Iterator[tuple[Request, Completion, bool]]:
         """What other engines have finished, and whether they refused it. wait: for a moment, if there is nothing.
@@ -217,7 +217,7 @@ class OtherEngines:
         self.closing = True
         for link in self.links.values():
             with contextlib.suppress(LostRankError):
-                link.send(messages.CloseEngine())
+                link.send(messages.EndEngine())
         if self.processes is not None:
             self.processes.close()
         for link in self.links.values():
