@@ -119,7 +119,11 @@ def _product(
             even = _code(code if BITS == 8 else code & 15) * factor + shift
             odd = even if BITS == 8 else _code(code >> 4) * factor + shift
         acc = tl.dot(even.to(dtype).reshape(even.shape[0], STEP), tl.trans(first), acc, input_precision="ieee")
-        if BITS != 8:
+        if BITS == 8:
+            # A use in the loop, so that the product has ended when the next step expands its codes: Triton 3.6 lets
+            # it run on and overwrites the registers that it reads (H100, tiles of 128 tokens: wrong numbers).
+            acc += 0.0
+        else:
             acc = tl.dot(odd.to(dtype).reshape(odd.shape[0], STEP), tl.trans(second), acc, input_precision="ieee")
         scale, low = next_scale, next_low
     return acc

@@ -202,8 +202,8 @@ class WeightStore:
         if (layer, spec.role) not in self.plan.in_codes:
             return self.ready[layer][spec.role].unflatten(0, (count, -1))
         assert view.codes is not None and view.parameters is not None
-        parts = (each.unflatten(0, (count, -1)) for each in (view.codes, view.parameters))
-        return ExpertCodes(*parts, spec.shape[1], CodeForm(*form))
+        codes, parameters = (each.unflatten(0, (count, -1)) for each in (view.codes, view.parameters))
+        return ExpertCodes(codes, parameters, spec.shape[1], CodeForm(*form))
 
     def collect(self, layer: int) -> dict[str, Tensor]:
         """Role -> dense tensor of a layer, ordered after its fetches; quantized ones are left out."""
