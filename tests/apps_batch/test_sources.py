@@ -191,7 +191,9 @@ def test_csv_cells_are_text_unless_the_user_types_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_json_lines_in_chunks(tmp_path: Path, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexbatch.apps.jobs.text_source.chunks_of", lambda stream, path: chunks_of(stream, path, 100))
+    monkeypatch.setattr(
+        "flexbatch.apps.jobs.text_source.chunks_of", lambda stream, path, max_line: chunks_of(stream, path, 100)
+    )
     rows = [
         {"n": i, "when": "2024-01-01T00:00:00", "m": [{"role": "user", "content": "ü" * (i % 5)}]} for i in range(40)
     ]
