@@ -84,8 +84,8 @@ def _fit_kernel(
 
 
 def fit(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """`reference.fit` of x [rows, size] on a GPU, to rounding: sums run in another order, and of two parameters that are
-    as good the other may be found."""
+    """`reference.fit` of x [rows, size] on a GPU, to rounding: sums run in another order, and of two parameters that
+    are as good the other may be found."""
     x = x.contiguous()
     (rows, size), groups = x.shape, reference.num_groups(x.shape[1], group)
     _, plain = quant.quantize(x, bits, group)
