@@ -74,13 +74,35 @@ def expert_mlp(
 ) -> Tensor:
     """Sum over the experts ``chosen`` [T, K] of ``shares`` [T, K] times down(gate(gate and up)) of x [T, H]: [T, H]. On
     a GPU the host waits for nothing."""
+    if x.is_cuda and not multiplies_groups(x, chosen, gate_up, down):
+        from flexbatch.kernels import expert_products
+
+        return expert_products.expert_mlp(x, chosen, shares, gate_up, down, gate, biases)
+    return weighted(routed_rows(x, chosen, gate_up, down, gate, biases), shares)
+
+
+def routed_rows(
+    x: Tensor,
+    chosen: Tensor,
+    gate_up: ExpertStacks,
+    down: ExpertStacks,
+    gate: GatedActivation,
+    biases: Biases = (None, None),
+) -> Tensor:
+    """[T, K, H]: what every choice makes of x [T, H]. A number above those of all experts stands for one that is not
+    here: its rows hold anything."""
     if not x.is_cuda:
-        return by_loop(x, chosen, shares, gate_up, down, gate, biases)
-    if is_grouped(chosen.numel(), gate_up, down) and all(has_grouped_product(x, each) for each in (gate_up, down)):
-        return by_groups(x, chosen, shares, dense(gate_up), dense(down), gate, biases)
+        return rows_by_loop(x, chosen, gate_up, down, gate, biases)
+    if multiplies_groups(x, chosen, gate_up, down):
+        return rows_by_groups(x, chosen, dense(gate_up), dense(down), gate, biases)
     from flexbatch.kernels import expert_products
 
-    return expert_products.expert_mlp(x, chosen, shares, gate_up, down, gate, biases)
+    return expert_products.routed_rows(x, chosen, gate_up, down, gate, biases).view(*chosen.shape, -1)
+
+
+def multiplies_groups(x: Tensor, chosen: Tensor, gate_up: ExpertStacks, down: ExpertStacks) -> bool:
+    """Whether torch's grouped product is there for these, and the faster one."""
+    return is_grouped(chosen.numel(), gate_up, down) and all(has_grouped_product(x, each) for each in (gate_up, down))
 
 
 def dense(stacks: ExpertStacks) -> DenseUnits:
@@ -114,11 +136,23 @@ def by_loop(
     activate: Activate,
     biases: Biases = (None, None),
 ) -> Tensor:
-    """`expert_mlp`, one expert after the other, expanded when it has tokens. On a GPU it waits once for the number of
+    """`expert_mlp`, one expert after the other."""
+    return weighted(rows_by_loop(x, chosen, gate_up, down, activate, biases), shares)
+
+
+def rows_by_loop(
+    x: Tensor,
+    chosen: Tensor,
+    gate_up: ExpertStacks,
+    down: ExpertStacks,
+    activate: Activate,
+    biases: Biases = (None, None),
+) -> Tensor:
+    """`routed_rows`, one expert after the other, expanded when it has tokens. On a GPU it waits once for the number of
     tokens of each."""
-    experts = chosen.flatten()
+    experts, here = chosen.flatten(), gate_up.num_experts
     order = experts.argsort(stable=True)
-    counts = torch.bincount(experts, minlength=gate_up.num_experts).tolist()
+    counts = torch.bincount(experts, minlength=here)[:here].tolist()
     out = x.new_empty(len(experts), x.shape[1])
     start = 0
     for expert, count in enumerate(counts):
@@ -128,7 +162,7 @@ def by_loop(
             inner = activate(F.linear(x[rows // chosen.shape[1]], first, _bias(biases[0], expert)))
             out[rows] = F.linear(inner, second, _bias(biases[1], expert))
             start += count
-    return weighted(out.view(*chosen.shape, -1), shares)
+    return out.view(*chosen.shape, -1)
 
 
 def _bias(biases: Tensor | None, expert: int) -> Tensor | None:
@@ -145,9 +179,15 @@ def by_groups(
     biases: Biases = (None, None),
 ) -> Tensor:
     """`expert_mlp` in one launch for every stretch of experts that lies in one piece; the host waits for nothing."""
+    return weighted(rows_by_groups(x, chosen, gate_up, down, activate, biases), shares)
+
+
+def rows_by_groups(
+    x: Tensor, chosen: Tensor, gate_up: DenseUnits, down: DenseUnits, activate: Activate, biases: Biases = (None, None)
+) -> Tensor:
     experts = chosen.flatten()
     inner = activate(grouped_linear(x, experts, gate_up, biases[0]))
-    return weighted(grouped_linear(inner, experts, down, biases[1]).view(*chosen.shape, -1), shares)
+    return grouped_linear(inner, experts, down, biases[1]).view(*chosen.shape, -1)
 
 
 def grouped_linear(x: Tensor, experts: Tensor, units: DenseUnits, biases: Tensor | None = None) -> Tensor:
@@ -165,7 +205,7 @@ def grouped_linear(x: Tensor, experts: Tensor, units: DenseUnits, biases: Tensor
         ends = torch.searchsorted(sorted_local, torch.arange(count, device=x.device), right=True)
         result = product(x[order // repeated], matrices.transpose(-2, -1), offs=ends.to(torch.int32))
         out.index_copy_(0, torch.where(places < ends[-1], order, rows), result)
-    return out[:rows] if biases is None else out[:rows].add_(biases[experts])
+    return out[:rows] if biases is None else out[:rows].add_(biases[experts.clamp(max=len(biases) - 1)])
 
 
 def weighted(rows: Tensor, shares: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ def summary(plan: Plan) -> dict:
         "gpu_batch_size": policy.gpu_batch_size,
         "num_gpu_batches": policy.num_gpu_batches,
         "cpu_attention": policy.cpu_attention,
+        "cpu_experts": policy.cpu_experts,
         "prefill_chunk": policy.prefill_chunk,
         "prefill_budget": policy.prefill_budget,
         "weight_bits": policy.weight_bits,
@@ -187,6 +188,7 @@ LIMITS = {
     "gpu_compute": "computing on the GPU",
     "gpu_memory": "the GPU's memory bandwidth",
     "cpu_attention": "attention on the CPU",
+    "cpu_experts": "experts on the CPU",
     "host_memory": "the host's memory bandwidth",
     "launch": "launching work and waiting in between, while no link and no processor is busy",
 }
@@ -242,6 +244,8 @@ def extras(plan: Plan) -> str:
         f"cache {policy.cache_bits} bit",
         f"CPU attention {policy.cpu_attention:.0%} of the CPU's sequences",
     ]
+    if plan.shape.experts is not None:
+        parts.append(f"CPU experts {policy.cpu_experts:.0%} of those in host memory")
     budget = f", at most {policy.prefill_budget} of a micro-batch" if policy.prefill_budget else ""
     parts.append(f"prompt chunks of {policy.prefill_chunk} tokens{budget}")
     if not policy.overlap:

@@ -88,6 +88,21 @@ def test_biases_are_those_of_each_expert(way):
         torch.testing.assert_close(found[token], total, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("way", ["rows_by_loop", "rows_by_groups"])
+def test_choices_of_experts_that_are_elsewhere_leave_the_others_alone(way):
+    """Their number is above those of all experts, and nobody computes them."""
+    if way == "rows_by_groups" and not grouped_product_here(torch.float32):
+        pytest.skip("this torch has no grouped product for processors")
+    x, chosen, _, gate_up, down = routed(9, 3)
+    biases = torch.randn(EXPERTS, 2 * WIDTH), torch.randn(EXPERTS, HIDDEN)
+    parts = units(gate_up, CUTS["one"], True), units(down, CUTS["one"], True)
+    parts = parts if way == "rows_by_groups" else tuple(map(stacks_of, parts))
+    elsewhere = (chosen == 0) | (chosen == 3)
+    every = getattr(experts, way)(x, chosen, *parts, SILU, biases)
+    few = getattr(experts, way)(x, torch.where(elsewhere, EXPERTS, chosen), *parts, SILU, biases)
+    torch.testing.assert_close(few[~elsewhere], every[~elsewhere], atol=1e-6, rtol=1e-6)
+
+
 def test_16_bits_of_both_ways_differ_by_rounding_only():
     if not grouped_product_here(torch.bfloat16):
         pytest.skip("this torch has no grouped product for processors")
