@@ -17,7 +17,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexbatch.policy.hardware import SHIPPED, Curve, Hardware, load_hardware
+from flexbatch.policy.curve import Curve
+from flexbatch.policy.hardware import SHIPPED, Hardware, load_hardware
 from flexbatch.policy.units import GIB
 
 GB, TFLOPS = 10**9, 10**12

@@ -67,6 +67,12 @@ class EngineConfig:
     cpu_attention: float | None = option(
         None, "share of the CPU-resident cache that is attended where it lies, 0 to 1 (default: chosen)"
     )
+    cpu_experts: float | None = option(
+        None,
+        "per cent of a layer's experts in host memory that the CPU computes there in passes of few tokens, those used "
+        "least (default: chosen)",
+        metavar="PERCENT",
+    )
     prefill_chunk: int | None = option(
         None, "prompt tokens that one sequence brings to one pass at most (default: chosen)"
     )
@@ -174,6 +180,8 @@ class EngineConfig:
             refuse(f"parallel=auto chooses what {self.mesh_shape.sizes} say: leave either out")
         if self.cpu_attention is not None and not 0 <= self.cpu_attention <= 1:
             refuse(f"cpu_attention={self.cpu_attention} must be between 0 and 1")
+        if self.cpu_experts is not None and not 0 <= self.cpu_experts <= 100:
+            refuse(f"cpu_experts={self.cpu_experts:g} must be between 0 and 100 per cent")
         if self.reserve not in ("expected", "all"):
             refuse(f"reserve={self.reserve!r} must be expected or all")
         if self.draft_sampling not in ("matched", "independent", "without-replacement"):

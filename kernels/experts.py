@@ -46,6 +46,23 @@ def expert_mlp(
     return expert_products.expert_mlp(x, chosen, shares, gate_up, down, gate, biases)
 
 
+def routed_rows(
+    x: Tensor,
+    chosen: Tensor,
+    gate_up: ExpertStacks,
+    down: ExpertStacks,
+    gate: GatedActivation,
+    biases: Biases = (None, None),
+) -> Tensor:
+    """[T, K, H]: what every choice makes of x [T, H]. A number above those of all experts stands for one that is not
+    here: its rows hold anything."""
+    if not x.is_cuda:
+        return rows_by_loop(x, chosen, gate_up, down, gate, biases)
+    from flexbatch.kernels import expert_products
+
+    return expert_products.routed_rows(x, chosen, gate_up, down, gate, biases).view(*chosen.shape, -1)
+
+
 def scaled_inputs(
     x: Tensor,
     chosen: Tensor,
@@ -72,11 +89,23 @@ def by_loop(
     activate: Activate,
     biases: Biases = (None, None),
 ) -> Tensor:
-    """`expert_mlp`, one expert after the other, expanded when it has tokens. On a GPU it waits once for the number of
+    """`expert_mlp`, one expert after the other."""
+    return weighted(rows_by_loop(x, chosen, gate_up, down, activate, biases), shares)
+
+
+def rows_by_loop(
+    x: Tensor,
+    chosen: Tensor,
+    gate_up: ExpertStacks,
+    down: ExpertStacks,
+    activate: Activate,
+    biases: Biases = (None, None),
+) -> Tensor:
+    """`routed_rows`, one expert after the other, expanded when it has tokens. On a GPU it waits once for the number of
     tokens of each."""
-    experts = chosen.flatten()
+    experts, here = chosen.flatten(), gate_up.num_experts
     order = experts.argsort(stable=True)
-    counts = torch.bincount(experts, minlength=gate_up.num_experts).tolist()
+    counts = torch.bincount(experts, minlength=here)[:here].tolist()
     out = x.new_empty(len(experts), x.shape[1])
     start = 0
     for expert, count in enumerate(counts):
@@ -86,7 +115,7 @@ def by_loop(
             inner = activate(F.linear(x[rows // chosen.shape[1]], first, _bias(biases[0], expert)))
             out[rows] = F.linear(inner, second, _bias(biases[1], expert))
             start += count
-    return weighted(out.view(*chosen.shape, -1), shares)
+    return out.view(*chosen.shape, -1)
 
 
 def _bias(biases: Tensor | None, expert: int) -> Tensor | None:

@@ -16,8 +16,9 @@ from flexbatch.policy.policy import TIERS, Policy
 Number = float | np.ndarray
 KINDS = ("weights", "cache", "activations")
 
-VARIABLES = (*(f"{kind}_{tier}" for kind in KINDS for tier in TIERS), "cpu_attention")
-"""The nine fractions, and the share of all sequences that is attended on the CPU."""
+VARIABLES = (*(f"{kind}_{tier}" for kind in KINDS for tier in TIERS), "cpu_attention", "cpu_experts")
+"""The nine fractions, the share of all sequences that is attended on the CPU, and the share of a layer's experts that
+is computed there."""
 
 COLUMNS = {name: 1 + i for i, name in enumerate(VARIABLES)}
 
@@ -54,6 +55,6 @@ def slowest(rows: Iterable[np.ndarray], point: np.ndarray) -> np.ndarray:
 def point_of(policy: Policy) -> np.ndarray:
     """The placement of ``policy`` as a point, the constant 1 first."""
     cpu_attention = policy.cache.cpu * policy.cpu_attention
-    return np.array(
-        [1.0, *policy.weights.fractions, *policy.cache.fractions, *policy.activations.fractions, cpu_attention]
-    )
+    cpu_experts = policy.weights.cpu * policy.cpu_experts
+    splits = (*policy.weights.fractions, *policy.cache.fractions, *policy.activations.fractions)
+    return np.array([1.0, *splits, cpu_attention, cpu_experts])

@@ -16,9 +16,13 @@ from flexbatch.policy.limits import (
     INPUT_BUFFER_BYTES,
     LOGITS_CHUNK_BYTES,
     MIN_LOGIT_ROWS,
+    NUM_EXPERT_BUFFERS,
     PAGE_TOKENS,
     SAMPLING_BYTES_PER_LOGIT,
     SAMPLING_CHUNK_LOGITS,
+    cpu_expert_tokens,
+    expert_buffer_bytes,
+    expert_scratch_bytes,
 )
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import reserved_tokens
@@ -75,10 +79,7 @@ def memory_rows(
     stopover = 1.0 if hardware.device == "cuda" else 0.0
     tokens = batch + prompt_tokens_per_pass(workload, policy)
     hidden, two_hidden = batches * tokens * shape.hidden_bytes, 2.0 * tokens * shape.hidden_bytes
-    cpu_attention_tokens = batch if policy.cpu_attention > 0 else 0
-    exchange = (
-        8.0 * cpu_attention_tokens * (shape.num_heads + shape.num_kv_heads) * shape.head_dim * shape.element_bytes
-    )
+    exchange = attention_exchange_bytes(shape, policy) + expert_exchange_bytes(shape, policy, tokens)
     open_pages = batch * batches * PAGE_TOKENS * row * shape.num_layers
     gpu = {
         "weights": affine(weights_gpu=weights),
@@ -101,7 +102,7 @@ def memory_rows(
         if policy.cache.disk
         else affine(),
         "activations": affine(activations_cpu=hidden, activations_disk=two_hidden),
-        # Inputs on their way up; four buffers of queries, keys, values and results of CPU attention.
+        # Inputs on their way up; four buffers of queries, keys, values and results of CPU attention; routed rows.
         "workspace": affine(stopover * (2 * INPUT_BUFFER_BYTES + exchange)),
         "reserved": affine(hardware.cpu_reserved_bytes),
     }
@@ -137,6 +138,23 @@ def staged_tokens(shape: ModelShape, workload: Workload, policy: Policy) -> floa
         return whole
     passing = PAGE_TOKENS * passing_pages(policy, most_prompt_tokens(policy), PAGE_TOKENS)
     return min(whole, policy.gpu_batch_size * window_tokens(shape) + passing)
+
+
+def attention_exchange_bytes(shape: ModelShape, policy: Policy) -> float:
+    """Queries, keys, values and results of CPU attention, in four buffers."""
+    tokens = policy.gpu_batch_size if policy.cpu_attention > 0 else 0
+    return 8.0 * tokens * (shape.num_heads + shape.num_kv_heads) * shape.head_dim * shape.element_bytes
+
+
+def expert_exchange_bytes(shape: ModelShape, policy: Policy, tokens: float) -> float:
+    """Routed rows on their way to the CPU's experts and back, and what these make of them on the way."""
+    experts = shape.experts
+    if experts is None or not policy.cpu_experts:
+        return 0.0
+    hidden, top_k = shape.hidden_size, experts.top_k
+    most = min(tokens, cpu_expert_tokens(experts.count, top_k))
+    buffers = NUM_EXPERT_BUFFERS * expert_buffer_bytes(most, hidden, top_k, shape.element_bytes)
+    return buffers + most * expert_scratch_bytes(hidden, top_k, experts.width)
 
 
 def graph_bytes_of(shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy) -> int:

@@ -5,48 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 
+from flexbatch.policy.curve import Curve, is_rate
 from flexbatch.policy.suggest import did_you_mean
 
 SHIPPED = Path(__file__).parent / "profiles"
 KERNELS_OF_TICK, EXPANSIONS_OF_LAYER = 24, 4
 """What a tick launches: two norms, four GEMMs, rotary, append, attention, activation, residuals, copies and their
 events; and one expansion of each quantized matrix."""
-
-
-def is_rate(value: object) -> bool:
-    # JSON knows integers that no float holds.
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A measured quantity at increasing points; constant outside them."""
-
-    points: tuple[float, ...]
-    values: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not all(map(is_rate, (*self.points, *self.values))):
-            raise ValueError(
-                f"a curve needs finite positive numbers, got points {self.points} and values {self.values}"
-            )
-        if len(self.points) != len(self.values) or not self.points:
-            raise ValueError(
-                f"a curve needs as many values as points and at least one, got {len(self.points)} points and "
-                f"{len(self.values)} values"
-            )
-        if list(self.points) != sorted(set(self.points)):
-            raise ValueError(f"a curve needs increasing points, got {self.points}")
-
-    def at(self, point: float) -> float:
-        """Linear between the points."""
-        return float(np.interp(point, self.points, self.values))
 
 
 @dataclass(frozen=True)
@@ -130,6 +100,12 @@ class Hardware:
     """Fixed cost of adding up numbers of several GPUs once."""
     tensor_ranks: int = 1
     """GPUs that share every layer, of which this is one."""
+    cpu_experts: Curve | None = None
+    """Bytes of 16-bit weights a second that the CPU computes experts at, link idle, against the rows that each is
+    given; None: not measured, and no plan leaves experts to it."""
+    cpu_experts_8: Curve | None = None
+    cpu_experts_4: Curve | None = None
+    """The same for 8 and 4 bits, bytes as they are stored. MXFP4 is as fast as other 4 bits, within a tenth."""
     gpu_reserved_bytes: int = 0
     """Not for the pools: context, libraries' workspaces, fragmentation."""
     cpu_reserved_bytes: int = 0
@@ -187,6 +163,13 @@ class Hardware:
         curve = {8: self.cpu_attention_8, 4: self.cpu_attention_4}.get(cache_bits) or self.cpu_attention
         return curve.at(queries_per_kv_head) * min(1.0, curve.points[-1] / queries_per_kv_head)
 
+    def cpu_expert_seconds(self, num_bytes: float, rows: np.ndarray, weight_bits: int = 16) -> np.ndarray:
+        """Time of an expert of so many bytes that is given so many rows; beyond the last measured point it grows with
+        the rows. Where nothing was measured, as long as attention takes to read as many bytes."""
+        curve = {8: self.cpu_experts_8, 4: self.cpu_experts_4}.get(weight_bits, self.cpu_experts) or self.cpu_attention
+        rates = np.interp(rows, curve.points, curve.values)
+        return num_bytes / rates * np.maximum(1.0, np.asarray(rows) / curve.points[-1])
+
     @property
     def expansion_launch_seconds(self) -> float:
         """``expand_seconds``; in a profile that lacks it, by the share of its kernels in those of a tick."""
@@ -233,7 +216,7 @@ class Hardware:
             raise ValueError(
                 f"hardware JSON: missing fields {sorted(missing)}; measure the machine again with flexbatch profile"
             )
-        for name in ("gemm", "cpu_attention", "cpu_attention_8", "cpu_attention_4"):
+        for name in (f.name for f in fields(cls) if str(f.type).startswith("Curve")):
             curve = data.get(name)
             if curve is None:
                 continue

@@ -139,17 +139,21 @@ def placement_program(constraints: Constraints, cache_on_disk: bool = True) -> L
         program.add(fixed.get(name, 0.0), fixed.get(name, 1.0))
     for kind in KINDS:
         program.equal.append(({column(f"{kind}_{tier}"): 1.0 for tier in TIERS}, 1.0))
-    add_attention(program, constraints)
+    add_shares(program, constraints)
     return program
 
 
-def add_attention(program: LinearProgram, constraints: Constraints) -> None:
-    """The CPU attends at most what is there, or just the share of it that the user gave."""
-    cpu_attention, there = column("cpu_attention"), column("cache_cpu")
-    if constraints.cpu_attention is None:
-        program.at_most.append(({cpu_attention: 1.0, there: -1.0}, 0.0))
-    else:
-        program.equal.append(({cpu_attention: 1.0, there: -constraints.cpu_attention}, 0.0))
+def add_shares(program: LinearProgram, constraints: Constraints) -> None:
+    """The CPU attends and computes at most what is there, or just the shares of it that the user gave."""
+    for name, place, share in (
+        ("cpu_attention", "cache_cpu", constraints.cpu_attention),
+        ("cpu_experts", "weights_cpu", constraints.cpu_experts),
+    ):
+        done, there = column(name), column(place)
+        if share is None:
+            program.at_most.append(({done: 1.0, there: -1.0}, 0.0))
+        else:
+            program.equal.append(({done: 1.0, there: -share}, 0.0))
 
 
 def point_from(solution: LinearSolution) -> np.ndarray:
@@ -186,7 +190,7 @@ def solve(
     slower = sum(sum(np.atleast_1d(count).tolist()) for _, count in phases) * 1e-6
     for kind in KINDS:
         program.cost |= {column(f"{kind}_cpu"): slower, column(f"{kind}_disk"): 2 * slower}
-    program.cost[column("cpu_attention")] = slower
+    program.cost |= {column("cpu_attention"): slower, column("cpu_experts"): slower}
     # In GiB, so that the program is well scaled and the duals are seconds per GiB.
     budget_rows = [len(program.at_most) + index for index in range(len(TIERS))]
     program.at_most += [(memory[tier][1:] / GIB, (budgets[tier] - memory[tier][0]) / GIB) for tier in TIERS]

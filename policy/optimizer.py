@@ -19,7 +19,7 @@ from flexbatch.policy.pass_load import Lengths
 from flexbatch.policy.plan import Plan, price
 from flexbatch.policy.policy import Constraints, Policy
 from flexbatch.policy.rounding import does_not_fit
-from flexbatch.policy.search import Search
+from flexbatch.policy.search import Search, family_of
 from flexbatch.policy.workload import Workload
 
 GRID_BATCHES = tuple(2**i for i in range(11))
@@ -285,7 +285,7 @@ def best_plan(search: Search, bounds: list[tuple[MachineBound, Policy]]) -> Plan
         if all(
             search.top(other) < bound.tokens_per_second
             for _, other in bounds
-            if other.cpu_attention == template.cpu_attention and other.cache == template.cache
+            if family_of(other)[2:] == family_of(template)[2:]
         ):
             explore(search, template, bound)
     plans = [plan for _, template in bounds for plan in finals(search, template)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from flexbatch.policy.affine import KINDS, VARIABLES, evaluate, total
+from flexbatch.policy.affine import KINDS, VARIABLES, affine, evaluate, total
 from flexbatch.policy.cost import PassModel
 from flexbatch.policy.footprint import capacity, memory_rows, peak_memory, shortfall
 from flexbatch.policy.hardware import Hardware
@@ -24,10 +24,10 @@ from flexbatch.policy.workload import Workload
 
 LONG_JOB = 4096
 """Sequences from which a job of many blocks is long."""
-PolicyFamily = tuple[int, int, float, Split]
-ALL_ATTENDED = np.array([1.0, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1])
-ON_GPU = np.array([1.0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0])
-ALL_DISK = np.array([1.0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0])
+PolicyFamily = tuple[int, int, float, float, Split]
+ALL_ATTENDED = affine(1.0, weights_disk=1, cache_cpu=1, activations_disk=1, cpu_attention=1)
+ON_GPU = affine(1.0, weights_gpu=1, cache_gpu=1, activations_gpu=1)
+ALL_DISK = affine(1.0, weights_disk=1, cache_disk=1, activations_disk=1)
 
 
 @dataclass(frozen=True)
@@ -174,26 +174,29 @@ class Search:
         memory: dict[str, np.ndarray],
         budgets: dict[str, int],
     ) -> Solution | None:
-        """The best placement; one without CPU attention where ``policy`` has none."""
-        constraints = (
-            self.constraints if policy.cpu_attention else dataclasses.replace(self.constraints, cpu_attention=0.0)
+        """The best placement; one without CPU attention or CPU experts where ``policy`` has none."""
+        constraints = dataclasses.replace(
+            self.constraints,
+            cpu_attention=self.constraints.cpu_attention if policy.cpu_attention else 0.0,
+            cpu_experts=self.constraints.cpu_experts if policy.cpu_experts else 0.0,
         )
         if self.placement_given:
-            if constraints.cpu_attention is not None:
+            if constraints.cpu_attention is not None and constraints.cpu_experts is not None:
                 return given_solution(model, counts, constraints)
-            # No memory binds: only the share of CPU attention is open, and takes none.
+            # No memory binds: only the shares of the CPU are open, and take none.
             budgets = {tier: int(np.abs(row).sum()) + 1 for tier, row in memory.items()}
         self.linear_programs += 1
         return solve([(model, counts)], memory, budgets, constraints, cache_on_disk=policy.cache.disk > 0)
 
 
 def given_solution(model: PassModel, counts: np.ndarray, constraints: Constraints) -> Solution:
-    """The placement that the user's percentages and share of CPU attention are, with its time; nothing is left to
+    """The placement that the user's percentages and shares of the CPU are, with its time; nothing is left to
     solve."""
     fixed = fixed_fractions(constraints)
     for kind in KINDS:
         fixed.setdefault(f"{kind}_disk", max(0.0, 1 - fixed[f"{kind}_gpu"] - fixed[f"{kind}_cpu"]))
     fixed["cpu_attention"] = (constraints.cpu_attention or 0.0) * fixed["cache_cpu"]
+    fixed["cpu_experts"] = (constraints.cpu_experts or 0.0) * fixed["weights_cpu"]
     point = np.array([1.0, *(fixed[name] for name in VARIABLES)])
     stages, constant = time_rows([(model, counts)])
     return Solution(
@@ -211,8 +214,8 @@ def least_compute(model: PassModel) -> np.ndarray:
 
 
 def family_of(policy: Policy) -> PolicyFamily:
-    """Bits, CPU attention or none, and cache on the disk or none.
+    """Bits, CPU attention or none, CPU experts or none, and cache on the disk or none.
 
     Of another family nothing follows: the linear program's average passes flatter some more than others.
     """
-    return policy.weight_bits, policy.cache_bits, policy.cpu_attention, policy.cache
+    return policy.weight_bits, policy.cache_bits, policy.cpu_attention, policy.cpu_experts, policy.cache

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from flexbatch.policy.hardware import Curve, Hardware
+from flexbatch.policy.curve import Curve
+from flexbatch.policy.hardware import Hardware
 
 OF_THE_HOST = frozenset(
     {"disk_read", "disk_write", "host_bandwidth", "cpu_attention", "cpu_attention_during_h2d"}
-    | {"cpu_attention_8", "cpu_attention_4"}
+    | {"cpu_attention_8", "cpu_attention_4", "cpu_experts", "cpu_experts_8", "cpu_experts_4"}
 )
 OF_A_CPU = frozenset(
     {"h2d", "d2h", "link_both", "gather", "scatter", "gemm", "gpu_bandwidth", "attention_decode"}

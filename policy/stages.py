@@ -9,13 +9,14 @@ import numpy as np
 
 from flexbatch.policy.affine import affine, total
 from flexbatch.policy.expert_shape import ExpertShape
+from flexbatch.policy.expert_traffic import NO_EXPERTS, routed_traffic, spared_bytes
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import DISK_THREADS, PAGE_TOKENS
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.policy import Policy
 
-SERIAL = ("h2d", "d2h", "disk_read", "disk_write", "gpu_compute", "cpu_attention")
+SERIAL = ("h2d", "d2h", "disk_read", "disk_write", "gpu_compute", "cpu_attention", "cpu_experts")
 """What adds up when nothing overlaps; the memories are used by these, not beside them."""
 
 
@@ -67,7 +68,13 @@ class PassStages:
         shape, bits = self.shape, self.policy.weight_bits
         weights = {"layer": shape.block_bytes, "dense": shape.dense_bytes}.get(fetch, self._head_bytes)(bits)
         traffic = dict(self._head_traffic() if compute == "head" else self._layer_traffic)
-        traffic["h2d"] = traffic["h2d"] + affine(weights_cpu=weights, weights_disk=weights)
+        spared = affine(cpu_experts=-spared_bytes(shape, self.policy, self.tokens)) if fetch == "layer" else 0.0
+        traffic["h2d"] = traffic["h2d"] + affine(weights_cpu=weights, weights_disk=weights) + spared
+        traffic |= (
+            routed_traffic(shape, self.hardware, self.policy, self.tokens, traffic)
+            if compute == "layer"
+            else NO_EXPERTS
+        )
         traffic["disk_read"] = traffic["disk_read"] + affine(weights_disk=weights)
         others = self._dense_compute if compute == "dense" else self._head_compute
         gpu_seconds, gpu_flops, gpu_bytes = self._layer_compute if compute == "layer" else others()
@@ -228,7 +235,8 @@ class PassStages:
             "gpu_compute": gpu_flops,
             "gpu_memory": gpu_bytes + h2d + d2h,
             "cpu_attention": traffic["cpu_attention"],
-            "host_memory": h2d + d2h + disk + traffic["cpu_attention"],
+            "cpu_experts": traffic["experts"],
+            "host_memory": h2d + d2h + disk + traffic["cpu_attention"] + traffic["experts"],
         }
 
     def _seconds(
@@ -248,6 +256,7 @@ class PassStages:
             "gpu_memory": work["gpu_memory"] / hardware.gpu_bandwidth,
             "cpu_attention": traffic["attended_16"] / attention_rate
             + traffic["calls"] * hardware.cpu_attention_seconds,
+            "cpu_experts": traffic["expert_seconds"],
             "host_memory": work["host_memory"] / hardware.host_bandwidth,
         }
         if not policy.overlap:
@@ -262,19 +271,18 @@ class PassStages:
         # One device: passes of OPT-1.3B that read half a cache and wrote prompts took the sum of both, within 5 % of
         # it.
         seconds["disk_read + disk_write"] = seconds["disk_read"] + seconds["disk_write"]
-        seconds["h2d beside cpu_attention"] = (
-            seconds["h2d"] + traffic["cpu_attention"] * hardware.link_slowdown / hardware.h2d
-        )
-        seconds["cpu_attention beside h2d"] = (
-            seconds["cpu_attention"] + work["h2d"] * hardware.cpu_attention_slowdown / hardware.cpu_attention.values[0]
-        )
+        on_cores = seconds["cpu_attention"] + seconds["cpu_experts"]
+        if self.shape.experts is not None:
+            seconds["cpu_attention + cpu_experts"] = on_cores
+        read = traffic["cpu_attention"] + traffic["experts"]
+        seconds["h2d beside cpu_attention"] = seconds["h2d"] + read * hardware.link_slowdown / hardware.h2d
+        slowdown = hardware.cpu_attention_slowdown / hardware.cpu_attention.values[0]
+        seconds["cpu_attention beside h2d"] = on_cores + work["h2d"] * slowdown
         if self.batches == 1:
             # Nothing is left to compute while the only micro-batch's attention runs on the CPU.
-            seconds["one micro-batch"] = (
-                seconds["cpu_attention"] + gpu_seconds + traffic["calls"] * hardware.exchange_seconds
-            )
+            seconds["one micro-batch"] = on_cores + gpu_seconds + traffic["calls"] * hardware.exchange_seconds
         if hardware.device == "cpu":
-            seconds["cores"] = (
-                seconds["h2d"] + seconds["d2h"] + seconds["gpu_compute"] + traffic["attended_16"] / attention_rate
-            )
+            attended = traffic["attended_16"] / attention_rate
+            links = seconds["h2d"] + seconds["d2h"]
+            seconds["cores"] = links + seconds["gpu_compute"] + attended + seconds["cpu_experts"]
         return seconds

@@ -15,6 +15,7 @@ from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.transfer import READY, Handle, TransferQueues
 from flexbatch.models.arch import Arch
+from flexbatch.models.experts import Halves
 from flexbatch.models.specs import sink_role
 from flexbatch.policy.schedule import Tick
 
@@ -39,6 +40,8 @@ class PendingTick:
     cpu_output: Tensor | None = None
     cpu_done: Handle = READY
     watch: Watch | None = None
+    halves: Halves | None = None
+    """The rest of a layer whose experts are in part computed on the CPU."""
 
 
 class CacheAttention:

@@ -193,4 +193,5 @@ def described(policy: Policy) -> str:
     return (
         f"--percent {percent}, {policy.num_gpu_batches} micro-batches of {policy.gpu_batch_size}, "
         f"{policy.cpu_attention:.0%} CPU attention"
+        + (f", {policy.cpu_experts:.0%} CPU experts" if policy.cpu_experts else "")
     )

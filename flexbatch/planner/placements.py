@@ -59,6 +59,7 @@ def baseline_policy(
         weight_bits=max(constraints.weight_bits),
         cache_bits=max(constraints.cache_bits),
         cpu_attention=config.cpu_attention or 0.0,
+        cpu_experts=problem.cpu_experts or 0.0,
         prefill_chunk=config.prefill_chunk
         or min(MAX_PREFILL_CHUNK, -(-job.longest_prompt // PAGE_TOKENS) * PAGE_TOKENS),
         overlap=config.overlap,

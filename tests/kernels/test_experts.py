@@ -69,6 +69,17 @@ def test_biases_are_those_of_each_expert():
         torch.testing.assert_close(found[token], total, atol=1e-5, rtol=1e-5)
 
 
+def test_choices_of_experts_that_are_elsewhere_leave_the_others_alone():
+    """Their number is above those of all experts, and nobody computes them."""
+    x, chosen, _, gate_up, down = routed(9, 3)
+    biases = torch.randn(EXPERTS, 2 * WIDTH), torch.randn(EXPERTS, HIDDEN)
+    parts = stacks_of(units(gate_up, CUTS["one"], True)), stacks_of(units(down, CUTS["one"], True))
+    elsewhere = (chosen == 0) | (chosen == 3)
+    every = experts.rows_by_loop(x, chosen, *parts, SILU, biases)
+    few = experts.rows_by_loop(x, torch.where(elsewhere, EXPERTS, chosen), *parts, SILU, biases)
+    torch.testing.assert_close(few[~elsewhere], every[~elsewhere], atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_go_by_the_order_of_choices(dtype):
     """Large numbers that cancel show any other order, and sums in 16 bits."""
