@@ -22,7 +22,7 @@ def attention_shares(constraints: Constraints) -> tuple[float, ...]:
     return (1.0, 0.0) if constraints.cpu_attention is None else (constraints.cpu_attention,)
 
 
-def cache_places(constraints: Constraints) -> tuple[Split, ...]:
+def cache_placements(constraints: Constraints) -> tuple[Split, ...]:
     """What a searched policy has for its cache: once none of it may be on the disk, and once some, which the program
     finds; as far as the user's percentages leave open. The first sequence there takes host memory to stop over, as
     much as a micro-batch of them."""
@@ -67,7 +67,7 @@ def families(search: Search) -> list[tuple[MachineBound, Policy]]:
             boundless = search.hardware.with_memory(BOUNDLESS, BOUNDLESS, BOUNDLESS)
             bound = machine_bound(search.shape, boundless, search.workload, search.constraints, *bits)
         if bound is not None:
-            kinds = itertools.product(cache_places(search.constraints), attention_shares(search.constraints))
+            kinds = itertools.product(cache_placements(search.constraints), attention_shares(search.constraints))
             found += [
                 (bound, dataclasses.replace(template, cache=cache, cpu_attention=share)) for cache, share in kinds
             ]

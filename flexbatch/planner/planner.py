@@ -122,8 +122,8 @@ class Planner:
     def hardware(self) -> Hardware:
         """The machine that plans are made for; measured at first use."""
         if self._hardware is None:
-            place = self.deployment.device, self.offload_dir, machine.default_profile_dir()
-            self._hardware = self._of_a_rank(machine.this_machine(*place, measure=not self.dry))
+            machine_key = self.deployment.device, self.offload_dir, machine.default_profile_dir()
+            self._hardware = self._of_a_rank(machine.this_machine(*machine_key, measure=not self.dry))
         return self._hardware
 
     def _of_a_rank(self, found: Hardware) -> Hardware:
