@@ -53,8 +53,8 @@ def test_the_engine_is_refilled_across_the_borders_of_batches() -> None:
     drawn: list[int] = []
 
     def source():  # type: ignore[no-untyped-def]
-        for place, batch in enumerate(batches):
-            drawn.append(place)
+        for position, batch in enumerate(batches):
+            drawn.append(position)
             yield batch
 
     out = []
@@ -142,8 +142,8 @@ def test_a_worker_that_was_thought_dead_counts_nothing_twice(
 
     class HeldUp(FakeLLM):
         def stream(self, items, on_tokens=None):  # type: ignore[no-untyped-def]
-            for place, pair in enumerate(super().stream(items)):
-                if place == 3:
+            for position, pair in enumerate(super().stream(items)):
+                if position == 3:
                     held.set()
                     assert go_on.wait(60)
                 yield pair
