@@ -114,8 +114,8 @@ class Search:
         if policy in tried and least_rate is None:
             return None
         if before is not None:
-            tried[policy] = self.place(policy)
-            return tried[policy]
+            tried[policy] = candidate = self.place(policy)
+            return candidate
         tried[policy] = None
         sizes = self.sizes(policy)
         smallest = min(float(sizes.memory["gpu"] @ point) for point in (ALL_ATTENDED, ALL_DISK, ON_GPU))
