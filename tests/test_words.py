@@ -20,9 +20,15 @@ WORDS: dict[str, tuple[str, dict[str, str]]] = {
         "transfer queues, or streams",
         {"kernels/native_sizes.py": "of a vector register", "kernels/native_experts.py": "of a vector register"},
     ),
-    "room": ("package, or capacity", {}),
+    "room": (
+        "package, or capacity",
+        dict.fromkeys(
+            ("flexbatch/memory/kvcache.py", "flexbatch/memory/window_pages.py", "flexbatch/planner/meshes.py"),
+            "memory that is left",
+        ),
+    ),
     "rooms": ("packages", {}),
-    "places": ("positions, offsets, indices or placements", {}),
+    "places": ("positions, offsets, indices or placements", {"flexbatch/planner/loader.py": "to place, the verb"}),
     "retired": ("finished", {}),
     "settle": ("synchronize or apply", {}),
     "bring": ("copy_to_device", {}),
@@ -57,7 +63,6 @@ CLASSES = {
     "Retired": "Completion",
     "Dispenser": "PartQueue",
     "Unit": "RowGroup",
-    "Share": "ShardAssignment",
 }
 NAMES = ("word_size", "hand_on", "send_on")
 
