@@ -28,7 +28,7 @@ WORDS: dict[str, tuple[str, dict[str, str]]] = {
         ),
     ),
     "rooms": ("packages", {}),
-    "places": ("positions, offsets, indices or placements", {"flexbatch/planner/loader.py": "to place, the verb"}),
+    "places": ("positions, offsets, indices or placements", {}),
     "retired": ("finished", {}),
     "settle": ("synchronize or apply", {}),
     "bring": ("copy_to_device", {}),
