@@ -2,12 +2,13 @@
 by turns, in the same engine.
 
     python -m benchmark.speculation --prompts humaneval.jsonl --output benchmark/results/speculation-cpu.json
-    python -m benchmark.speculation --model smollm2 --draft ngram --places auto --batches 0 --gen-len 128 \
+    python -m benchmark.speculation --model smollm2 --draft ngram --placements auto --batches 0 --gen-len 128 \
         --prompts docs --chat "Summarize this text in three sentences." \
         --output benchmark/results/speculation-smollm2.json
 
-``--places auto`` gives no placement, and ``--batches 0`` no block, so that the planner chooses them. ``--chat`` makes
-chats of the prompts, this sentence before each, whose answers end where the model ends them; elsewhere EOS is ignored.
+``--placements auto`` gives no placement, and ``--batches 0`` no block, so that the planner chooses them. ``--chat``
+makes chats of the prompts, this sentence before each, whose answers end where the model ends them; elsewhere EOS is
+ignored.
 Prompts are JSON lines, or a folder of Markdown files, of which every section of 150 to 600 words is one.
 
 Every job runs with trees and without by turns (`compare_plain`), no turn finding the prompts of another one in the
@@ -46,7 +47,7 @@ from flexbatch import LLM, SamplingParams
 from flexbatch.policy.stdout import data_apart, run_process
 from flexbatch.text.prompts import Prompt
 
-PLACES = {
+PLACEMENTS = {
     "gpu": (100, 0, 100, 0, 100, 0),
     "cpu": (0, 100, 0, 100, 100, 0),
     "disk": (0, 0, 100, 0, 100, 0),
@@ -95,7 +96,7 @@ def noise(processes: int) -> Iterator[None]:
 
 
 def measure(
-    arguments: argparse.Namespace, place: str, batch: int, tree: str, prompts: list[Prompt], jobs: int
+    arguments: argparse.Namespace, placement: str, batch: int, tree: str, prompts: list[Prompt], jobs: int
 ) -> dict[str, Any]:
     """``jobs`` jobs of ``batch`` prompts each in one engine; with a block that is chosen, all prompts are one job."""
     chat, gen_len, temperature = arguments.chat, arguments.gen_len, arguments.temperature
@@ -104,8 +105,8 @@ def measure(
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {"gpu_memory": "4GiB", "cpu_memory": "1GiB", "device": "cpu"}
-        if PLACES[place] is not None:
-            settings["percent"] = PLACES[place]
+        if PLACEMENTS[placement] is not None:
+            settings["percent"] = PLACEMENTS[placement]
         if batch:
             settings |= {"gpu_batch_size": batch, "num_gpu_batches": 1}
         settings |= {"draft": tuple(arguments.draft), "tree": tree, "compare_plain": True, "offload_dir": folder}
@@ -127,7 +128,7 @@ def measure(
         "model": arguments.model,
         "prompts": arguments.prompts.name,
         "chat": chat,
-        "weights": place,
+        "weights": placement,
         "batch": batch,
         "gen_len": gen_len,
         "jobs": len(ratios),
@@ -234,7 +235,7 @@ def main() -> int:
     parser.add_argument("--draft", nargs="+", default=["demo-draft"])
     parser.add_argument("--trees", nargs="+", default=["auto"])
     parser.add_argument(
-        "--places", nargs="+", default=["gpu", "disk"], choices=list(PLACES), help="where the weights are"
+        "--placements", nargs="+", default=["gpu", "disk"], choices=list(PLACEMENTS), help="where the weights are"
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--gen-len", type=int, default=64)
@@ -256,10 +257,10 @@ def main() -> int:
         command = f"python -m benchmark.speculation {shlex.join(sys.argv[1:])}"
         results: list[dict[str, Any]] = []
         print(HEADER, file=data)
-        for place, batch, tree in itertools.product(arguments.places, arguments.batches, arguments.trees):
+        for placement, batch, tree in itertools.product(arguments.placements, arguments.batches, arguments.trees):
             jobs = max(arguments.jobs, arguments.tokens // (max(1, batch) * arguments.gen_len))
             with noise(arguments.noise):
-                result = measure(arguments, place, batch, tree, prompts, jobs)
+                result = measure(arguments, placement, batch, tree, prompts, jobs)
             results.append({**result, "noise_processes": arguments.noise, "command": command})
             print(row(results[-1]), file=data, flush=True)
             if arguments.output:

@@ -1,7 +1,6 @@
 """Affine functions of a placement: what the linear program is made of.
 
-A row [1 + variables] is a constant and a coefficient
-for each share of a tensor kind on a tier.
+A row [1 + variables] is a constant and a coefficient for each share of a tensor kind on a tier.
 """
 
 from __future__ import annotations
@@ -29,8 +28,9 @@ def affine(constant: Number = 0.0, **coefficients: Number) -> np.ndarray:
     """[..., 1 + len(VARIABLES)]: a constant and coefficients by variable, each a number or an array over passes."""
     # A search asks for ten thousands of rows of a single pass, and finding the common shape of numbers takes longer
     # than writing them.
-    shapes = [value.shape for value in (constant, *coefficients.values()) if isinstance(value, np.ndarray)]
-    row = np.zeros((*np.broadcast_shapes(*shapes), 1 + len(VARIABLES)))
+    shapes = {value.shape for value in (constant, *coefficients.values()) if isinstance(value, np.ndarray)} - {()}
+    shape = np.broadcast_shapes(*shapes) if len(shapes) > 1 else next(iter(shapes), ())
+    row = np.zeros((*shape, 1 + len(VARIABLES)))
     row[..., 0] = constant
     for name, value in coefficients.items():
         row[..., COLUMNS[name]] = value

@@ -34,7 +34,7 @@ def cpu_shares(search: Search) -> list[tuple[float, float]]:
     return found
 
 
-def cache_places(constraints: Constraints) -> tuple[Split, ...]:
+def cache_placements(constraints: Constraints) -> tuple[Split, ...]:
     """What a searched policy has for its cache: once none of it may be on the disk, and once some, which the program
     finds; as far as the user's percentages leave open. The first sequence there takes host memory to stop over, as
     much as a micro-batch of them."""
@@ -79,7 +79,7 @@ def families(search: Search) -> list[tuple[MachineBound, Policy]]:
             boundless = search.hardware.with_memory(BOUNDLESS, BOUNDLESS, BOUNDLESS)
             bound = machine_bound(search.shape, boundless, search.workload, search.constraints, *bits)
         if bound is not None:
-            kinds = itertools.product(cache_places(search.constraints), cpu_shares(search))
+            kinds = itertools.product(cache_placements(search.constraints), cpu_shares(search))
             found += [
                 (bound, dataclasses.replace(template, cache=cache, cpu_attention=attention, cpu_experts=experts))
                 for cache, (attention, experts) in kinds

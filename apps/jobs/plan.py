@@ -71,7 +71,7 @@ def open_source(location: str, config: JobConfig, max_request: int = MAX_LINE) -
     return source
 
 
-def _unlike(location: str, kinds: Collection[str | None], first: str) -> str:
+def _mixed_kinds(location: str, kinds: Collection[str | None], first: str) -> str:
     """The error of files that cannot be read together, or of which nobody knows how."""
     if len(kinds) == 1:
         lines = first.lower().endswith(".txt")
@@ -93,7 +93,7 @@ def _open_source(location: str, config: JobConfig, types: dict[str, pa.DataType]
     if kind in ("auto", "dataset"):
         kinds = {file.format for file in files}
         if len(kinds) > 1 or None in kinds:
-            raise ConfigurationError(_unlike(location, kinds, files[0].name))
+            raise ConfigurationError(_mixed_kinds(location, kinds, files[0].name))
         kind = str(kinds.pop())
     if kind == "openai":
         return OpenAISource(filesystem, files, max_request)

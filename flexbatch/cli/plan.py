@@ -256,7 +256,7 @@ def searched_again(planner: Planner, budgets: dict[str, int], config: EngineConf
     problem = planner.problem if config is None else dataclasses.replace(planner.problem, config=config)
     hardware = without_reserves(planner.hardware)
     try:
-        return choose(problem.shape, hardware, problem.workload, constraints_of(problem, budgets))
+        return choose(problem.shape, hardware, problem.workload, constraints_of(problem, budgets), problem.known)
     except DoesNotFit:
         return None
 

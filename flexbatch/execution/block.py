@@ -212,7 +212,7 @@ class Block:
         """Those that need more pages for the next pass, the most urgent first, and then the oldest."""
         page_tokens = self.cache.layout.page_tokens
         # First what costs least to ask, as most have room in their last page.
-        most = [each for each in self.running.values() if each.num_room(page_tokens) < self.spare_tokens]
+        most = [each for each in self.running.values() if each.num_free(page_tokens) < self.spare_tokens]
         found = [each for each in most if self.rows_of_pass(each) > len(each.pages.pages) * page_tokens]
         return sorted(found, key=lambda each: each.precedence)
 

@@ -56,7 +56,7 @@ class TickHalves:
             experts.choose(self.routing.total.cpu(), self.routing.passes)
         self.weights.leaves_experts = self.routed is not None and most_tokens <= self.routed.max_tokens
         if not self.weights.leaves_experts:
-            self.weights.bring_experts()
+            self.weights.fetch_experts()
 
     def begin(
         self, tick: Tick, inputs: MicroBatchInputs, gathered: Handle, buffer: int, watch: Watch | None = None

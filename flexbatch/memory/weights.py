@@ -126,7 +126,7 @@ class WeightStore:
         num_bytes = sum(end - start for start, end in ranges)
         lease.handles.append(self.queues.h2d.submit(copy, self.free_after[lease.slab], name, num_bytes))
 
-    def bring_experts(self) -> None:
+    def fetch_experts(self) -> None:
         """Fetch also the experts that were left out of the layers on their way."""
         assert not self.ready, f"layers {list(self.ready)} are in use"
         for layer, lease in self.leases.items():

@@ -156,8 +156,8 @@ def run_near(device: torch.device) -> Callable[[], None]:
     """Have this process run, and get its memory, where its GPU is attached; returns what undoes it."""
     found = torch.cuda.get_device_properties(device)
     # Older versions of torch do not say where a GPU is.
-    domain, bus, place = (getattr(found, f"pci_{part}_id", -1) for part in ("domain", "bus", "device"))
-    cores = numa.cores_near(numa.pci_name(domain, bus, place)) if bus >= 0 else frozenset()
+    domain, bus, slot = (getattr(found, f"pci_{part}_id", -1) for part in ("domain", "bus", "device"))
+    cores = numa.cores_near(numa.pci_name(domain, bus, slot)) if bus >= 0 else frozenset()
     if cores:
         torch.set_num_threads(min(torch.get_num_threads(), len(cores)))
     return numa.run_on(cores)

@@ -113,13 +113,13 @@ def fallbacks(problem: Problem, requirements: Requirements) -> Iterator[Policy]:
     """Simple placements that fit, each with its largest block, and with few prompt tokens a pass where more do not
     fit."""
     for placement in FALLBACK_PLACEMENTS[: 1 if problem.config.percent is not None else None]:
-        for policy in ladder(problem, placement):
+        for policy in smaller_blocks(problem, placement):
             if not overshoot(requirements(policy), problem.budgets):
                 yield policy
                 break
 
 
-def ladder(problem: Problem, placement: tuple[Split, Split]) -> Iterator[Policy]:
+def smaller_blocks(problem: Problem, placement: tuple[Split, Split]) -> Iterator[Policy]:
     """Ever smaller blocks of one placement."""
     for budget in [problem.config.prefill_budget] if problem.config.prefill_budget else [512, SMALLEST_PREFILL_BUDGET]:
         sequences = min(WHOLE_BLOCK, problem.job.num_requests)

@@ -122,8 +122,8 @@ class Planner:
     def hardware(self) -> Hardware:
         """The machine that plans are made for; measured at first use."""
         if self._hardware is None:
-            place = self.deployment.device, self.offload_dir, machine.default_profile_dir()
-            self._hardware = self._of_a_rank(machine.this_machine(*place, measure=not self.dry))
+            machine_key = self.deployment.device, self.offload_dir, machine.default_profile_dir()
+            self._hardware = self._of_a_rank(machine.this_machine(*machine_key, measure=not self.dry))
         return self._hardware
 
     def _of_a_rank(self, found: Hardware) -> Hardware:
@@ -191,9 +191,10 @@ class Planner:
         return Problem(self.deployment.arch, config, job, held, element_bytes, model.prequantized, loaded, loras)
 
     def _chosen(self, problem: Problem, num_slabs: int | None = None) -> Choice:
-        choice = choose_policy(
-            problem, lambda: self.hardware, lambda policy: self.requirements_of(policy, problem.job, num_slabs)
-        )
+        needs = partial(self.requirements_of, job=problem.job, num_slabs=num_slabs)
+        choice = choose_policy(problem, lambda: self.hardware, needs)
+        if not self.dry:
+            problem.known.sizes.clear()  # tens of MB, and only another search for this job would use them
         if choice.plan is not None:
             rate, limit = choice.plan.predicted_tokens_per_second, choice.plan.limiting_resource
             logger.info("chose %s: %.4g tok/s predicted, limited by %s", described(choice.policy), rate, limit)
@@ -202,10 +203,9 @@ class Planner:
     def requirements_of(self, policy: Policy, job: Job, num_slabs: int | None = None) -> list[MemoryRequirement]:
         """Returns the exact requirements of a job under any policy."""
         kind = policy.weights, policy.weight_bits, num_slabs or policy.num_weight_slabs
-        weight_plan = self._weight_plans.get(kind)
-        if weight_plan is None:
-            weight_plan = self._weight_plans[kind] = self.deployment.weight_plan(policy, num_slabs)
-        return self.deployment.requirements(weight_plan, policy, self.deployment.sizes(policy, job))
+        if kind not in self._weight_plans:
+            self._weight_plans[kind] = self.deployment.weight_plan(policy, num_slabs)
+        return self.deployment.requirements(self._weight_plans[kind], policy, self.deployment.sizes(policy, job))
 
     def replan(self, job: Job) -> EnginePlan:
         """The plan for a job, a new one where it is not like the one that the policy was chosen for. The weights move

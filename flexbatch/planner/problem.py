@@ -18,6 +18,7 @@ from flexbatch.models.arch import Arch
 from flexbatch.models.lora.adapter_set import AdapterSet
 from flexbatch.models.quantized.scheme import Form
 from flexbatch.models.specs import weight_specs
+from flexbatch.policy.candidates import Known
 from flexbatch.policy.expert_shape import ExpertShape
 from flexbatch.policy.limits import weight_group
 from flexbatch.policy.model_shape import ModelShape
@@ -40,6 +41,9 @@ class Problem:
     loaded: Policy | None = None
     """The policy whose weights and bits are in memory and stay as they are."""
     adapters: AdapterSet | None = None
+    known: Known = field(default_factory=Known, compare=False)
+    """What searches for it have computed; a problem that differs in its budgets or in the bits of its cache alone may
+    have it, too."""
 
     def __post_init__(self) -> None:
         if self.arch.latent is not None and self.config.cpu_attention:

@@ -159,8 +159,8 @@ def test_a_damaged_row_group_and_a_file_that_is_gone_are_named(tmp_path: Path) -
     )
     source = source_of(path)
     data = bytearray(path.read_bytes())
-    place = data.index(b"row 150")
-    data[place : place + 7] = b"ROW 150"
+    position = data.index(b"row 150")
+    data[position : position + 7] = b"ROW 150"
     path.write_bytes(data)
     stream = read_parts(source, plan_parts(source.row_groups, 100))
     assert next(stream)[1]["a"][0].as_py() == "row 0"

@@ -17,13 +17,13 @@ jsonschema = pytest.importorskip("jsonschema")
 FEW = ("enum", "pattern", "names", "recursive", "one of", "additional", "sentiment", "grüße", "expression", "tool call",
        "bounded or const, map", "even, named by others")  # fmt: skip
 BLOCK = {"device": "cpu", "gpu_batch_size": 8, "num_gpu_batches": 2, "gpu_memory": "1GiB", "cpu_memory": "1GiB"}
-PLACES = {"gpu": (100, 0, 100, 0, 100, 0), "cpu": (0, 100, 0, 100, 0, 100), "disk": (0, 0, 0, 0, 100, 0)}
+PLACEMENTS = {"gpu": (100, 0, 100, 0, 100, 0), "cpu": (0, 100, 0, 100, 0, 100), "disk": (0, 0, 0, 0, 100, 0)}
 WAYS = {
     "n-gram": {"draft": "ngram"},
     "tree": {"draft": "demo-draft", "tree": "<2,2,1>"},
     "chain": {"draft": "demo-draft", "tree": "chain:4"},
-    "disk": {"percent": PLACES["disk"]},
-    "cpu": {"percent": PLACES["cpu"], "cpu_attention": 1.0},
+    "disk": {"percent": PLACEMENTS["disk"]},
+    "cpu": {"percent": PLACEMENTS["cpu"], "cpu_attention": 1.0},
     "few pages": {"reserve": "expected", "gpu_batch_size": 4},
 }
 

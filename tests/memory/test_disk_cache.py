@@ -84,8 +84,10 @@ def test_rows_are_read_as_they_were_appended(
                 for layer in range(LAYERS):
                     cache.append(tables[i], layer, start, fresh[layer], drafted)
                     if path:
-                        cache.move(tables[i], layer, [start + count + place for place in path], start + count)
-                known[i] = torch.cat([known[i], fresh[:, :count], fresh[:, [count + place for place in path]]], dim=1)
+                        cache.move(tables[i], layer, [start + count + position for position in path], start + count)
+                known[i] = torch.cat(
+                    [known[i], fresh[:, :count], fresh[:, [count + position for position in path]]], dim=1
+                )
                 cache.check()
             for layer in range(LAYERS):
                 found = read(cache, queues, [(tables[i], known[i].shape[1]) for i in (1, 0)], layer)

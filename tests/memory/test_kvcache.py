@@ -199,14 +199,14 @@ class CacheMachine(RuleBasedStateMachine):
             text, rows = self.text_of(query), fresh[query]
             kept = range(query.num_tokens)
             if query.parents is not None:
-                path, place = [], 0
+                path, position = [], 0
                 while (
-                    below := [i for i, parent in enumerate(query.parents) if parent == place]
+                    below := [i for i, parent in enumerate(query.parents) if parent == position]
                 ) and chance.random() < 0.8:
-                    place = chance.choice(below)
-                    path.append(place)
+                    position = chance.choice(below)
+                    path.append(position)
                 path = path[: max(0, text.capacity - query.start - 1)]
-                accepted.append((text.table, query.start + 1, [query.start + place for place in path]))
+                accepted.append((text.table, query.start + 1, [query.start + position for position in path]))
                 kept = (0, *path)
             text.rows = torch.cat([text.rows, rows[:, list(kept)]], dim=1)
         keep_paths(self.cache, accepted)

@@ -79,7 +79,7 @@ def test_every_family(size, tmp_path):
     ] == []
 
 
-PLACES = [
+PLACEMENTS = [
     {"percent": (0, 0, 0, 0, 0, 0)},
     {"percent": (0, 100, 0, 100, 0, 100), "cpu_attention": 0.5},
     {"percent": (100, 0, 100, 0, 100, 0), "async_scheduling": True},
@@ -98,9 +98,9 @@ def test_every_place_and_tree(family, size, tmp_path):
     sizes |= {"ffn_dim": 128, "word_embed_proj_dim": 64} if family == "opt" else {"intermediate_size": 128}
     sizes |= {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64} if family == "qwen2_moe" else {}
     engines = []
-    for place in PLACES:
+    for placement in PLACEMENTS:
         for tree in TREES:
-            settings = {**place, **tree}
+            settings = {**placement, **tree}
             engines.append(engine(tmp_path, family, sizes, settings=settings, params=[GREEDY, SAMPLED] * 3))
     ranks = start(tmp_path, size, engines)
     wanted = [generated(each)["answers"] for each in engines]
