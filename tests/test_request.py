@@ -307,7 +307,7 @@ SETTINGS = {
     **dict.fromkeys(
         ("overlap", "recalibrate", "compare_plain", "dummy_weights", "async_scheduling"), (0, 1, "no", None, [])
     ),
-    **dict.fromkeys(("cpu_attention", "simulate_acceptance"), ("a", "0.5", True, math.nan, [0.5])),
+    **dict.fromkeys(("cpu_attention", "cpu_experts", "simulate_acceptance"), ("a", "0.5", True, math.nan, [0.5])),
     **dict.fromkeys(("model", "device", "dtype", "hardware"), (5, None, b"cpu", ["cpu"], float)),
     **dict.fromkeys(("tree", "offload_dir", "tokenizer", "generation_config", "draft_sampling"), (5, b"a", ["a"])),
     "reserve": (5, None, "some", b"all", ["all"]),

@@ -36,8 +36,9 @@ def project(
         query = linear("q", x)
     query = query.unflatten(-1, (arch.num_heads, -1))
     row = linear("kv_a", x)
-    key = row[:, None, latent.rank :].contiguous()
-    turned = query[..., latent.nope :].contiguous()
+    # Of one token the parts count as contiguous with the strides of the whole: copies have their own.
+    key = row[:, None, latent.rank :].clone(memory_format=torch.contiguous_format)
+    turned = query[..., latent.nope :].clone(memory_format=torch.contiguous_format)
     ops.rotary(turned, key, *tables, positions, rotary_dim=latent.rope, interleaved=arch.rope_interleaved)
     compressed = ops.rms_norm(row[:, : latent.rank].contiguous(), weights["kv_a_norm.weight"], latent.norm_eps)
     up = weights["k_up.weight"].unflatten(0, (arch.num_heads, -1))

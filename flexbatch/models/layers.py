@@ -34,7 +34,7 @@ def embed(
     hidden = embed_rows
     if arch.embed_scale != 1.0:
         # The factor is rounded to the compute dtype first, as the published models were trained.
-        hidden = hidden * torch.tensor(arch.embed_scale, dtype=hidden.dtype, device=hidden.device)
+        hidden = hidden * torch.tensor(arch.embed_scale, dtype=hidden.dtype).item()
     if arch.projects_embedding:
         hidden = _linear(weights, "project_in", hidden, -1, adapters)
     if arch.position == "learned":

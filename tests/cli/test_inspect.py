@@ -86,7 +86,7 @@ def test_facts_equal_those_of_the_files(
         forms = {entry["form"]: (entry["tensors"], entry["roles"]) for entry in found["stored"]}
         assert forms["4 bits in groups of 32"] == (6, ["qkv", "o"])
         assert forms["8 bits in groups of 32"] == (3, ["gate_up"])
-        assert "down" in forms["32-bit floats"][1]
+        assert forms["MXFP4"] == (3, ["down"])
     else:
         assert (found["format"], set(found["tensor_types"])) == ("safetensors", {"F32"})
 
@@ -97,7 +97,7 @@ def test_text_is_a_line_for_each_matter(models: dict[str, Path], told: Callable[
     wanted = "model, format, files, family, sizes, context, stops at, tokenizer, chat template, stored as, codes, plan"
     assert code == 0 and names == wanted.split(", ")
     assert "14 characters" in out and "4 bits in groups of 32" in out
-    assert "\ncodes:         12 in Q4_0 kept in codes as they are, 3 in " in out
+    assert "\ncodes:         12 in Q4_0, 3 in MXFP4 kept in codes as they are, 3 in " in out
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_the_kernels_give_the_products_of_the_loop(dtype, cut, tokens):
     x, chosen, shares, gate_up, down = (each.cuda() for each in routed(tokens, 3, dtype=dtype))
     shares = shares.float()
     stacks = [stacks_of(each) for each in (units(gate_up, cut, True), units(down, [3, 4], True))]
-    tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.02}
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.03, "rtol": 0.02}
     wanted = experts.by_loop(x, chosen, shares, *stacks, GatedActivation())
     torch.testing.assert_close(experts.expert_mlp(x, chosen, shares, *stacks, GatedActivation()), wanted, **tolerance)
 

@@ -114,7 +114,14 @@ def test_bytes_and_spans_are_counted_by_resource() -> None:
         queues.pages.submit(lambda: None, name="b", num_bytes=4)
         queues.disk_write.submit(lambda: None, num_bytes=5)
         queues.synchronize()
-        assert queues.moved_bytes() == {"h2d": 7, "d2h": 0, "disk_read": 0, "disk_write": 5, "cpu_attention": 0}
+        assert queues.moved_bytes() == {
+            "h2d": 7,
+            "d2h": 0,
+            "disk_read": 0,
+            "disk_write": 5,
+            "cpu_attention": 0,
+            "cpu_experts": 0,
+        }
         uses = tracer.summary()
         assert {name: (use.spans, use.num_bytes) for name, use in uses.items()} == {"h2d": (2, 7), "disk_write": (1, 5)}
     finally:
@@ -158,7 +165,7 @@ owner = Owner()
 weakref.finalize(owner, close)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "closed 1 1 1 1 1 1 1\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "closed 1 1 1 1 1 1 1 1\n", "")
 
 
 def test_jobs_compute_without_gradients_and_closing_ends_the_threads() -> None:

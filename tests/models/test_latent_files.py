@@ -86,10 +86,14 @@ BAD = {
     "normalized shares": ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob=True is not supported"),
     "every second layer": ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq=2 is not supported"),
     "uneven groups": ("deepseek_v3", {"n_group": 3}, "n_group=3 groups"),
-    "layers of no kind": ("glm4_moe_lite", {"mlp_layer_types": ["dense", "thin", "sparse"]}, "must name each of 3"),
+    "layers of no kind": (
+        "glm4_moe_lite",
+        {"mlp_layer_types": ["dense", "thin", "sparse"]},
+        "must name each of num_hidden_layers=3",
+    ),
     "half a rotation": ("glm4_moe_lite", {"partial_rotary_factor": 0.5}, "turns 4 of qk_rope_head_dim=8"),
     "no rank": ("deepseek_v3", {"kv_lora_rank": 0}, "kv_lora_rank=0 must be a whole number from 1"),
-    "an odd rotation": ("deepseek_v3", {"qk_rope_head_dim": 7}, "must be even"),
+    "an odd rotation": ("deepseek_v3", {"qk_rope_head_dim": 7}, "must be an even"),
 }
 
 

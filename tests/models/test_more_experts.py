@@ -3,13 +3,11 @@ model, and rules of their routers."""
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flexbatch.kernels import ops
+from flexbatch.kernels.expert_codes import GatedActivation, stacks_of
 from flexbatch.kernels.experts import scaled_inputs
 from flexbatch.models import checkpoint, families
 from flexbatch.models.checkpoint import CheckpointError
@@ -31,7 +29,11 @@ BAD = {
     "a shared MLP": ("minimax_m2", {"shared_intermediate_size": 44}, "shared_intermediate_size=44"),
     "another gate": ("ernie4_5_moe", {"moe_gate": "top2_fused"}, "moe_gate='top2_fused' is not supported"),
     "more than there are": ("ernie4_5_moe", {"moe_k": 7}, "moe_k=7 must be at most moe_num_experts=6"),
-    "layers that nobody knows": ("llama4_text", {"layer_types": ["full_attention"] * 3}, "must name each of 4 layers"),
+    "layers that nobody knows": (
+        "llama4_text",
+        {"layer_types": ["full_attention"] * 3},
+        "must name each of num_hidden_layers=4 layers",
+    ),
     "other layers": ("llama4_text", {"layer_types": ["sliding_attention"] * 4}, "chunked_attention or full_attention"),
     "too few rotations": ("llama4_text", {"no_rope_layers": [1, 0]}, "no_rope_layers names 2 layers"),
     "half a rotation": ("llama4_text", {"no_rope_layers": [1, 0.5, 1, 1]}, "must be a list of 0 and 1"),
@@ -97,9 +99,7 @@ def test_shares_may_scale_what_an_expert_is_given():
     generator = torch.Generator().manual_seed(0)
     x, gate_up, down = (torch.randn(size, generator=generator) for size in ((5, 6), (4, 8, 6), (4, 6, 4)))
     chosen, shares = torch.tensor([[0, 3], [1, 2], [3, 1], [3, 0], [2, 3]]), torch.rand(5, 2, generator=generator)
-    found = scaled_inputs(
-        x, chosen, shares, [(0, gate_up)], [(0, down)], partial(ops.gated_activation, activation="silu")
-    )
+    found = scaled_inputs(x, chosen, shares, stacks_of([(0, gate_up)]), stacks_of([(0, down)]), GatedActivation("silu"))
     for token in range(5):
         wanted = torch.zeros(6)
         for expert, share in zip(chosen[token], shares[token], strict=True):

@@ -29,7 +29,7 @@ def capture(monkeypatch, rows: dict) -> None:
         for layer in range(layout.num_layers):
             if table.tier == "disk":
                 pages = torch.zeros(layout.num_pages(table.num_tokens), layout.page_bytes, dtype=torch.uint8)
-                cache.disk.read([(table, table.num_tokens)], layer, pages, cache.queues.disk_chunks)
+                cache.disk.read([(table.location, table.num_tokens)], layer, pages, cache.queues.disk_chunks)
                 rows_of_layer = layout.row_view(pages.view(-1))[: table.num_tokens]
             else:
                 rows_of_layer = cache.rows(table.tier, layer)[
