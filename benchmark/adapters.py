@@ -52,7 +52,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for _ in range(args.prompts)
     ]
     params = SamplingParams(max_tokens=args.new_tokens, temperature=0.0, ignore_eos=True)
-    settings: dict[str, Any] = {"dummy_weights": True, "weight_bits": args.weight_bits}
+    settings: dict[str, Any] = {"dummy_weights": True, "weight_bits": args.weight_bits, "hardware": args.hardware}
     settings |= {} if args.gpu_memory is None else {"gpu_memory": args.gpu_memory}
     with tempfile.TemporaryDirectory() as root:
         folders = {f"a{number}": str(Path(root) / f"a{number}") for number in range(args.adapters)}
@@ -104,6 +104,7 @@ def main() -> int:
     parser.add_argument("--model", default="llama-3-8b", choices=sorted(SHAPES))
     parser.add_argument("--weight-bits", type=int, default=16, choices=(16, 8, 4))
     parser.add_argument("--gpu-memory", help="the cap of the engine (default: what the GPU has)")
+    parser.add_argument("--hardware", default="auto", help="the profile that plans are made by")
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--prompts", type=int, default=127)
