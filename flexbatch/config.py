@@ -63,7 +63,9 @@ class EngineConfig:
         metavar=("WG", "WC", "CG", "CC", "AG", "AC"),
     )
     gpu_batch_size: int | None = option(None, "sequences in one micro-batch (default: chosen)")
-    num_gpu_batches: int | None = option(None, "micro-batches in one block (default: chosen)")
+    num_gpu_batches: int | None = option(
+        None, "micro-batches in one pass; as many passes are in flight as there are pipeline stages (default: chosen)"
+    )
     cpu_attention: float | None = option(
         None, "share of the CPU-resident cache that is attended where it lies, 0 to 1 (default: chosen)"
     )
@@ -125,6 +127,11 @@ class EngineConfig:
         choices=("auto", "none"),
     )
     dummy_weights: bool = option(False, "random weights of a public shape, without any download")
+    pipeline_parallel_size: int = option(
+        1,
+        "stages that share the layers out, each with GPUs of its own: started with the engine on this host, or by "
+        "torchrun",
+    )
     tensor_parallel_size: int = option(
         1,
         "GPUs that share every layer, a process each: started with the engine on this host, or by torchrun",
@@ -153,7 +160,7 @@ class EngineConfig:
                         f"(the rest is on disk), not {gpu + cpu:g}"
                     )
         sizes = "gpu_batch_size", "num_gpu_batches", "prefill_chunk", "prefill_budget", "max_model_len"
-        for name in (*sizes, "tensor_parallel_size"):
+        for name in (*sizes, "pipeline_parallel_size", "tensor_parallel_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 refuse(f"{name}={value} must be at least 1")
@@ -183,7 +190,7 @@ class EngineConfig:
     @property
     def mesh_shape(self) -> MeshShape:
         """Of the ranks that run it."""
-        return MeshShape(tensor=self.tensor_parallel_size)
+        return MeshShape(pipeline=self.pipeline_parallel_size, tensor=self.tensor_parallel_size)
 
     @property
     def goes_ahead(self) -> bool:

@@ -67,7 +67,7 @@ def compared(loop: EngineLoop, requests: Many[Request]) -> Generator[tuple[Reque
     """`completions`, with plain decoding of the same requests by turns, for the report. No turn finds prompts in
     the cache that an earlier one has read."""
     loop.capacity.prepare(loop.job(requests))
-    for turn in turns(requests, loop.planner.engine_plan.policy.block_size):
+    for turn in turns(requests, loop.planner.engine_plan.block_policy.block_size):
         loop.capacity.prepare(loop.job(turn.requests)).cache.forget_prefixes()
         with measuring(loop, turn):
             for request, completion in completions(loop, turn.requests, turn.drafted):

@@ -84,7 +84,7 @@ def machine_bound(
         constraints,
         policy,
         rows,
-        occupied * shape.token_bytes(cache_bits) * shape.num_layers,
+        occupied * shape.token_bytes(cache_bits) * shape.num_layers * shape.stages,
     )
     if seconds is None:
         return None

@@ -35,6 +35,8 @@ KIND_LABELS = (
     "reserved",
 )
 
+STAGED = "activations_cpu", "activations_disk"
+
 
 def prompt_tokens_per_pass(workload: Workload, policy: Policy) -> float:
     """Prompt tokens of one micro-batch in one pass at the peak: its budget, or all its sequences' chunks."""
@@ -61,29 +63,29 @@ def memory_rows(
     states.
     """
     batch, batches, bits = policy.gpu_batch_size, policy.num_gpu_batches, policy.weight_bits
-    reserved = reserved_tokens(workload, policy)
-    row = shape.token_bytes(policy.cache_bits)
+    reserved, row = reserved_tokens(workload, policy), shape.token_bytes(policy.cache_bits)
     weights = shape.total_bytes(bits)
     slab = float(policy.num_weight_slabs) * shape.largest_layer_bytes(bits)
     dequantization = shape.dequantized_bytes(bits)
-    cache = batch * batches * reserved * row * shape.num_layers
+    cache = shape.stages * batch * batches * reserved * row * shape.num_layers
     staged = 2.0 * batch * reserved * row
     # On its way from disk to the link everything stops over in host memory; without a GPU it is read straight into
     # place.
     stopover = 1.0 if hardware.device == "cuda" else 0.0
     tokens = batch + prompt_tokens_per_pass(workload, policy)
     hidden, two_hidden = batches * tokens * shape.hidden_bytes, 2.0 * tokens * shape.hidden_bytes
+    between, away = (hidden + two_hidden) * (shape.stages > 1), dict.fromkeys(STAGED, two_hidden)
     cpu_attention_tokens = batch if policy.cpu_attention > 0 else 0
     exchange = (
         8.0 * cpu_attention_tokens * (shape.num_heads + shape.num_kv_heads) * shape.head_dim * shape.element_bytes
     )
-    open_pages = batch * batches * PAGE_TOKENS * row * shape.num_layers
+    open_pages = shape.stages * batch * batches * PAGE_TOKENS * row * shape.num_layers
     gpu = {
         "weights": affine(weights_gpu=weights),
         "weight slabs": affine(dequantization, weights_cpu=slab, weights_disk=slab),
         "cache": affine(cache_gpu=cache),
         "cache staging": affine(cache_cpu=staged, cache_disk=staged),
-        "activations": affine(activations_gpu=hidden, activations_cpu=two_hidden, activations_disk=two_hidden),
+        "activations": affine(between, activations_gpu=hidden, **away),
         "workspace": affine(tokens * shape.peak_workspace_bytes),
         "logits": affine(logits_bytes(max(MIN_LOGIT_ROWS, batch) * shape.vocab_size)),
         # Only where everything is on the gpu tier; the cache is the last that gets there.

@@ -49,6 +49,8 @@ class ModelShape:
     """Of latent attention, elements of a head's query and value outside the space of the latent."""
     adapter_tensors: tuple[int, ...] = ()
     """Of the adapters of one layer, which are never quantized."""
+    stages: int = 1
+    """Of a pipeline, of which this is one: so many passes are in flight, each with sequences of its own."""
 
     @classmethod
     def from_sizes(

@@ -317,7 +317,7 @@ SETTINGS = {
     "draft": (5, [5], [None], "", b"demo-draft"),
     "lora": (5, "a", [5], {"a": 5}, {5: "a"}, ["a"]),
     "lora_default": (5, b"a", ["a"]),
-    "tensor_parallel_size": (0, -2, "two", 1.5, [2], None),
+    **dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size"), (0, -2, "two", 1.5, [2], None)),
 }
 
 

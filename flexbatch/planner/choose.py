@@ -6,11 +6,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from flexbatch.execution.job import Job
 from flexbatch.memory.tiers import MemoryRequirement, check_budgets
+from flexbatch.models.arch import Arch
 from flexbatch.planner.placements import (
     SMALLEST_PREFILL_BUDGET,
     WHOLE_BLOCK,
@@ -104,6 +105,15 @@ def weighed(problem: Problem, machine: Hardware, requirements: Requirements) -> 
             )
         raise DoesNotFitError(str(refusal)) from refusal
     return max(found, key=predicted)
+
+
+def on_slowest(problem: Problem, arches: Iterable[Arch], choice: Choice, hardware: Callable[[], Hardware]) -> Choice:
+    """The choice with the plan of that stage of a pipeline which takes longest: every pass waits for it."""
+    if choice.plan is None or problem.arch.stage is None:
+        return choice
+    machine, others = without_reserves(hardware()), (arch for arch in arches if arch != problem.arch)
+    plans = [priced(dataclasses.replace(problem, arch=arch), machine, choice.policy, choice.plan) for arch in others]
+    return Choice(choice.policy, min([choice.plan, *plans], key=lambda plan: plan.predicted_tokens_per_second))
 
 
 def counting_graphs(problem: Problem, machine: Hardware, requirements: Requirements) -> Requirements:

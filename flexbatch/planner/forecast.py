@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flexbatch.execution.block_sizes import BlockSizes
@@ -16,6 +16,7 @@ from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.problem import model_shape, workload_of
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.plan import price
+from flexbatch.policy.policy import TIERS
 from flexbatch.policy.trajectory import passes_of
 
 
@@ -31,13 +32,17 @@ class Forecast:
         """What the job should take, every answer as long as it may get; in seconds where the machine's rates are
         known."""
         found = self.engine_plan
-        workload = workload_of(self.job)
-        passes = passes_of(workload, found.policy, sizes=self.sizes.cache)
+        parts = found.deployment.passes_in_flight
+        workload, cache = workload_of(self.job.of_every(parts)), self.sizes.cache
+        if parts > 1:
+            pages = {f"{tier}_pages": -(-cache.pages(tier) // parts) for tier in TIERS}
+            cache = replace(cache, **pages, disk_sequences=-(-cache.disk_sequences // parts))
+        passes = passes_of(workload, found.policy, sizes=cache)
         facts = {
-            "sequences": workload.num_sequences,
-            "waves": -(-self.job.num_requests // max(1, round(float(passes.in_flight.max())))),
-            "predicted_passes": round(float(passes.counts.sum())),
-            "tail_passes": round(passes.tail_passes),
+            "sequences": self.job.num_requests,
+            "waves": -(-self.job.num_requests // max(1, parts * round(float(passes.in_flight.max())))),
+            "predicted_passes": parts * round(float(passes.counts.sum())),
+            "tail_passes": parts * round(passes.tail_passes),
             "tail_sequences": passes.tail_sequences,
             "assumed_answer_tokens": workload.mean_output,
         }
@@ -46,7 +51,7 @@ class Forecast:
         config, model = found.config, found.model
         shape = model_shape(
             config.model,
-            found.arch,
+            found.deployment.most_layers,
             found.dtype.itemsize,
             config.weight_bits,
             model.prequantized,

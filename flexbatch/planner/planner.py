@@ -15,20 +15,19 @@ from flexbatch.calibrate.profile_file import write_hardware
 from flexbatch.config import EngineConfig
 from flexbatch.execution.job import Job
 from flexbatch.memory.tiers import MemoryRequirement, check_budgets
-from flexbatch.memory.weight_plan import WeightPlan
 from flexbatch.models.generation_config import generation_of
 from flexbatch.models.lora.adapter_set import AdapterSet
 from flexbatch.models.opened import OpenModel
 from flexbatch.parallel.channel import RankChannel
 from flexbatch.planner import budgets
-from flexbatch.planner.choose import Choice, choose_policy, differs, priced, without_reserves
+from flexbatch.planner.choose import Choice, choose_policy, differs, on_slowest, priced, without_reserves
 from flexbatch.planner.deploy import deploy, refuse_adapters
 from flexbatch.planner.engine_plan import EnginePlan, described
 from flexbatch.planner.placements import baseline_policy, fallbacks, overshoot
 from flexbatch.planner.problem import Problem
 from flexbatch.planner.relocation import Kind, Relocation, could_gain, fits_while_moving, kind_of
 from flexbatch.policy.hardware import Hardware
-from flexbatch.policy.policy import Policy, Split
+from flexbatch.policy.policy import Policy
 from flexbatch.policy.shared_host import shared_by
 from flexbatch.text.prompts import PromptEncoder
 from flexbatch.validation.devices import named_machine
@@ -78,8 +77,6 @@ class Planner:
         """Whose weights are in memory."""
         self.job_is_known = job is not None
         self._engine_plan: EnginePlan | None = None
-        self._weight_plans: dict[tuple[Split, int, int], WeightPlan] = {}
-        """By what they depend on: a search asks for the same ones with many sizes of a block."""
         self._settled: set[Kind] = set()
         """Kinds of jobs for which the weights that are in memory were found to be good enough."""
         if job is None:
@@ -140,9 +137,8 @@ class Planner:
 
     def adopt(self, loras: AdapterSet) -> None:
         """Plan with more adapters from now on: the next job brings them to their tiers."""
-        refuse_adapters(self.deployment.shard is not None)
+        refuse_adapters(self.deployment.mesh.size > 1)
         self.deployment = dataclasses.replace(self.deployment, adapters=loras)
-        self._weight_plans.clear()
         self._settled.clear()
         self.placed = self.placed and self.placed.on(self.deployment)
         self._engine_plan = self._engine_plan and self._engine_plan.on(self.deployment)
@@ -176,7 +172,7 @@ class Planner:
 
     def _decide_for(self, job: Job, before: EnginePlan | None, answer_share: float = 1.0) -> EnginePlan:
         problem = self._problem(job, before)
-        choice = self._chosen(problem, None if before is None else before.weight_plan.num_slabs)
+        choice = self._chosen(problem, job, None if before is None else before.weight_plan.num_slabs)
         self.problem = problem
         weight_plan = self.deployment.weight_plan(choice.policy) if before is None else before.weight_plan
         return EnginePlan(self.deployment, choice.policy, choice.plan, weight_plan, answer_share)
@@ -189,12 +185,19 @@ class Planner:
             )
         element_bytes, loaded = self.deployment.dtype.itemsize, None if before is None else before.policy
         held, loras = self.deployment.budgets, self.deployment.adapters
-        return Problem(self.deployment.arch, config, job, held, element_bytes, model.prequantized, loaded, loras)
+        arch, part = self.deployment.most_layers, self._part(job)
+        whole = job.num_requests if part is not job else None
+        return Problem(arch, config, part, held, element_bytes, model.prequantized, loaded, loras, whole)
 
-    def _chosen(self, problem: Problem, num_slabs: int | None = None) -> Choice:
+    def _part(self, job: Job) -> Job:
+        """What a pass runs, and the ones after it on the same part of the block."""
+        return job.of_every(self.deployment.passes_in_flight)
+
+    def _chosen(self, problem: Problem, job: Job, num_slabs: int | None = None) -> Choice:
         choice = choose_policy(
-            problem, lambda: self.hardware, lambda policy: self.requirements_of(policy, problem.job, num_slabs)
+            problem, lambda: self.hardware, lambda policy: self.requirements_of(policy, job, num_slabs)
         )
+        choice = on_slowest(problem, self.deployment.stage_arches, choice, lambda: self.hardware)
         if choice.plan is not None:
             rate, limit = choice.plan.predicted_tokens_per_second, choice.plan.limiting_resource
             logger.info("chose %s: %.4g tok/s predicted, limited by %s", described(choice.policy), rate, limit)
@@ -202,10 +205,7 @@ class Planner:
 
     def requirements_of(self, policy: Policy, job: Job, num_slabs: int | None = None) -> list[MemoryRequirement]:
         """Returns the exact requirements of a job under any policy."""
-        kind = policy.weights, policy.weight_bits, num_slabs or policy.num_weight_slabs
-        weight_plan = self._weight_plans.get(kind)
-        if weight_plan is None:
-            weight_plan = self._weight_plans[kind] = self.deployment.weight_plan(policy, num_slabs)
+        weight_plan = self.deployment.weight_plan(policy, num_slabs)
         return self.deployment.requirements(weight_plan, policy, self.deployment.sizes(policy, job))
 
     def replan(self, job: Job) -> EnginePlan:
@@ -219,7 +219,7 @@ class Planner:
         fits = not overshoot(current.requirements(current.sizes(job)), self.deployment.budgets)
         kept: EnginePlan | None = current
         refusal: DoesNotFitError | None = None
-        if not fits or differs(self.problem, current.policy, job):
+        if not fits or differs(self.problem, current.policy, self._part(job)):
             try:
                 kept = self._decide(job, before)
             except DoesNotFitError as error:
@@ -241,7 +241,7 @@ class Planner:
         problem = self._problem(job, bits=before.policy)
         if kept is None or could_gain(problem, self.hardware, kept):
             with contextlib.suppress(DoesNotFitError):
-                choice = self._chosen(problem)
+                choice = self._chosen(problem, job)
                 weight_plan = self.deployment.weight_plan(choice.policy)
                 found = EnginePlan(self.deployment, choice.policy, choice.plan, weight_plan)
                 relocation = Relocation(problem, self.hardware, kept, found) if kept else None
@@ -258,7 +258,7 @@ class Planner:
         """A plan for what is left of a job whose answers are not as long as assumed; it is the latest from now on.
         None where the block in flight is as good, to within ``LEAST_GAIN``."""
         before = self.engine_plan
-        if before.plan is None or not differs(self.problem, before.policy, job):
+        if before.plan is None or not differs(self.problem, before.policy, self._part(job)):
             return None
         try:
             found = self._decide(job, self.placed or before)

@@ -27,7 +27,8 @@ from flexbatch.validation.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Problem:
-    """What a policy is chosen for. ``budgets``: bytes by tier."""
+    """What a policy is chosen for. ``budgets``: bytes by tier. In a pipeline, one stage, and the part of the job that
+    one of as many parts of the block runs."""
 
     arch: Arch
     config: EngineConfig
@@ -39,6 +40,8 @@ class Problem:
     loaded: Policy | None = None
     """The policy whose weights and bits are in memory and stay as they are."""
     adapters: AdapterSet | None = None
+    whole_requests: int | None = None
+    """Of the job of which this is one part's."""
 
     def __post_init__(self) -> None:
         if self.arch.latent is not None and self.config.cpu_attention:
@@ -57,7 +60,7 @@ class Problem:
 
     @cached_property
     def workload(self) -> Workload:
-        return workload_of(self.job)
+        return dataclasses.replace(workload_of(self.job), whole_sequences=self.whole_requests)
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -149,6 +152,7 @@ def model_shape(
         cache_sides=arch.cache_sides,
         head_width=0 if arch.latent is None else arch.latent.head_width,
         adapter_tensors=() if adapters is None else adapters.elements_of_a_layer(),
+        stages=1 if arch.stage is None else arch.stage.stages,
     )
 
 

@@ -23,7 +23,6 @@ logger = logging.getLogger("flexbatch")
 
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "trust_remote_code": (False,),
-    "pipeline_parallel_size": (1,),
     "data_parallel_size": (1,),
     "distributed_executor_backend": ("mp",),
     "enable_prefix_caching": (True,),
@@ -60,13 +59,12 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 }
 """Values, beside None, that ask for what happens anyway; graphs are captured where they help, and change no token."""
 ONE_GPU = (
-    "several GPUs share every layer with tensor_parallel_size; several engines share a job: flexbatch batch --ray, or "
-    "one process for each --shard"
+    "several GPUs share every layer with tensor_parallel_size, and the layers with pipeline_parallel_size; several "
+    "engines share a job: flexbatch batch --ray, or one process for each --shard"
 )
 REMEDIES = {
     "trust_remote_code": "nothing that lies beside a model is executed; families that are supported need no code of "
     "their own",
-    "pipeline_parallel_size": ONE_GPU,
     "data_parallel_size": ONE_GPU,
     "distributed_executor_backend": ONE_GPU,
     "enable_prefix_caching": "prompts that begin alike always share their cache pages, which changes no token",

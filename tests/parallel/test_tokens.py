@@ -50,7 +50,36 @@ def on_four(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize(("size", "made"), [(2, on_two), (4, on_four)], ids=["2", "4"])
+def on_two_stages(folder: Path) -> list[dict[str, Any]]:
+    """Layers that do not divide, the head's rows on their way back, and sequences that step aside between passes."""
+    moved = {"percent": (50, 50, 0, 0, 50, 50), "num_gpu_batches": 3}
+    branches = {"draft": ["ngram"], "tree": "chain:3", "cpu_attention": 0.5}
+    made = [
+        engine(folder, "opt", {"num_hidden_layers": 5}, settings={"overlap": False}, again=[PROMPTS[:3]]),
+        engine(folder, "llama", QUANTIZED, settings={"weight_bits": 4, **branches}),
+        engine(folder, "llama-tied", params=[SAMPLED] * 6, settings={"async_scheduling": True}),
+        engine(folder, "llama", prompts=ROWS_OF_A_PREFIX * 2, settings=moved, steps_aside=True),
+        engine(folder, "gpt_oss"),
+    ]
+    return [{**each, "stages": 2} for each in made]
+
+
+def on_two_by_two(folder: Path) -> list[dict[str, Any]]:
+    """Stages whose layers two ranks share each."""
+    tree = {"tree": "<2,2,1>", "percent": (50, 30, 30, 40, 50, 50), "num_gpu_batches": 1}
+    made = [
+        engine(folder, "olmoe", settings={"cache_bits": 8}),
+        engine(folder, "gemma2", settings=tree),
+        engine(folder, "falcon-7b", {"num_attention_heads": 5, "hidden_size": 60}),
+    ]
+    return [{**each, "stages": 2} for each in made]
+
+
+@pytest.mark.parametrize(
+    ("size", "made"),
+    [(2, on_two), (4, on_four), (2, on_two_stages), (4, on_two_by_two)],
+    ids=["2", "4", "2 stages", "2 stages of 2"],
+)
 def test_tokens_are_those_of_one_process(size, made, tmp_path):
     engines = made(tmp_path)
     ranks = start(tmp_path, size, engines)
@@ -58,6 +87,7 @@ def test_tokens_are_those_of_one_process(size, made, tmp_path):
     for each, one, several in zip(engines, wanted, results(tmp_path, ranks), strict=True):
         assert several["answers"] == json.loads(json.dumps(one["answers"])), each
         assert bool(several["steps_aside"]) == bool(each.get("steps_aside")), each
+        assert several["in_flight"] == each.get("stages", 0), each
         # The first of the ranks has the most of what does not divide.
         for what in ("weights", "read"):
             assert several[what] <= one[what] * (1 / size + 0.25), (what, several, one[what])
