@@ -154,13 +154,11 @@ def run(
 ) -> int:
     config, engine = read_settings([JobConfig, EngineConfig], args, environ, getattr(args, "config", None))
     refuse_measurements(engine)
-    if engine.tensor_parallel_size == 1:
+    if engine.mesh_shape.replica_size == 1:
         # Processes of torchrun divide the rows among them.
         return run_rows(args.words, config, engine, environ, resume, open_engine, identity, data)
     if config.ray:
-        raise ConfigurationError(
-            f"--tensor-parallel-size {engine.tensor_parallel_size} and --ray: actors have one GPU each; leave one out"
-        )
+        raise ConfigurationError(f"{engine.mesh_shape.sizes}, and --ray: actors have one GPU each; leave one out")
 
     def lead(channel: RankChannel | None) -> int:
         open_ranks: Any = open_engine

@@ -66,7 +66,10 @@ def described(layer: int | None, executor: Executor) -> str:
         remedy = f"the weights there hold NaN or infinity, or their products exceed the {most} of {dtype}: "
         remedy += f"try --dtype {wider(executor.dtype)}"
     if executor.stages is not None:
-        return f"which layer it is, a run without --pipeline-parallel-size says. Weights hold NaN or infinity, or {dtype} overflows"
+        return (
+            "a run without --pipeline-parallel-size tells which layer it is. Weights hold NaN or infinity, or "
+            f"{dtype} overflows"
+        )
     if layer is None:
         return f"no cache pages were free to find the layer. Weights hold NaN or infinity, or {dtype} overflows"
     if layer == EMBEDDING:

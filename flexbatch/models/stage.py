@@ -1,4 +1,4 @@
-"""What one stage of a pipeline has of a model: some consecutive layers; the first stage the embedding and the head, too.
+"""What one stage of a pipeline has of a model: consecutive layers; the first stage the embedding and the head, too.
 
 Hidden states come back from the last stage to the first: the rows that the head reads are a few per sequence, where
 logits would be a vocabulary for each; a table that is both embedding and head is held once; and logits are made where

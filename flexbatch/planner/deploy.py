@@ -70,7 +70,6 @@ def refuse_adapters(there_are_some: bool) -> None:
     """Raises ConfigurationError."""
     if there_are_some:
         raise ConfigurationError(
-            "with tensor_parallel_size or pipeline_parallel_size above 1 requests cannot choose LoRA adapters: merge one "
-            "into 16-bit weights "
-            "(--lora NAME=FOLDER --lora-default NAME), or use one GPU"
+            "with tensor_parallel_size or pipeline_parallel_size above 1 requests cannot choose LoRA adapters: merge "
+            "one into 16-bit weights (--lora NAME=FOLDER --lora-default NAME), or use one GPU"
         )

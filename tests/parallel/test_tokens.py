@@ -94,12 +94,19 @@ def test_tokens_are_those_of_one_process(size, made, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_every_family(size, tmp_path):
-    """Those of fewer heads than ranks, and of latent attention, cannot be shared out."""
-    made = {case: engine(tmp_path, case) for case in FAMILY_CASES}
+@pytest.mark.parametrize(("size", "stages"), [(2, 1), (3, 1), (4, 1), (2, 2), (3, 3), (4, 2)])
+def test_every_family(size, stages, tmp_path):
+    """Those of fewer heads than ranks, of fewer layers than stages, and of latent attention in halves, cannot be shared
+    out."""
+    made = {case: engine(tmp_path, case, stages=stages) for case in FAMILY_CASES}
     arches = {case: read_arch(each["model"]) for case, each in made.items()}
-    cases = [case for case, arch in arches.items() if arch.num_heads >= size and arch.latent is None]
+    tensor = size // stages
+    cases = [
+        case
+        for case, arch in arches.items()
+        if arch.num_heads >= tensor and arch.num_layers >= stages and (tensor == 1 or arch.latent is None)
+    ]
+    assert len(cases) > 40
     engines = [made[case] for case in cases]
     ranks = start(tmp_path, size, engines)
     wanted = [generated(each)["answers"] for each in engines]
@@ -121,9 +128,9 @@ TREES = [{}, {"draft": ["ngram"], "tree": "chain:4"}, {"tree": "<3,2>"}, {"tree"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("size", "stages"), [(2, 1), (4, 1), (2, 2), (4, 2)])
 @pytest.mark.parametrize("family", ["opt", "llama", "qwen2_moe"])
-def test_every_place_and_tree(family, size, tmp_path):
+def test_every_place_and_tree(family, size, stages, tmp_path):
     sizes = {"hidden_size": 64, **FOUR_HEADS} if family != "opt" else {"num_attention_heads": 4, "hidden_size": 64}
     sizes |= {"ffn_dim": 128, "word_embed_proj_dim": 64} if family == "opt" else {"intermediate_size": 128}
     sizes |= {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64} if family == "qwen2_moe" else {}
@@ -131,7 +138,8 @@ def test_every_place_and_tree(family, size, tmp_path):
     for place in PLACES:
         for tree in TREES:
             settings = {**place, **tree}
-            engines.append(engine(tmp_path, family, sizes, settings=settings, params=[GREEDY, SAMPLED] * 3))
+            params = [GREEDY, SAMPLED] * 3
+            engines.append(engine(tmp_path, family, sizes, settings=settings, params=params, stages=stages))
     ranks = start(tmp_path, size, engines)
     wanted = [generated(each)["answers"] for each in engines]
     found = [each["answers"] for each in results(tmp_path, ranks)]
