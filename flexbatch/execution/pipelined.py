@@ -42,6 +42,7 @@ class PipelinedPasses:
     ) -> None:
         self.scheduler, self.executor, self.tracer, self.parts, self.masks = scheduler, executor, tracer, parts, masks
         self.in_flight: deque[PartInFlight] = deque()
+        scheduler.parts = parts
 
     def turn(self) -> PassBatch | None:
         """Launch what can be, commit the oldest pass, and return what it ran; None where there is nothing to run."""

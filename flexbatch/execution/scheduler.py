@@ -65,8 +65,8 @@ class Scheduler:
         self.outgrown = False
         self.advanced: dict[int, Sequence] | None = None
         """The sequences of a pass that counts as done while nobody has read its tokens, by id."""
-        self.settled = True
-        """Whether nothing is in flight, so that sequences may step aside."""
+        self.settled, self.parts = True, 1
+        """Whether nothing is in flight, so that sequences may step aside; the passes in which all run once."""
 
     @property
     def running(self) -> dict[int, Sequence]:

@@ -40,6 +40,8 @@ class PassSeen:
     chunk: int
     """Prompt tokens that a sequence may bring to a pass."""
     in_flight: tuple[InFlight, ...] | None = None
+    parts: int = 1
+    """Passes in which all sequences run once: one for each stage of a pipeline."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Watch(RunObserver):
                 scheduler.prefill_budget * policy.num_gpu_batches,
                 scheduler.prefill_chunk,
                 snapshot,
+                scheduler.parts,
             )
         )
 
