@@ -42,6 +42,8 @@ class PipelinedPasses:
     ) -> None:
         self.scheduler, self.executor, self.tracer, self.parts, self.masks = scheduler, executor, tracer, parts, masks
         self.in_flight: deque[PartInFlight] = deque()
+        self.latest = parts - 1
+        """The part of which a pass was launched last: they take turns, also where one pass is in flight at a time."""
         scheduler.parts = parts
 
     def turn(self) -> PassBatch | None:
@@ -57,18 +59,20 @@ class PipelinedPasses:
 
     def fill(self) -> None:
         """Have a pass of every part in flight that has something to run."""
-        last = self.in_flight[-1].part if self.in_flight else -1
-        for part in ((last + 1 + i) % self.parts for i in range(self.parts)):
+        for part in [(self.latest + 1 + i) % self.parts for i in range(self.parts)]:
             if any(each.part == part for each in self.in_flight):
                 continue
             if not self.scheduler.has_work() or not self.may_compose:
                 return
             self.launch(part)
+        assert self.in_flight, "sequences run, and none of them brings anything to a pass"
 
     @property
     def may_compose(self) -> bool:
         """Whether a pass can be composed beside those in flight: nobody has to step aside for it."""
-        return not self.in_flight or (self.scheduler.block.all_can_grow() and not displaces(self.scheduler))
+        scheduler = self.scheduler
+        displacing = scheduler.aside.recomputes and displaces(scheduler)
+        return not self.in_flight or (scheduler.block.all_can_grow() and not displacing)
 
     def launch(self, part: int) -> None:
         """Compose a pass and launch the layers of this stage."""
@@ -79,7 +83,7 @@ class PipelinedPasses:
         if self.masks is not None:
             self.masks.begin(batch, self.scheduler.running)
         self.in_flight.append(PartInFlight(part, Launched(batch, started(self.executor.run(batch)))))
-        self.scheduler.settled = False
+        self.scheduler.settled, self.latest = False, part
 
     def forget(self) -> None:
         """Bring what is in flight to its end, and let go of it."""
