@@ -63,13 +63,20 @@ class RankChannel:
     def __init__(self, mesh: Mesh, store: Store) -> None:
         """Meets the other ranks. Raises LostRankError."""
         self.mesh, self.store = mesh, store
-        self.engines = 0
-        """That have begun: each has groups of its own, by their number."""
+        self.groups: dict[str, Group] = {}
+        """Those of the compute device, by name: later engines have them, too. All ranks make the same ones."""
         self.broken = False
         """Whether a pass failed on this rank in its middle, where the other ranks wait for it in vain."""
         self.group = gloo_group(store, "control", mesh.rank, mesh.size)
         self.answers = gloo_group(store, "answers", mesh.rank, mesh.size)
         """For `gather` alone: another thread may be receiving the next message meanwhile."""
+
+    def device_group(self, name: str, rank: int, size: int, device: torch.device) -> Group:
+        """See `device_group`. Kept for later engines: NCCL takes a second to make one."""
+        name = f"{name} {device.type}"
+        if name not in self.groups:
+            self.groups[name] = device_group(self.store, name, rank, size, device)
+        return self.groups[name]
 
     def send(self, message: Any) -> None:
         """Raises LostRankError."""

@@ -16,6 +16,8 @@ class RankLinks:
     tensor: TensorRanks | None = None
     stages: StageRanks | None = None
 
-    def check(self) -> None:
+    def settle(self) -> None:
+        """Let everything arrive that passes have sent, all of which have come to their ends."""
         if self.stages is not None:
+            self.stages.settle()
             self.stages.check()

@@ -79,6 +79,11 @@ class StageRanks:
     def send(self, micro_batch: int, hidden: Tensor) -> None:
         self.after.send(micro_batch, hidden)
 
+    def settle(self) -> None:
+        """Wait for what was sent, once every pass has come to its end."""
+        for micro_batch in list(self.after.pending):
+            self.after.finish(micro_batch)
+
     def check(self) -> None:
         """Invariant: between passes nothing is expected."""
         assert not self.before.pending, self.before.pending.keys()

@@ -125,7 +125,7 @@ def open_follower(channel: RankChannel, opened: BeginEngine) -> Follower:
         stages=opened.stages,
         rank=mesh.rank,
     )
-    return Follower(deployment, link(channel, opened.number, deployment))
+    return Follower(deployment, link(channel, deployment))
 
 
 @torch.inference_mode()
@@ -144,6 +144,8 @@ def follow(channel: RankChannel) -> None:
             if isinstance(command, BeginEngine):
                 follower = stack.enter_context(contextlib.closing(open_follower(channel, command)))
             elif isinstance(command, CloseEngine):
+                assert follower is not None
+                follower.links.settle()
                 follower = None
                 stack.close()
             else:

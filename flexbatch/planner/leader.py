@@ -12,7 +12,7 @@ import torch
 
 from flexbatch.execution.pass_batch import LogitsChunk, NewestTokens, PassBatch
 from flexbatch.execution.runner import Runner
-from flexbatch.parallel.channel import RankChannel, device_group, open_store
+from flexbatch.parallel.channel import RankChannel, open_store
 from flexbatch.parallel.mesh import Mesh
 from flexbatch.parallel.processes import RankProcesses
 from flexbatch.parallel.rank_links import RankLinks
@@ -138,6 +138,7 @@ class Leader:
             with contextlib.suppress(LostRankError):
                 self.finish()
                 self.send(CloseEngine())
+                self.links.settle()
                 if self.processes is not None:
                     self.channel.send(Leave())
         finally:
@@ -160,9 +161,7 @@ def lead(deployment: Deployment) -> Leader | None:
         if channel is None:
             channel = RankChannel(mesh, store)
         own_threads = max(1, threads // channel.mesh.local_size)
-        channel.engines += 1
         opened = BeginEngine(
-            channel.engines,
             deployment.config,
             deployment.device.type,
             deployment.dtype,
@@ -173,7 +172,7 @@ def lead(deployment: Deployment) -> Leader | None:
         )
         channel.send(opened)
         torch.set_num_threads(own_threads)
-        return Leader(channel, link(channel, opened.number, deployment), processes, threads)
+        return Leader(channel, link(channel, deployment), processes, threads)
     except BaseException:
         torch.set_num_threads(threads)
         if processes is not None:
@@ -183,16 +182,16 @@ def lead(deployment: Deployment) -> Leader | None:
         raise
 
 
-def link(channel: RankChannel, number: int, deployment: Deployment) -> RankLinks:
-    """What this rank has to others of one engine, which is a ``number``; all ranks make it together."""
-    shape, store, device = deployment.mesh, channel.store, deployment.device
-    at, tensor, stages = shape.at(deployment.rank), None, None
+def link(channel: RankChannel, deployment: Deployment) -> RankLinks:
+    """What this rank has to others of its engine; all ranks make it together."""
+    shape, device, tensor, stages = deployment.mesh, deployment.device, None, None
+    at, sizes = shape.at(deployment.rank), f"{shape.pipeline} x {shape.tensor}"
     if shape.tensor > 1:
-        group = device_group(store, f"tensor {number} {at.pipeline}", at.tensor, shape.tensor, device)
+        group = channel.device_group(f"tensor {sizes} {at.pipeline}", at.tensor, shape.tensor, device)
         tensor = TensorRanks(channel.mesh, group, at.tensor, [shard.vocabulary for shard in deployment.shards])
     if shape.pipeline > 1:
         forward, back = (
-            device_group(store, f"{name} {number} {at.tensor}", at.pipeline, shape.pipeline, device)
+            channel.device_group(f"{name} {sizes} {at.tensor}", at.pipeline, shape.pipeline, device)
             for name in ("forward", "back")
         )
         like = torch.empty(0, deployment.arch.hidden_size, dtype=deployment.dtype, device=device)

@@ -19,7 +19,6 @@ from flexbatch.policy.policy import Policy
 class BeginEngine:
     """An engine begins. Budgets are those of one rank; threads are of the CPU."""
 
-    number: int
     config: EngineConfig
     device_type: str
     dtype: torch.dtype
