@@ -24,7 +24,7 @@ from flexbatch.planner.spare_pages import with_spare_pages
 from flexbatch.policy.step_aside import StepAsideCosts
 from flexbatch.policy.units import size_text
 from flexbatch.speculative.speculator import Speculator
-from flexbatch.validation.errors import DoesNotFitError
+from flexbatch.validation.errors import DoesNotFitError, LostRankError
 
 PEEKED_BLOCKS = 4
 """Blocks of requests that are looked at to size the cache, when the job's lengths are not known."""
@@ -188,7 +188,9 @@ class Capacity:
     def close(self) -> None:
         """Close the runner; the next job makes another. What other ranks are still in comes to its end first."""
         if self.leader is not None:
-            self.leader.finish()
+            # Where a rank is gone, whoever noticed it first says so.
+            with contextlib.suppress(LostRankError):
+                self.leader.finish()
         runner, self.runner = self.runner, None
         if runner is not None:
             runner.close()
