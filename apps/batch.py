@@ -24,7 +24,7 @@ from flexbatch.cli.command import resume_command, run_command, set_up_logging
 from flexbatch.cli.early_checks import check_engine, check_folder_to_write
 from flexbatch.cli.help import CommandParser
 from flexbatch.cli.loras import lora_identity
-from flexbatch.cli.ranks import run_on_ranks
+from flexbatch.cli.ranks import ALONE, Elsewhere, run_on_ranks
 from flexbatch.cli.settings import (
     add_arguments,
     add_engine_arguments,
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from flexbatch.apps.jobs.plan import BatchJob
     from flexbatch.apps.jobs.preview import Preview
     from flexbatch.apps.jobs.runner import OpenEngine
-    from flexbatch.parallel.channel import RankChannel
 
 
 logger = logging.getLogger("flexbatch")
@@ -107,15 +106,17 @@ def model_identity(config: EngineConfig) -> dict[str, Any]:
         raise ConfigurationError(str(error)) from error
 
 
-def open_llm(config: EngineConfig, seen: Preview | None = None, channel: RankChannel | None = None) -> Any:
-    """Opens the engine, planned for sequences like those of the preview. channel: to the other ranks, where torchrun
-    has started them."""
+def open_llm(config: EngineConfig, seen: Preview | None = None, others: Elsewhere = ALONE) -> Any:
+    """Opens the engine, planned for sequences like those of the preview. others: ranks and engines that torchrun has
+    started."""
     from flexbatch.apps.jobs.preview import planner_job
     from flexbatch.engine import LLM
+    from flexbatch.planner.meshes import with_chosen_mesh
     from flexbatch.planner.planner import Planner
 
     job = planner_job(config, seen) if seen is not None else None
-    return LLM.from_planner(Planner(config, job, channel=channel))
+    config = with_chosen_mesh(config, job)
+    return LLM.from_planner(Planner(config, job, channel=others.channel, group=others.group))
 
 
 def locations(words: Sequence[str], config: JobConfig) -> tuple[str, str]:
@@ -154,15 +155,23 @@ def run(
 ) -> int:
     config, engine = read_settings([JobConfig, EngineConfig], args, environ, getattr(args, "config", None))
     refuse_measurements(engine)
-    if engine.mesh_shape.replica_size == 1:
+    if engine.parallel and "WORLD_SIZE" in environ:
+        raise ConfigurationError(
+            "--parallel auto shares out the GPUs of one host, whose processes it starts itself: with torchrun give the "
+            "sizes; flexbatch plan --gpus N --parallel auto says which"
+        )
+    if engine.mesh_shape.size == 1:
         # Processes of torchrun divide the rows among them.
         return run_rows(args.words, config, engine, environ, resume, open_engine, identity, data)
     if config.ray:
-        raise ConfigurationError(f"{engine.mesh_shape.sizes}, and --ray: actors have one GPU each; leave one out")
+        raise ConfigurationError(
+            f"{engine.mesh_shape.sizes} and --ray: actors have one GPU each, and share the rows among them; leave one "
+            "out"
+        )
 
-    def lead(channel: RankChannel | None) -> int:
+    def lead(others: Elsewhere) -> int:
         open_ranks: Any = open_engine
-        opened = open_engine if channel is None else functools.partial(open_ranks, channel=channel)
+        opened = open_engine if others == ALONE else functools.partial(open_ranks, others=others)
         return run_rows(args.words, config, engine, {}, resume, opened, identity, data)
 
     return run_on_ranks(environ, engine.mesh_shape, lead, config.dry_run)

@@ -100,8 +100,9 @@ def complete(
     records: dict[int, str] = {}
     lines: dict[int, str] = {}
     failed = 0
-    # With several samples of one prompt their texts would run into each other.
-    report: Any = output.add if output and params.n == 1 else None
+    # With several samples of one prompt their texts would run into each other; and of several engines only whole
+    # completions come.
+    report: Any = output.add if output and params.n == 1 and llm.config.data_parallel_size == 1 else None
     for key, completion in llm.stream(items_of(llm, prompts, params, config.truncate), report):
         number: int = key  # type: ignore[assignment]
         text = answer_texts(completion)

@@ -89,16 +89,16 @@ def continuation(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], 
 
 
 def compare(mine: list[int], theirs: list[int], logits: torch.Tensor) -> dict[str, float] | None:
-    """The first difference: its place, the gap of the two tokens' logits and the tolerance; None when there is none."""
-    place = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b), None)
-    if place is None:
+    """The first difference: its position, the gap of the two tokens' logits and the tolerance; None where none is."""
+    position = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b), None)
+    if position is None:
         return None
-    row = logits[place]
+    row = logits[position]
     top = float(row.max())
     unit = 2.0 ** (math.floor(math.log2(max(abs(top), 2.0**-14))) - 7)
     return {
-        "place": place,
-        "gap": float(row[theirs[place]] - row[mine[place]]),
+        "position": position,
+        "gap": float(row[theirs[position]] - row[mine[position]]),
         "tolerance": ROUNDINGS * unit,
         "top_logit": top,
     }
@@ -124,7 +124,7 @@ def measure(name: str, folder: str, prompts: list[list[int]], device: str) -> li
             for done, (theirs, logits) in zip(completions, wanted, strict=True)
             if (found := compare(list(done.token_ids), theirs, logits)) is not None
         ]
-        compared = sum(int(found["place"]) + 1 for found in differences) + NEW_TOKENS * (
+        compared = sum(int(found["position"]) + 1 for found in differences) + NEW_TOKENS * (
             len(prompts) - len(differences)
         )
         outside = [found for found in differences if found["gap"] > found["tolerance"]]

@@ -17,7 +17,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexbatch.policy.hardware import SHIPPED, Curve, Hardware, load_hardware
+from flexbatch.policy.curve import Curve
+from flexbatch.policy.hardware import SHIPPED, Hardware, load_hardware
 from flexbatch.policy.units import GIB
 
 GB, TFLOPS = 10**9, 10**12
@@ -28,7 +29,8 @@ LINK_BYTES = {3: 15.754 * GB, 4: 31.508 * GB, 5: 63.015 * GB}
 @dataclass(frozen=True)
 class Card:
     """``memory`` in GiB as the driver shows it, ``bandwidth`` in GB/s, ``matrix`` in TFLOP/s of dense 16-bit
-    multiplication with 32-bit sums, ``link`` the generation of PCI Express."""
+    multiplication with 32-bit sums, ``link`` the generation of PCI Express, ``nvlink`` GB/s to other GPUs in one
+    direction, 0 for cards that reach them through the host."""
 
     name: str
     memory: float
@@ -36,6 +38,7 @@ class Card:
     matrix: float
     link: int
     source: str
+    nvlink: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ CLOUD = Host("a cloud instance with four channels of DDR4-3200 and a local NVMe 
 SERVER_DDR4 = Host("a server with eight channels of DDR4-3200 and a local NVMe disk", 128, 204.8, 3.0, 1.5)
 SERVER_DDR5 = Host("a server with eight channels of DDR5-4800 and a local NVMe disk", 128, 307.2, 3.0, 1.5)
 
-REFERENCE = Card("NVIDIA H200", 139.8, 4800, 989.4, 5, "NVIDIA H200 data sheet")
+REFERENCE = Card("NVIDIA H200", 139.8, 4800, 989.4, 5, "NVIDIA H200 data sheet", 450)
 REFERENCE_HOST = Host("16 Xeon cores, eight channels of DDR5-4800", 114.6, 307.2, 3.1, 0.93)
 
 MACHINES: dict[str, tuple[Card, Host]] = {
@@ -72,10 +75,14 @@ MACHINES: dict[str, tuple[Card, Host]] = {
         Card("NVIDIA GeForce RTX 5090", 31.4, 1792, 209.5, 5, "NVIDIA RTX Blackwell GPU architecture whitepaper"),
         DESKTOP,
     ),
-    "a100": (Card("NVIDIA A100 SXM 80 GB", 79.2, 2039, 312, 4, "NVIDIA A100 data sheet"), SERVER_DDR4),
-    "a100-40gb": (Card("NVIDIA A100 SXM 40 GB", 39.4, 1555, 312, 4, "NVIDIA A100 data sheet"), SERVER_DDR4),
-    "h100": (Card("NVIDIA H100 SXM 80 GB", 79.1, 3352, 989.4, 5, "NVIDIA H100 data sheet"), SERVER_DDR5),
+    "a100": (Card("NVIDIA A100 SXM 80 GB", 79.2, 2039, 312, 4, "NVIDIA A100 data sheet", 300), SERVER_DDR4),
+    "a100-40gb": (Card("NVIDIA A100 SXM 40 GB", 39.4, 1555, 312, 4, "NVIDIA A100 data sheet", 300), SERVER_DDR4),
+    "h100": (Card("NVIDIA H100 SXM 80 GB", 79.1, 3352, 989.4, 5, "NVIDIA H100 data sheet", 450), SERVER_DDR5),
 }
+NVLINK_SHARE = 0.8
+"""Of NVLink's rate, what sums over GPUs reach by NCCL's published tests: 360 of 450 GB/s on H100s."""
+SUM_SECONDS = 20e-6
+"""Of one sum of few bytes over GPUs of a host, launch included."""
 RESERVED_SHARE = 0.04
 """Of a card's memory, for the context and libraries: at least 0.5 GiB, at most what the H200's profile has."""
 
@@ -95,6 +102,13 @@ def gemm_curve(measured: Hardware, card: Card) -> Curve:
         for value, at in zip(measured.gemm.values, ridge, strict=True)
     ]
     return Curve(measured.gemm.points, tuple(itertools.accumulate(values, max)))
+
+
+def interconnect(card: Card, measured: Hardware) -> float:
+    """Bytes a second from GPU to GPU: a share of NVLink, or through the host, whose memory is written and read."""
+    if card.nvlink:
+        return NVLINK_SHARE * card.nvlink * GB
+    return measured.d2h * LINK_BYTES[card.link] / LINK_BYTES[REFERENCE.link] / 2
 
 
 def derived(card: Card, host: Host, measured: Hardware) -> Hardware:
@@ -130,6 +144,8 @@ def derived(card: Card, host: Host, measured: Hardware) -> Hardware:
         cpu_attention_8=measured.cpu_attention_8 and scaled(measured.cpu_attention_8, of_host),
         cpu_attention_4=measured.cpu_attention_4 and scaled(measured.cpu_attention_4, of_host),
         cpu_attention_during_h2d=attention.values[0] * max(0.1, min(beside, left)),
+        interconnect=interconnect(card, measured),
+        interconnect_seconds=SUM_SECONDS,
         h2d_during_cpu_attention=measured.h2d_during_cpu_attention * link,
         host_bandwidth=measured.host_bandwidth * of_host,
         gpu_reserved_bytes=int(min(measured.gpu_reserved_bytes, max(GIB / 2, RESERVED_SHARE * card.memory * GIB))),
@@ -137,7 +153,7 @@ def derived(card: Card, host: Host, measured: Hardware) -> Hardware:
         fit_error={},
         source={
             "published": f"{card.memory} GiB, {card.bandwidth} GB/s, {card.matrix} dense 16-bit TFLOP/s, PCIe "
-            f"{card.link} x16: {card.source}",
+            f"{card.link} x16, {f'NVLink {card.nvlink} GB/s' if card.nvlink else 'no NVLink'}: {card.source}",
             "assumed host": f"{host.name}: {host.memory} GiB, {host.bandwidth} GB/s, disk {host.disk_read} GB/s read "
             f"and {host.disk_write} GB/s written, 1 TB free",
             "derived": "python -m benchmark.derive_profiles: rates by the shares of its published figures that the "

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmark import grouped_product
 from benchmark.kernel_cases import Row, seconds
 from benchmark.kernel_timings import ceilings
 from benchmark.machine import machine
@@ -107,9 +108,8 @@ def by_groups(layer: Layer, given: tuple[Tensor, ...]) -> Callable[[], Tensor]:
 
     def work() -> Tensor:
         both = (stacks.units[0][1] for stacks in (layer.gate_up, layer.down))
-        return experts.by_groups(
-            *given, *([(0, each if isinstance(each, Tensor) else each.dense(torch.bfloat16))] for each in both), GATE
-        )
+        dense = (each if isinstance(each, Tensor) else each.dense(torch.bfloat16) for each in both)
+        return grouped_product.by_groups(*given, *dense, GATE)
 
     return work
 
@@ -170,7 +170,7 @@ def timing_rows(ceiling: Row, limit_s: float) -> Iterator[Row]:
             for tokens in TOKENS:
                 given = routed(name, tokens)
                 ways = {"triton": by_triton(layer, given)}
-                if experts.grouped_mm() is not None:
+                if grouped_product.grouped_mm() is not None:
                     ways["torch grouped"] = by_groups(layer, given)
                 if form == "16":
                     ways["loop"] = by_loop(layer, given)

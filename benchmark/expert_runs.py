@@ -65,8 +65,9 @@ def settings_of(run: Run, config: dict[str, Any], share: int) -> dict[str, Any]:
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     run, config = RUNS[name], dict(SHAPES[name])
     layers, chance = config["num_hidden_layers"], random.Random(name)
+    kept = -(-layers // args.share)
     if args.share > 1:
-        SHAPES[f"{name}-cut"] = {**config, "num_hidden_layers": -(-layers // args.share)}
+        SHAPES[f"{name}-cut"] = {**config, "num_hidden_layers": kept}
     count = args.prompts or run.prompts
 
     def job() -> list[dict[str, Any]]:
@@ -83,39 +84,44 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         hardware=args.hardware,
         **settings_of(run, config, args.share),
     ) as llm:
-        prompts = job()
-        llm.prepare(prompts, params)
+        llm.prepare(job(), params)
         ready = time.perf_counter() - begun
+        print(f"{name}: ready in {ready:.1f} s; {llm.policy}", file=sys.stderr, flush=True)
         few = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
         llm.generate(job()[: min(count, llm.policy.block_size)], few)
         if all(split.gpu == 1 for split in (llm.policy.weights, llm.policy.cache)):
             llm.generate(job(), params)
-        warmed = time.perf_counter() - begun
+        print(f"{name}: warm after {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
+        prompts = job()
         began = time.perf_counter()
         llm.generate(prompts, params)
         seconds = time.perf_counter() - began
-        report = llm.report()
-    rate = count * args.new_tokens / seconds
+        rate = count * args.new_tokens / seconds
+        return {
+            "model": name,
+            "layers": kept,
+            "of_layers": layers,
+            "weight_bits": run.weight_bits,
+            "cache_bits": run.cache_bits,
+            **{key: getattr(args, key) for key in ("prompt_tokens", "new_tokens")},
+            "prompts": count,
+            "ready_seconds": round(ready, 1),
+            "seconds": round(seconds, 2),
+            "tokens_per_second": round(rate, 1),
+            "tokens_per_second_of_all_layers": round(rate * kept / layers, 1),
+            **told_by(llm),
+        }
+
+
+def told_by(llm: LLM) -> dict[str, Any]:
+    """The plan, and what was routed where."""
+    plan = llm.engine_plan.plan
     return {
-        "model": name,
-        "layers": -(-layers // args.share),
-        "of_layers": layers,
-        "weight_bits": run.weight_bits,
-        "cache_bits": run.cache_bits,
-        "prompts": count,
-        "prompt_tokens": args.prompt_tokens,
-        "new_tokens": args.new_tokens,
         "block": llm.policy.block_size,
         "micro_batches": llm.policy.num_gpu_batches,
         "percent": [round(each, 1) for each in llm.policy.percent],
-        "ready_seconds": round(ready, 1),
-        "warmed_seconds": round(warmed, 1),
-        "seconds": round(seconds, 2),
-        "tokens_per_second": round(rate, 1),
-        "tokens_per_second_of_all_layers": round(rate * -(-layers // args.share) / layers, 1),
-        "predicted_tokens_per_second": round(llm.engine_plan.plan.predicted_tokens_per_second, 1),
-        "experts": report.get("experts"),
-        "comparison": report.get("comparison"),
+        "predicted_tokens_per_second": round(plan.predicted_tokens_per_second, 1),
+        "experts": llm.report().get("experts"),
     }
 
 

@@ -29,7 +29,7 @@ from benchmark.machine import machine
 from benchmark.part_times import Parts, PartTimes
 from flexbatch import LLM, SamplingParams
 from flexbatch.execution.passes import Passes
-from flexbatch.execution.sampler import Drawn
+from flexbatch.execution.sampler import SampledPass
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.policy.stdout import data_apart, run_process
 
@@ -37,7 +37,7 @@ PARTS: Parts = {
     "advance and admit": (Scheduler, "advance"),
     "compose": (Scheduler, "next_pass"),
     "compose and launch": (Passes, "launch"),
-    "wait and read": (Drawn, "read"),
+    "wait and read": (SampledPass, "read"),
     "commit": (Scheduler, "commit"),
     "sample": (Passes, "sample"),
     "turn": (Passes, "turn"),

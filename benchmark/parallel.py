@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +107,6 @@ def checked(model: str, sizes: dict[str, int], device: str) -> dict[str, Any]:
         return {"token_ids": [answer.token_ids for answer in llm.generate(prompts, params)]}
 
 
-def known(sizes: dict[str, int]) -> bool:
-    from flexbatch.config import EngineConfig
-
-    return sizes.keys() <= {field.name for field in fields(EngineConfig)}
-
-
 def run_one(words: dict[str, Any]) -> dict[str, Any]:
     """In the process of a run."""
     sizes = sizes_of(words["mesh"])
@@ -123,8 +117,6 @@ def run_one(words: dict[str, Any]) -> dict[str, Any]:
 
 def in_process(words: dict[str, Any], limit: float) -> dict[str, Any]:
     """A run as a process; what went wrong is its result."""
-    if not known(sizes_of(words["mesh"])):
-        return {"skipped": "this version has no such setting"}
     command = [sys.executable, "-m", "benchmark.parallel", "--run", json.dumps(words)]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, timeout=limit, text=True)

@@ -69,6 +69,12 @@ class EngineConfig:
     cpu_attention: float | None = option(
         None, "share of the CPU-resident cache that is attended where it lies, 0 to 1 (default: chosen)"
     )
+    cpu_experts: float | None = option(
+        None,
+        "per cent of a layer's experts in host memory that the CPU computes there in passes of few tokens, those used "
+        "least (default: chosen)",
+        metavar="PERCENT",
+    )
     prefill_chunk: int | None = option(
         None, "prompt tokens that one sequence brings to one pass at most (default: chosen)"
     )
@@ -127,6 +133,17 @@ class EngineConfig:
         choices=("auto", "none"),
     )
     dummy_weights: bool = option(False, "random weights of a public shape, without any download")
+    parallel: str | None = option(
+        None,
+        "auto: share the GPUs of this host out among engines, stages and tensor ranks as the plan is fastest (default: "
+        "by the sizes given)",
+        choices=("auto",),
+    )
+    data_parallel_size: int = option(
+        1,
+        "engines with all of the model each, which take prompts from one line: started with the first one on this "
+        "host, or by torchrun",
+    )
     pipeline_parallel_size: int = option(
         1,
         "stages that share the layers out, each with GPUs of its own: started with the engine on this host, or by "
@@ -160,12 +177,18 @@ class EngineConfig:
                         f"(the rest is on disk), not {gpu + cpu:g}"
                     )
         sizes = "gpu_batch_size", "num_gpu_batches", "prefill_chunk", "prefill_budget", "max_model_len"
-        for name in (*sizes, "pipeline_parallel_size", "tensor_parallel_size"):
+        for name in (*sizes, "data_parallel_size", "pipeline_parallel_size", "tensor_parallel_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 refuse(f"{name}={value} must be at least 1")
+        if self.parallel not in (None, "auto"):
+            refuse(f"parallel={self.parallel!r} must be auto, or left out")
+        if self.parallel and self.mesh_shape.size > 1:
+            refuse(f"parallel=auto chooses what {self.mesh_shape.sizes} say: leave either out")
         if self.cpu_attention is not None and not 0 <= self.cpu_attention <= 1:
             refuse(f"cpu_attention={self.cpu_attention} must be between 0 and 1")
+        if self.cpu_experts is not None and not 0 <= self.cpu_experts <= 100:
+            refuse(f"cpu_experts={self.cpu_experts:g} must be between 0 and 100 per cent")
         if self.reserve not in ("expected", "all"):
             refuse(f"reserve={self.reserve!r} must be expected or all")
         if self.draft_sampling not in ("matched", "independent", "without-replacement"):
@@ -190,7 +213,7 @@ class EngineConfig:
     @property
     def mesh_shape(self) -> MeshShape:
         """Of the ranks that run it."""
-        return MeshShape(pipeline=self.pipeline_parallel_size, tensor=self.tensor_parallel_size)
+        return MeshShape(self.data_parallel_size, self.pipeline_parallel_size, self.tensor_parallel_size)
 
     @property
     def goes_ahead(self) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from flexbatch import jobs
@@ -18,7 +17,9 @@ from flexbatch.execution.observer import RunObserver
 from flexbatch.execution.requests import Params, requests_of
 from flexbatch.execution.runner import Runner
 from flexbatch.execution.turns import Turns
-from flexbatch.intake import Intake, Item, OnPass, OnText, first_text
+from flexbatch.execution.waiting import WaitingLine
+from flexbatch.execution.watch import OnPass, OnText, first_text
+from flexbatch.intake import Intake, Item
 from flexbatch.loop import EngineLoop
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.lora.request import LoRA
@@ -27,8 +28,10 @@ from flexbatch.planner.adapter_choice import AdapterChoice
 from flexbatch.planner.capacity import Capacity
 from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.loader import PlacedModel
+from flexbatch.planner.meshes import with_chosen_mesh
+from flexbatch.planner.other_engines import line_of, prepare_everywhere, refuse_listeners
 from flexbatch.planner.planner import Planner
-from flexbatch.planner.report import Report, Statistics, describe_memory
+from flexbatch.planner.report import Report, Statistics
 from flexbatch.planner.vllm_keywords import NamesOfVllm, check_call, engine_settings
 from flexbatch.policy.policy import Policy
 from flexbatch.request import Completion, SamplingParams
@@ -52,12 +55,12 @@ class LLM(NamesOfVllm):
     loop_class = EngineLoop
 
     def __init__(self, model: str = "demo", *, trace: bool = False, **settings: Any) -> None:
-        self._start(Planner(EngineConfig(model=model, **engine_settings(settings))), trace)
+        self._start(Planner(with_chosen_mesh(EngineConfig(model=model, **engine_settings(settings)))), trace)
 
     @classmethod
     def from_config(cls, config: EngineConfig, trace: bool = False, job: Job | None = None) -> LLM:
         """An engine from a ready configuration; ``job`` tells the planner what will be run."""
-        return cls.from_planner(Planner(config, job), trace)
+        return cls.from_planner(Planner(with_chosen_mesh(config, job), job), trace)
 
     @classmethod
     def from_planner(cls, planner: Planner, trace: bool = False) -> LLM:
@@ -74,19 +77,23 @@ class LLM(NamesOfVllm):
         """
         return Planner(config, job, dry=True).describe(job)
 
-    def _start(self, planner: Planner, trace: bool) -> None:
+    def _start(self, planner: Planner, trace: bool, waiting: WaitingLine | None = None) -> None:
         self.planner, self.config, self.generation = planner, planner.config, planner.generation
         self._turns, deployment = Turns(), planner.deployment
         self.arch, self.tokenizer = deployment.model.arch, deployment.model.tokenizer
         self.tracer: Tracer = RecordingTracer(deployment.device) if trace else monitor.UsageTracer(deployment.device)
         choice = AdapterChoice(planner, lambda: self._loop.scheduler is None)
-        self._intake = Intake(planner.encoder, planner.generation, self.arch, self.config.seed, choice)
         self._model = PlacedModel(deployment, self.tracer)
+        others = self._model.others
+        line = line_of(others, waiting)
+        self._intake = Intake(planner.encoder, planner.generation, self.arch, self.config.seed, choice, line)
         self.tiers, self.queues = self._model.tiers, self._model.queues
         self._capacity = Capacity(planner, self.tiers, self.queues, self._model.place, self._model.leader)
-        self._loop = self.loop_class(planner, self._capacity, self._intake, self.tracer)
+        self._loop = self.loop_class(planner, self._capacity, self._intake, self.tracer, others)
         if planner.job_is_known:
             with self._model.closed_on_error():
+                if others is not None:
+                    others.place(self._capacity)
                 self._capacity.place(planner.engine_plan)
 
     @property
@@ -188,7 +195,7 @@ class LLM(NamesOfVllm):
         with self._turns.whole("prepare"):
             self._intake.check_empty("prepare")
             requests = requests_of(prompts, sampling_params, self._intake.encoder, self._intake.defaults)
-            self._capacity.prepare(self._loop.job(requests))
+            prepare_everywhere(self._model.others, self._capacity, self._loop.job(requests))
 
     def stream(
         self, items: Iterable[Item], on_tokens: Callable[[Hashable, str], None] | None = None
@@ -203,6 +210,7 @@ class LLM(NamesOfVllm):
         other calls raise EngineBusyError. If the engine is closed before, the stream raises EngineClosedError.
         """
         self._turns.check_open("stream")
+        refuse_listeners(self._model.others, on_tokens=on_tokens)
         return self._turns.stream(jobs.stream(self._loop, items, on_tokens, self._turns.helper))
 
     # One request, one pass at a time
@@ -224,6 +232,7 @@ class LLM(NamesOfVllm):
         Smaller ``priority`` goes first, and others step aside for it. Answers of one ``source`` are expected to be of
         like lengths. Raises PromptError for a prompt that cannot be run, ConfigurationError for an id that is still in
         use, EngineBusyError while a stream is open."""
+        refuse_listeners(self._model.others, on_text=on_text, on_pass=on_pass)
         told = on_pass if on_text is None else first_text(on_text)
         more = {"lora": lora_request, "priority": priority, "source": source}
         with self._turns.addition("add_request"):
@@ -234,17 +243,17 @@ class LLM(NamesOfVllm):
         that cannot go on has ``finish_reason`` "error". An error of the pass itself ends all of them."""
         with self._turns.step():
             try:
-                return self._loop.step(complete=False) if self._intake else []
+                return jobs.step(self._loop, complete=False) if self._intake else []
             finally:
                 if not self._intake:
-                    self._loop.end()
+                    self._loop.end_everywhere()
 
     def abort(self, request_id: Hashable) -> bool:
         """Give up a request that waits or runs: its pages are free, and nothing comes of it. Others go on. Returns
         whether there was one. Waits for a pass in another thread."""
         with self._turns.change("abort"):
             dropped = self._intake.drop(request_id)
-            self._loop.abort(lambda sequence: sequence.request.index in dropped)
+            self._loop.abort(dropped)
             return bool(dropped)
 
     def has_unfinished(self) -> bool:
@@ -267,13 +276,7 @@ class LLM(NamesOfVllm):
         """Plan, realized placement, throughput and bytes per resource of what was run so far: a dict that prints as
         tables."""
         self._turns.check_open("report")
-        return Report(
-            **self.engine_plan.describe(),
-            **describe_memory(self.engine_plan, self.runner, self.tiers, self._capacity.speculator),
-            **self._model.describe(),
-            resources={name: asdict(use) for name, use in self.tracer.summary().items()},
-            **self._loop.describe(),
-        )
+        return jobs.report(self._loop, self._model.describe())
 
     def close(self) -> None:
         """Free pinned memory, threads and files; a stream that is open ends. Closing again does nothing.

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, count, islice
+from itertools import chain, count
 from typing import Any
 
 from flexbatch.execution import sequence as execution
@@ -17,6 +17,7 @@ from flexbatch.execution.pass_batch import PassBatch
 from flexbatch.execution.requests import Defaults, Params, hashable_id, requests_of, samples_of
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.waiting import WaitingLine
+from flexbatch.execution.watch import OnPass, first_text
 from flexbatch.models.arch import Arch
 from flexbatch.models.generation_config import GenerationDefaults
 from flexbatch.planner.adapter_choice import AdapterChoice
@@ -29,18 +30,6 @@ from flexbatch.validation.errors import ConfigurationError, EngineBusyError
 
 Item = tuple[Hashable, Prompt, SamplingParams | None]
 """An item of a stream: the caller's key, a prompt, and how to complete it (None: as generation_config.json says)."""
-OnText = Callable[[str], None]
-OnPass = Callable[[execution.Sequence], None]
-
-
-def first_text(on_text: OnText) -> OnPass:
-    """What hands on the new text of a prompt's first sample."""
-
-    def on_pass(sequence: execution.Sequence) -> None:
-        if sequence.request.sample == 0 and (text := sequence.output.take()):
-            on_text(text)
-
-    return on_pass
 
 
 @dataclass
@@ -59,12 +48,18 @@ class Intake(RunObserver):
     become sequences when the scheduler has capacity for them."""
 
     def __init__(
-        self, encoder: PromptEncoder, generation: GenerationDefaults, arch: Arch, engine_seed: int, loras: AdapterChoice
+        self,
+        encoder: PromptEncoder,
+        generation: GenerationDefaults,
+        arch: Arch,
+        engine_seed: int,
+        loras: AdapterChoice,
+        line: WaitingLine,
     ) -> None:
         self.encoder, self.defaults, self._loras = encoder, Defaults(generation), loras
         self._decoder = None if encoder.tokenizer is None else TextDecoder(encoder.tokenizer)
         self._arch, self._engine_seed = arch, engine_seed
-        self._waiting = WaitingLine()
+        self._waiting = line
         self._lock = threading.RLock()
         """Held while the containers change together, and never while a prompt is encoded."""
         self._expected: dict[int, Expected] = {}
@@ -213,15 +208,16 @@ class Intake(RunObserver):
         return GrammarFollower(grammar, {*ends, *grammar.vocabulary.special.keys() & {*params.stop_token_ids}})
 
     def ahead(self, limit: int | None) -> list[Request]:
-        """The first requests that wait; None: all."""
+        """The first requests that wait; None: all. Of several engines, those that this one may expect to get."""
         with self._lock:
-            return list(islice(self._waiting, limit))
+            return self._waiting.ahead(limit)
 
     def completion_of(self, sequence: execution.Sequence) -> Completion:
         return completion_of(sequence, self._decoder if sequence.request.params.detokenize else None)
 
     def deliver(self, completion: Completion, request: Request) -> tuple[Hashable, Completion] | None:
         """The key of a prompt and its first completion, with all of them as its samples, once the last has come."""
+        self._waiting.done(request.index, request.sample)
         expected = self._expected.get(request.index)
         if expected is None:
             return None
@@ -268,6 +264,7 @@ class Intake(RunObserver):
     def drop_all_but(self, begun: set[int]) -> set[int]:
         """Expect no more prompts than these, by their indices, and those of which a sample has ended; returns all."""
         with self._lock:
+            begun = begun | self._waiting.away()
             kept = {index for index, each in self._expected.items() if index in begun or each.completions}
             self._expected = {index: each for index, each in self._expected.items() if index in kept}
             self._named = {key: index for key, index in self._named.items() if index in kept}

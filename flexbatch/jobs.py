@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
+import time
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Many
+from dataclasses import asdict
 from itertools import count
 from typing import Any
 
@@ -12,7 +14,7 @@ from flexbatch.execution.feed import Feed
 from flexbatch.intake import Item
 from flexbatch.loop import EngineLoop
 from flexbatch.planner.comparison import Turn, turns
-from flexbatch.planner.report import Statistics
+from flexbatch.planner.report import Report, Statistics, describe_memory, of_engines
 from flexbatch.request import Completion, Request
 from flexbatch.validation.errors import ConfigurationError
 
@@ -23,18 +25,36 @@ def completions(
     """The completion of every request of a job, as it ends; the caller delivers it. drafted: with the drafts, where
     there are any. Raises ConfigurationError for one that no block holds."""
     with loop.ending():
-        job = loop.job(requests)
-        runner = loop.capacity.prepare(job)
+        job = loop.job(requests).of_every(loop.engines)
+        with loop.shared(job, exactly=True):
+            runner = loop.capacity.prepare(job)
         loop.begin(runner, (), loop.capacity.speculator if drafted else None, job)
         loop.intake.add_requests(requests)
         while loop.intake:
-            for sequence in loop.advance(complete=True):
-                completion = loop.intake.completion_of(sequence)
-                if sequence.table is None:
+            for request, completion, refused in turn(loop, complete=True):
+                if refused:
                     raise ConfigurationError(completion.error)
-                yield sequence.request, completion
+                yield request, completion
         if loop.draining:
             raise KeyboardInterrupt
+
+
+def turn(loop: EngineLoop, complete: bool) -> Iterator[tuple[Request, Completion, bool]]:
+    """A pass, and what other engines have finished meanwhile; where nothing runs here, a moment of waiting for them.
+    Every completion comes with whether no block holds its request."""
+    for sequence in loop.advance(complete):
+        yield sequence.request, loop.intake.completion_of(sequence), sequence.table is None
+    if loop.others is not None:
+        began = time.perf_counter()
+        yield from loop.others.finished(wait=not loop.running)
+        if not loop.running:
+            loop.statistics.seconds += time.perf_counter() - began
+
+
+def step(loop: EngineLoop, complete: bool) -> list[tuple[Hashable, Completion]]:
+    """A turn over what has come in; what was asked for is in the results once its last sample is there."""
+    delivered = (loop.intake.deliver(completion, request) for request, completion, _ in turn(loop, complete))
+    return [whole for whole in delivered if whole is not None]
 
 
 def stream(
@@ -51,14 +71,14 @@ def stream(
             if loop.draining and not loop.intake:
                 return
             block, peeked = loop.capacity.peeked
-            limit = block if loop.running else peeked
+            limit = (block if loop.running else peeked) * loop.engines
             wanted = 0 if loop.draining else limit - loop.intake.num_waiting
             for item in feed.take(wanted, wait=not loop.intake):
                 refused = loop.intake.add_item(next(numbers), item, on_tokens)
                 if refused is not None:
                     yield refused
             if loop.intake:
-                yield from loop.step(complete=feed.ended)
+                yield from step(loop, complete=feed.ended)
             elif feed.ended:
                 return
 
@@ -89,3 +109,31 @@ def measuring(loop: EngineLoop, turn: Turn) -> Iterator[None]:
         loop.comparison.add(turn, counted.seconds - seconds, counted.generated_tokens - tokens)
     finally:
         loop.statistics = own
+
+
+def report(loop: EngineLoop, loaded: Mapping[str, Any]) -> Report:
+    """Of all runs, and of the other engines. ``loaded``: how long loading took, and what was read."""
+    found, capacity = loop.planner.engine_plan, loop.capacity
+    own = Report(
+        **found.describe(),
+        **describe_memory(found, capacity.runner, capacity.tiers, capacity.speculator),
+        **loaded,
+        resources={name: asdict(use) for name, use in loop.tracer.summary().items()},
+        **describe(loop),
+    )
+    return own if loop.others is None else of_engines(own, loop.others.reports())
+
+
+def describe(loop: EngineLoop) -> dict[str, Any]:
+    """What all runs measured, the last job, plan and run beside each other, and what drafts were worth."""
+    report: dict[str, Any] = {**loop.statistics.describe(), "answer_lengths": loop.lengths.report()}
+    if loop.job_record is not None:
+        report["job"] = loop.job_record.describe(loop.planner.known_hardware)
+    if loop.prediction:
+        replans = {"replans": list(loop.replans), "num_replans": len(loop.replans)}
+        report["prediction"] = {**loop.prediction, **replans}
+    if loop.capacity.routing is not None:
+        report["experts"] = loop.capacity.routing.describe()
+    if loop.capacity.speculator is not None:
+        report["speculation"] = {**loop.capacity.speculator.report(), **loop.comparison.describe()}
+    return report

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 import traceback
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -31,9 +31,10 @@ from flexbatch.planner.capacity import PEEKED_BLOCKS, Capacity
 from flexbatch.planner.comparison import Comparison
 from flexbatch.planner.forecast import Forecast, JobRecord
 from flexbatch.planner.monitor import BusySeconds, PassMeter, PlanMonitor, UsageTracer
+from flexbatch.planner.other_engines import OtherEngines
 from flexbatch.planner.planner import Planner
 from flexbatch.planner.report import FailureLog, Statistics
-from flexbatch.request import Completion, Request
+from flexbatch.request import Request
 from flexbatch.trace import Tracer
 
 logger = logging.getLogger("flexbatch")
@@ -42,8 +43,10 @@ logger = logging.getLogger("flexbatch")
 class EngineLoop:
     """Runs one block at a time. A run begins with the first request and ends when nothing is left, or fails."""
 
-    def __init__(self, planner: Planner, capacity: Capacity, intake: Intake, tracer: Tracer) -> None:
-        self.planner, self.capacity, self.intake, self.tracer = planner, capacity, intake, tracer
+    def __init__(
+        self, planner: Planner, capacity: Capacity, intake: Intake, tracer: Tracer, others: OtherEngines | None = None
+    ) -> None:
+        self.planner, self.capacity, self.intake, self.tracer, self.others = planner, capacity, intake, tracer, others
         self.statistics = Statistics()
         self.comparison = Comparison()
         """Runs with and without speculation, by turns, that --compare-plain asks for."""
@@ -63,7 +66,7 @@ class EngineLoop:
         self.passes: Passes | PipelinedPasses | None = None
         self.observers: list[RunObserver] = []
         """The observers of the run that goes on."""
-        self.watchers: list[RunObserver] = []
+        self.watchers: list[RunObserver] = [] if others is None else others.watchers
         """Those that were added from outside, of every run that begins from now on."""
         self.draining = False
         """Whether what is in flight is finished and nothing else begins."""
@@ -75,19 +78,14 @@ class EngineLoop:
         """Predicted against measured, of the last run that had a plan."""
         return self.monitor.prediction if self.monitor is not None else {}
 
-    def describe(self) -> dict[str, Any]:
-        """What all runs measured, the last job, plan and run beside each other, and what drafts were worth."""
-        report: dict[str, Any] = {**self.statistics.describe(), "answer_lengths": self.lengths.report()}
-        if self.job_record is not None:
-            report["job"] = self.job_record.describe(self.planner.known_hardware)
-        if self.prediction:
-            replans = {"replans": list(self.replans), "num_replans": len(self.replans)}
-            report["prediction"] = {**self.prediction, **replans}
-        if self.capacity.routing is not None:
-            report["experts"] = self.capacity.routing.describe()
-        if self.capacity.speculator is not None:
-            report["speculation"] = {**self.capacity.speculator.report(), **self.comparison.describe()}
-        return report
+    @property
+    def engines(self) -> int:
+        """That share the line of requests."""
+        return 1 if self.others is None else self.others.count
+
+    def shared(self, job: Job, exactly: bool) -> contextlib.AbstractContextManager[None]:
+        """Other engines begin to run a job like this one as soon as the body has planned it."""
+        return contextlib.nullcontext() if self.others is None else self.others.beginning(self.capacity, job, exactly)
 
     @property
     def running(self) -> bool:
@@ -118,6 +116,8 @@ class EngineLoop:
     def drop_what_waits(self) -> bool:
         """Let the prompts go of which nothing is in flight; returns whether any is left."""
         scheduler = self.scheduler
+        if self.others is not None:
+            self.others.give_back()
         begun: list[Sequence] = []
         if scheduler is not None:
             # Those that wait with tokens have generated them in an earlier block.
@@ -162,10 +162,11 @@ class EngineLoop:
             self.end()
             runner = capacity.prepare_largest(job)
             logger.info("made a larger block: a request was longer than those that the stream began with")
-        elif complete or job.num_requests >= block:
-            runner = capacity.prepare(job)
         else:
-            runner = capacity.prepare_largest(job.repeated(block))
+            exactly = complete or job.num_requests >= block
+            job = job if exactly else job.repeated(block)
+            with self.shared(job, exactly):
+                runner = capacity.prepare(job) if exactly else capacity.prepare_largest(job)
         proposer = capacity.speculator if before is None else before.proposer
         self.begin(runner, left, proposer)
 
@@ -279,20 +280,21 @@ class EngineLoop:
             self.wake = lambda: None
             self.drop_all()
 
-    def abort(self, wanted: Callable[[Sequence], bool]) -> None:
-        """Release those of the sequences that wait or run."""
+    def abort(self, indices: set[int]) -> None:
+        """Release the sequences of these prompts, which wait or run."""
         if self.scheduler is not None:
-            self.scheduler.abort(wanted)
+            self.scheduler.abort(lambda sequence: sequence.request.index in indices)
+        if self.others is not None:
+            self.others.drop(indices)
 
     def drop_all(self) -> None:
         self.intake.clear()
-        self.end()
+        self.end_everywhere()
         self.draining = False
 
-    def step(self, complete: bool) -> list[tuple[Hashable, Completion]]:
-        """A pass over what has come in; what was asked for is in the results once its last sample is there."""
-        finished = self.advance(complete)
-        delivered = (
-            self.intake.deliver(self.intake.completion_of(sequence), sequence.request) for sequence in finished
-        )
-        return [whole for whole in delivered if whole is not None]
+    def end_everywhere(self) -> None:
+        """`end`, and that of the other engines."""
+        with contextlib.ExitStack() as stack:
+            if self.others is not None:
+                stack.callback(self.others.end_run)
+            self.end()

@@ -32,7 +32,7 @@ from flexbatch.cli.early_checks import (
 )
 from flexbatch.cli.help import CommandParser
 from flexbatch.cli.loras import for_all_rows
-from flexbatch.cli.ranks import run_on_ranks
+from flexbatch.cli.ranks import ALONE, Elsewhere, run_on_ranks
 from flexbatch.cli.run_settings import RunConfig, SamplingConfig
 from flexbatch.cli.settings import add_arguments, add_engine_arguments, read_settings
 from flexbatch.config import EngineConfig
@@ -44,7 +44,6 @@ if TYPE_CHECKING:  # --help waits for nothing that only a run needs
     from flexbatch.cli.run_work import Work
     from flexbatch.execution.job import Job
     from flexbatch.models.opened import OpenModel
-    from flexbatch.parallel.channel import RankChannel
     from flexbatch.request import Completion
 
 logger = logging.getLogger("flexbatch")
@@ -108,17 +107,21 @@ def print_plan(
     Raises DoesNotFitError as a run would."""
     from flexbatch.execution.job import Job
     from flexbatch.planner import tables
+    from flexbatch.planner.meshes import with_chosen_mesh
     from flexbatch.planner.planner import Planner
-    from flexbatch.policy.explain import explain, summary
+    from flexbatch.policy.explain import engines_summary, engines_text, explain, summary
     from flexbatch.policy.whatif import plot_plan
 
+    engine = with_chosen_mesh(engine, job, model)
     planner = Planner(engine, job, dry=True, model=model)
     report = planner.describe(job or Job.typical(planner.deployment.model.arch.context))
     plan = report.pop("plan")
     if as_json:
-        print(json.dumps({**report, **summary(plan), "planned_for": words}, indent=2, default=str), file=data)
+        found = {**report, **summary(plan), **engines_summary(plan, engine.data_parallel_size), "planned_for": words}
+        print(json.dumps(found, indent=2, default=str), file=data)
     else:
-        print(words, explain(plan, f"{tables.shares(report)}\n{tables.memory(report)}"), sep="\n", file=data)
+        text = explain(plan, f"{tables.shares(report)}\n{tables.memory(report)}")
+        print(words, engines_text(plan, engine.data_parallel_size) + text, sep="\n", file=data)
     if plot is not None:
         try:
             plot_plan(plan, plot)
@@ -132,8 +135,8 @@ def run(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO, resu
     engine, config, sampling = read_settings([EngineConfig, RunConfig, SamplingConfig], args, environ, args.config)
     engine = for_all_rows(with_flexgen_flags(engine, config))
 
-    def lead(channel: RankChannel | None) -> int:
-        return run_job(engine, config, sampling, args.config, data, resume, channel)
+    def lead(others: Elsewhere) -> int:
+        return run_job(engine, config, sampling, args.config, data, resume, others)
 
     return run_on_ranks(environ, engine.mesh_shape, lead, config.dry_run)
 
@@ -145,7 +148,7 @@ def run_job(
     settings_file: str | None,
     data: TextIO,
     resume: str | None,
-    channel: RankChannel | None,
+    others: Elsewhere,
 ) -> int:
     """A run of one process, or of several as its rank 0."""
     if config.plot and not config.dry_run:
@@ -172,13 +175,13 @@ def run_job(
             from flexbatch.cli.run_output import Printed  # with torch, which a mistake need not wait for
 
             add = None if config.json else Printed(work, data).add
-            code = run_work(engine, config, work, 0, add, data, channel=channel)
+            code = run_work(engine, config, work, 0, add, data, others=others)
         else:
             with results(config.output, data) as out:
                 resume = resume if out.resumable else None
                 check_inputs(engine, config.prompts)
                 work = make_work(engine, config, sampling)
-                code = run_into(out, engine, config, work, data, resume, channel)
+                code = run_into(out, engine, config, work, data, resume, others)
     except KeyboardInterrupt:
         code = INTERRUPTED
     if code == INTERRUPTED:
@@ -193,7 +196,7 @@ def run_into(
     work: Work,
     data: TextIO,
     resume: str | None = None,
-    channel: RankChannel | None = None,
+    others: Elsewhere = ALONE,
 ) -> int:
     """A run whose rows go to --output, from the first row on that is not there yet."""
     from flexbatch.cli import result_rows
@@ -209,7 +212,7 @@ def run_into(
         out.add(index, result_rows.output_line(work.rows[index], completion))
 
     try:
-        code = max(code, run_work(engine, config, work, first, add, data, resume, channel))
+        code = max(code, run_work(engine, config, work, first, add, data, resume, others))
     finally:
         if 0 < out.written < len(work.rows):
             there = out.written, len(work.rows), config.output
@@ -229,12 +232,13 @@ def run_work(
     on_prompt: Callable[[int, Completion], None] | None,
     data: TextIO,
     resume: str | None = None,
-    channel: RankChannel | None = None,
+    others: Elsewhere = ALONE,
 ) -> int:
     """Loads the model and runs the prompts from number ``first`` on; returns the exit code."""
     from flexbatch.cli import result_rows
     from flexbatch.cli.run_output import complete, print_report
     from flexbatch.engine import LLM
+    from flexbatch.planner.meshes import with_chosen_mesh
     from flexbatch.planner.planner import Planner
     from flexbatch.text.files import json_text
 
@@ -245,7 +249,8 @@ def run_work(
         if on_prompt is not None:
             on_prompt(index, completion)
 
-    planner = Planner(engine, work.job(first), model=work.model, channel=channel)
+    engine = with_chosen_mesh(engine, work.job(first), work.model)
+    planner = Planner(engine, work.job(first), model=work.model, channel=others.channel, group=others.group)
     with LLM.from_planner(planner, trace=config.trace is not None) as llm:
         whole = complete(llm, work, first, add, resume)
         if config.trace:

@@ -25,6 +25,7 @@ RESOURCES = {
     "disk_write": "disk write",
     "compute": "gpu compute",
     "cpu_attention": "cpu attention",
+    "cpu_experts": "cpu experts",
     "host": "host",
     "tick": "ticks",
 }

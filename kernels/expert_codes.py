@@ -97,7 +97,7 @@ class ExpertStacks:
 
 def stacks_of(units: Units) -> ExpertStacks:
     """Made once for matrices that stay where they are: the table is copied from the host."""
-    units, addresses = joined(units), []
+    addresses = []
     assert len({form_of(matrices) for _, matrices in units}) == 1, "experts of a layer in unlike forms"
     for _, matrices in sorted(units, key=lambda unit: unit[0]):
         parts = [matrices] if isinstance(matrices, Tensor) else [matrices.codes, matrices.parameters]
@@ -131,30 +131,3 @@ class GatedActivation:
         if self.limit:
             return ops.clamped_gate(gate_up, self.gain, self.limit)
         return ops.gated_activation(gate_up, self.activation)
-
-
-def joined(units: Units) -> list[tuple[int, Matrices]]:
-    """Units that follow each other in number and in memory as one; those in codes stay as they are."""
-    found: list[tuple[int, Matrices]] = []
-    for first, matrices in units:
-        if found and adjacent(*found[-1], first, matrices):
-            start, before = found[-1]
-            assert isinstance(before, Tensor)
-            size = (len(before) + len(matrices), *before.shape[1:])
-            found[-1] = start, before.as_strided(size, before.stride(), before.storage_offset())
-        else:
-            found.append((first, matrices))
-    return found
-
-
-def adjacent(first: int, matrices: Matrices, next_first: int, following: Matrices) -> bool:
-    return (
-        isinstance(matrices, Tensor)
-        and isinstance(following, Tensor)
-        and first + len(matrices) == next_first
-        and matrices.untyped_storage().data_ptr() == following.untyped_storage().data_ptr()
-        and matrices.data_ptr() + matrices.nbytes == following.data_ptr()
-        and matrices.shape[1:] == following.shape[1:]
-        and matrices.is_contiguous()
-        and following.is_contiguous()
-    )

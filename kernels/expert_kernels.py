@@ -119,7 +119,11 @@ def _product(
             even = _code(code if BITS == 8 else code & 15) * factor + shift
             odd = even if BITS == 8 else _code(code >> 4) * factor + shift
         acc = tl.dot(even.to(dtype).reshape(even.shape[0], STEP), tl.trans(first), acc, input_precision="ieee")
-        if BITS != 8:
+        if BITS == 8:
+            # A use in the loop, so that the product has ended when the next step expands its codes: Triton 3.6 lets
+            # it run on and overwrites the registers that it reads (H100, tiles of 128 tokens: wrong numbers).
+            acc += 0.0
+        else:
             acc = tl.dot(odd.to(dtype).reshape(odd.shape[0], STEP), tl.trans(second), acc, input_precision="ieee")
         scale, low = next_scale, next_low
     return acc
@@ -177,8 +181,8 @@ def gate_up_kernel(
     expert = tl.load(tiles + tile * 3).to(tl.int64)
     if expert >= 0:
         end = tl.load(tiles + tile * 3 + 2)
-        place = tl.load(tiles + tile * 3 + 1) + tl.arange(0, BLOCK_TOKENS)
-        token = tl.load(order + place, mask=place < end, other=0).to(tl.int64) // REPEATED
+        position = tl.load(tiles + tile * 3 + 1) + tl.arange(0, BLOCK_TOKENS)
+        token = tl.load(order + position, mask=position < end, other=0).to(tl.int64) // REPEATED
         # Half a block of gates, and behind it the ups that belong to them.
         row = tl.arange(0, BLOCK_ROWS)
         side = (row >= HALF).to(tl.int32)
@@ -193,8 +197,8 @@ def gate_up_kernel(
         value = clamped(gate, up, gain, limit) if ACTIVATION == "clamped" else activated(gate, ACTIVATION) * up
         column = block * HALF + tl.arange(0, HALF)
         target = (column % 2) * (width // 2) + column // 2 if HALVES else column
-        mask = (column < width)[:, None] & (place < end)[None, :]
-        at = inner + place.to(tl.int64)[None, :] * width + target[:, None]
+        mask = (column < width)[:, None] & (position < end)[None, :]
+        at = inner + position.to(tl.int64)[None, :] * width + target[:, None]
         tl.store(at, value.to(inner.dtype.element_ty), mask=mask)
 
 
@@ -209,18 +213,18 @@ def down_kernel(
     expert = tl.load(tiles + tile * 3).to(tl.int64)
     if expert >= 0:
         end = tl.load(tiles + tile * 3 + 2)
-        place = tl.load(tiles + tile * 3 + 1) + tl.arange(0, BLOCK_TOKENS)
+        position = tl.load(tiles + tile * 3 + 1) + tl.arange(0, BLOCK_TOKENS)
         column = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         row = tl.minimum(column, size - 1)
-        inner_row = tl.minimum(place, end - 1).to(tl.int64) * columns
+        inner_row = tl.minimum(position, end - 1).to(tl.int64) * columns
         acc = _of_expert(
             inner, inner_row, table, num_experts, expert, row, columns, BITS, FLOATS, GROUP, GROUPS, BYTES,
             WHOLE, BLOCK_ROWS, BLOCK_TOKENS,
         )  # fmt: skip
         if BIASED:
             acc += tl.load(biases + expert * size + row).to(tl.float32)[:, None]
-        target = tl.load(order + place, mask=place < end, other=0).to(tl.int64)
-        mask = (column < size)[:, None] & (place < end)[None, :]
+        target = tl.load(order + position, mask=position < end, other=0).to(tl.int64)
+        mask = (column < size)[:, None] & (position < end)[None, :]
         tl.store(out + target[None, :] * size + column[:, None], acc.to(out.dtype.element_ty), mask=mask)
 
 

@@ -94,19 +94,34 @@ def expert_mlp(
 ) -> Tensor:
     """Sum over the experts ``chosen`` [T, K] of ``shares`` [T, K] times down(gate(gate_up)) of x [T, H]: [T, H].
     ``launch``: that of `launch_of` unless given."""
-    rows, top_k = chosen.numel(), chosen.shape[1]
     out = torch.empty_like(x)
-    if not rows:
+    if not chosen.numel():
         return out
-    launch = launch or launch_of(rows, gate_up.num_experts, gate_up.form.bits, x)
-    order, tiles = tiles_of(chosen.flatten(), gate_up.num_experts, launch.tokens)
-    inner = gate_up_rows(x, order, tiles, gate_up, biases[0], gate, down.in_halves, launch)
-    routed = down_rows(inner, order, tiles, down, biases[1], launch)
+    routed, top_k = routed_rows(x, chosen, gate_up, down, gate, biases, launch), chosen.shape[1]
     block = min(1024, triton.next_power_of_2(x.shape[1]))
     expert_kernels.weighted_kernel[len(x), triton.cdiv(x.shape[1], block)](
         routed, shares.contiguous(), out, x.shape[1], CHOICES=top_k, BLOCK=block
     )
     return out
+
+
+def routed_rows(
+    x: Tensor,
+    chosen: Tensor,
+    gate_up: ExpertStacks,
+    down: ExpertStacks,
+    gate: GatedActivation,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
+    launch: ExpertLaunch | None = None,
+) -> Tensor:
+    """[R, H]: what every choice makes of x. Of those above the number of experts nothing is written."""
+    rows = chosen.numel()
+    if not rows:
+        return x.new_empty(0, down.shape[0])
+    launch = launch or launch_of(rows, gate_up.num_experts, gate_up.form.bits, x)
+    order, tiles = tiles_of(chosen.flatten(), gate_up.num_experts, launch.tokens)
+    inner = gate_up_rows(x, order, tiles, gate_up, biases[0], gate, down.in_halves, launch)
+    return down_rows(inner, order, tiles, down, biases[1], launch)
 
 
 def tiles_of(experts: Tensor, num_experts: int, tokens: int) -> tuple[Tensor, Tensor]:

@@ -24,14 +24,16 @@ def _elements(
     """Elements [keys, element] below END of the rows at ``slot`` in the dtype of the parameters."""
     within = seen[:, None] & (element < END)[None, :]
     if BITS == 16:
-        return tl.load(rows + (slot * row_stride)[:, None] + element[None, :], mask=within, other=0.0)
-    per_byte: tl.constexpr = 8 // BITS
-    code = tl.load(rows + (slot * row_stride)[:, None] + (element // per_byte)[None, :], mask=within, other=0)
-    code = (code >> ((element % per_byte) * BITS)[None, :]) & ((1 << BITS) - 1)
-    pair = parameters + (slot * parameter_stride + offset)[:, None] + (element // GROUP * 2)[None, :]
-    scale = tl.load(pair, mask=within, other=0.0).to(tl.float32)
-    minimum = tl.load(pair + 1, mask=within, other=0.0).to(tl.float32)
-    return tl.where(within, code.to(tl.float32) * scale + minimum, 0.0).to(parameters.dtype.element_ty)
+        found = tl.load(rows + (slot * row_stride)[:, None] + element[None, :], mask=within, other=0.0)
+    else:
+        per_byte: tl.constexpr = 8 // BITS
+        code = tl.load(rows + (slot * row_stride)[:, None] + (element // per_byte)[None, :], mask=within, other=0)
+        code = (code >> ((element % per_byte) * BITS)[None, :]) & ((1 << BITS) - 1)
+        pair = parameters + (slot * parameter_stride + offset)[:, None] + (element // GROUP * 2)[None, :]
+        scale = tl.load(pair, mask=within, other=0.0).to(tl.float32)
+        minimum = tl.load(pair + 1, mask=within, other=0.0).to(tl.float32)
+        found = tl.where(within, code.to(tl.float32) * scale + minimum, 0.0).to(parameters.dtype.element_ty)
+    return found
 
 
 @triton.jit

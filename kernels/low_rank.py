@@ -33,25 +33,25 @@ def _down_kernel(
     start = tl.load(segment)
     count = tl.load(segment + (PARTS - 1) * 3) + tl.load(segment + (PARTS - 1) * 3 + 1) - start
     if (first < end) & (tl.program_id(1) * BLOCK_R < count):
-        place = first + tl.arange(0, BLOCK_T)
+        position = first + tl.arange(0, BLOCK_T)
         rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-        token = tl.load(order + place, mask=place < end, other=0)
+        token = tl.load(order + position, mask=position < end, other=0)
         row = down + (start + rank) * size
         if GATHER:
-            column = tl.load(x + token, mask=place < end, other=0)
-            both = (place < end)[:, None] & (rank < count)[None, :]
+            column = tl.load(x + token, mask=position < end, other=0)
+            both = (position < end)[:, None] & (rank < count)[None, :]
             result = tl.load(row[None, :] + column[:, None], mask=both, other=0.0).to(tl.float32)
         else:
             result = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
             for begin in range(0, size, BLOCK_K):
                 element = begin + tl.arange(0, BLOCK_K)
-                has_x = (place < end)[:, None] & (element < size)[None, :]
+                has_x = (position < end)[:, None] & (element < size)[None, :]
                 has_row = (rank < count)[:, None] & (element < size)[None, :]
                 left = tl.load(x + token[:, None] * x_token + element[None, :], mask=has_x, other=0.0)
                 right = tl.load(row[:, None] + element[None, :], mask=has_row, other=0.0)
                 result = tl.dot(left, tl.trans(right), result, input_precision="ieee")
-        target = inner + place.to(tl.int64)[:, None] * inner_row + rank[None, :]
-        both = (place < end)[:, None] & (rank < count)[None, :]
+        target = inner + position.to(tl.int64)[:, None] * inner_row + rank[None, :]
+        both = (position < end)[:, None] & (rank < count)[None, :]
         tl.store(target, result.to(inner.dtype.element_ty), mask=both)
 
 
@@ -72,20 +72,20 @@ def _up_kernel(
     if (first < end) & (rank > 0) & (tl.program_id(1) * BLOCK_N < width):
         offset = tl.load(segment) - tl.load(segments + adapter * PARTS * 3)
         factor = up + tl.load(segment + 2)
-        place = first + tl.arange(0, BLOCK_T)
+        position = first + tl.arange(0, BLOCK_T)
         column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        row = inner + place.to(tl.int64)[:, None] * inner_row + offset
+        row = inner + position.to(tl.int64)[:, None] * inner_row + offset
         result = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
         for begin in range(0, rank, BLOCK_R):
             index = begin + tl.arange(0, BLOCK_R)
-            has_inner = (place < end)[:, None] & (index < rank)[None, :]
+            has_inner = (position < end)[:, None] & (index < rank)[None, :]
             has_factor = (index < rank)[:, None] & (column < width)[None, :]
             left = tl.load(row + index[None, :], mask=has_inner, other=0.0)
             right = tl.load(factor + index[:, None] * width + column[None, :], mask=has_factor, other=0.0)
             result = tl.dot(left, right, result, input_precision="ieee")
-        token = tl.load(order + place, mask=place < end, other=0)
+        token = tl.load(order + position, mask=position < end, other=0)
         target = out + token[:, None] * out_token + tl.load(sections + part * 2) + column[None, :]
-        both = (place < end)[:, None] & (column < width)[None, :]
+        both = (position < end)[:, None] & (column < width)[None, :]
         before = tl.load(target, mask=both, other=0.0).to(tl.float32)
         scale = tl.load(scales + adapter * PARTS + part)
         tl.store(target, (before + scale * result).to(out.dtype.element_ty), mask=both)
@@ -104,14 +104,14 @@ def _columns_kernel(
     start = tl.load(segment)
     count = tl.load(segment + 1)
     if (first < end) & (tl.program_id(1) * BLOCK_R < count):
-        place = first + tl.arange(0, BLOCK_T)
+        position = first + tl.arange(0, BLOCK_T)
         index = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-        token = tl.load(order + place, mask=place < end, other=0)
+        token = tl.load(order + position, mask=position < end, other=0)
         row = rows + (start + index) * size
         result = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
         for begin in range(0, size, BLOCK_K):
             element = begin + tl.arange(0, BLOCK_K)
-            has_x = (place < end)[:, None] & (element < size)[None, :]
+            has_x = (position < end)[:, None] & (element < size)[None, :]
             has_row = (index < count)[:, None] & (element < size)[None, :]
             left = tl.load(x + token[:, None] * x_token + element[None, :], mask=has_x, other=0.0)
             right = tl.load(row[:, None] + element[None, :], mask=has_row, other=0.0)
@@ -119,7 +119,7 @@ def _columns_kernel(
         if HAS_BIAS:
             result += tl.load(bias + start + index, mask=index < count, other=0.0).to(tl.float32)[None, :]
         column = tl.load(columns + start + index, mask=index < count, other=0)
-        both = (place < end)[:, None] & (index < count)[None, :]
+        both = (position < end)[:, None] & (index < count)[None, :]
         tl.store(out + token[:, None] * out_token + column[None, :], result.to(out.dtype.element_ty), mask=both)
 
 

@@ -59,6 +59,13 @@ class ExpertTable:
     biases: tuple[Tensor | None, Tensor | None]
     """In float32."""
 
+    @property
+    def expert_bytes(self) -> int:
+        """Of both matrices of an expert, as they are stored."""
+        parts = self.stored.gate_up, self.stored.down
+        kept = [tensors for part in parts for tensors in (part.values, part.parameters) if tensors]
+        return sum(next(iter(tensors.values())).nbytes for tensors in kept)
+
     @classmethod
     def of(cls, stored: StoredExperts, count: int) -> ExpertTable:
         """count: experts of the layer, those elsewhere included."""

@@ -90,6 +90,15 @@ def quantize(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     return reference.quantize(x, bits, group)
 
 
+def fit(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """`reference.fit`."""
+    if x.is_cuda:
+        from flexbatch.kernels import quant_fit
+
+        return quant_fit.fit(x, bits, group)
+    return reference.fit(x, bits, group)
+
+
 def dequantize(
     codes: Tensor, parameters: Tensor, size: int, bits: int, group: int, out: Tensor | None = None
 ) -> Tensor:

@@ -66,8 +66,7 @@ def quantize(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
 
 
 def fit(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """`quantize` with the parameters of least squared error found by a search: for weights, which are quantized once,
-    so that plain torch is fast enough on either device.
+    """`quantize` with the parameters of least squared error found by a search: for weights, which are quantized once.
 
     x: [rows, size] floating. Ranges shrunk at either end by ``FIT_SHRINKS`` are each improved by ``FIT_STEPS``
     alternations between the nearest codes and the line that fits them best; what is kept is the best as it will be

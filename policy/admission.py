@@ -5,9 +5,10 @@ The scheduler follows them, and the planner counts the passes of a job by them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
+from flexbatch.policy.layer_window import LayerWindow, WindowSizes, passing_pages, window_sizes
 from flexbatch.policy.limits import MAX_MICRO_BATCH_TOKENS, PAGE_TOKENS
 from flexbatch.policy.policy import TIERS, Policy, Split
 
@@ -26,9 +27,44 @@ class CacheSizes:
     """Token rows of each disk sequence and layer that are held in host memory until their page is full."""
     parking_pages: int = 0
     """Of the cpu tier, pages for sequences that have stepped aside alone."""
+    windows: WindowSizes | None = None
+    """Of layers that keep only their window, whose pages are counted for themselves; None: all layers keep all."""
 
     def pages(self, tier: str) -> int:
         return {"gpu": self.gpu_pages, "cpu": self.cpu_pages, "disk": self.disk_pages}[tier]
+
+    def window_pages(self, tier: str) -> int:
+        """Pages of the layers that keep only their window."""
+        return self.windows.pages[TIERS.index(tier)] if self.windows else 0
+
+    @property
+    def quotas(self) -> dict[str, int]:
+        """By tier, what sequences may count in these layers; 0 where all layers keep all."""
+        return dict(zip(TIERS, self.windows.quota if self.windows else (0, 0, 0), strict=True))
+
+    def in_windows(self, pages: int) -> int:
+        """Of a sequence that has so many pages, those that count in the layers that keep only their window."""
+        return self.windows.of(pages) if self.windows else 0
+
+    def part(self, parts: int) -> CacheSizes:
+        """What one of so many parts of the block has of them."""
+        gpu, cpu, disk = (-(-self.pages(tier) // parts) for tier in TIERS)
+        return replace(
+            self,
+            gpu_pages=gpu,
+            cpu_pages=cpu,
+            disk_pages=disk,
+            disk_sequences=-(-self.disk_sequences // parts),
+            windows=self.windows and self.windows.part(parts),
+        )
+
+    def covers(self, other: CacheSizes) -> bool:
+        """Whether a block that fits ``other`` fits here."""
+        names = [each.name for each in fields(self) if each.name != "windows"]
+        enough = all(getattr(self, name) >= getattr(other, name) for name in names)
+        if self.windows is None or other.windows is None:
+            return enough and self.windows is None
+        return enough and self.windows.covers(other.windows)
 
 
 def num_pages(num_tokens: int, page_tokens: int = PAGE_TOKENS) -> int:
@@ -54,14 +90,25 @@ def off_gpu_sequences(policy: Policy, block: int) -> int:
 
 
 def cache_sizes(
-    policy: Policy, longest: Sequence[int], page_tokens: int = PAGE_TOKENS, max_query_nodes: int = 0
+    policy: Policy,
+    longest: Sequence[int],
+    page_tokens: int = PAGE_TOKENS,
+    max_query_nodes: int = 0,
+    window: LayerWindow | None = None,
 ) -> CacheSizes:
     """Pages for a full block of a job's longest sequences on every tier's share.
 
-    longest: pages to reserve for each sequence of the block, the largest first; no more than the block has.
+    longest: pages to reserve for each sequence of the block, the largest first; no more than the block has. window: of
+    the layers that have one.
     """
     block = len(longest)
-    on_tier = {tier: int(sum(longest[:count])) for tier, count in sequences_on(policy.cache, block).items()}
+    counts = sequences_on(policy.cache, block)
+    on_tier = {tier: int(sum(longest[:count])) for tier, count in counts.items()}
+    windows = None
+    if window is not None:
+        passing = passing_pages(policy, most_prompt_tokens(policy, max_query_nodes), page_tokens)
+        ring = window.pages(1 + max_query_nodes, page_tokens)
+        windows = window_sizes(longest, list(counts.values()), policy, passing, ring)
     on_disk = min(block, int(block * policy.cache.disk + 2)) if policy.cache.disk > 0 else 0
     return CacheSizes(
         gpu_pages=on_tier["gpu"],
@@ -70,7 +117,13 @@ def cache_sizes(
         staging_pages=int(sum(longest[: off_gpu_sequences(policy, block)])),
         disk_sequences=on_disk,
         tail_tokens=2 * page_tokens + max_query_nodes if on_disk else 0,
+        windows=windows,
     )
+
+
+def most_prompt_tokens(policy: Policy, max_query_nodes: int = 0) -> int:
+    """Prompt tokens that a micro-batch brings to a pass, at most: see `prompt_budget`."""
+    return min(policy.prompt_tokens_per_micro_batch, micro_batch_tokens(policy, max_query_nodes))
 
 
 def micro_batch_tokens(policy: Policy, max_query_nodes: int = 0) -> int:
@@ -98,6 +151,19 @@ def largest_sequence(cache: Split, sizes: CacheSizes) -> int:
         sizes.pages(tier) if tier == "gpu" else min(sizes.pages(tier), sizes.staging_pages)
         for tier in allowed_tiers(cache)
     )
+
+
+def can_all_move(most: Sequence[tuple[str, int]], pools: Mapping[str, int]) -> bool:
+    """Whether sequences that are only ever moved can all go on to their ends: every tier has pages for all that those
+    on it may reach; or all tiers together have, and of the longest one more each: then one of them has the pages free
+    that another lacks. most: (tier, pages that it may reach) of every sequence."""
+    on_tier = dict.fromkeys(pools, 0)
+    for tier, pages in most:
+        on_tier[tier] += pages
+    if all(on_tier[tier] <= size for tier, size in pools.items()):
+        return True
+    spare = max(pages for _, pages in most) * sum(size > 0 for size in pools.values())
+    return sum(on_tier.values()) + spare <= sum(pools.values())
 
 
 def open_micro_batches(

@@ -1,7 +1,6 @@
 """Affine functions of a placement: what the linear program is made of.
 
-A row [1 + variables] is a constant and a coefficient
-for each share of a tensor kind on a tier.
+A row [1 + variables] is a constant and a coefficient for each share of a tensor kind on a tier.
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ from flexbatch.policy.policy import TIERS, Policy
 Number = float | np.ndarray
 KINDS = ("weights", "cache", "activations")
 
-VARIABLES = (*(f"{kind}_{tier}" for kind in KINDS for tier in TIERS), "cpu_attention")
-"""The nine fractions, and the share of all sequences that is attended on the CPU."""
+VARIABLES = (*(f"{kind}_{tier}" for kind in KINDS for tier in TIERS), "cpu_attention", "cpu_experts")
+"""The nine fractions, the share of all sequences that is attended on the CPU, and the share of a layer's experts that
+is computed there."""
 
 COLUMNS = {name: 1 + i for i, name in enumerate(VARIABLES)}
 
@@ -28,8 +28,9 @@ def affine(constant: Number = 0.0, **coefficients: Number) -> np.ndarray:
     """[..., 1 + len(VARIABLES)]: a constant and coefficients by variable, each a number or an array over passes."""
     # A search asks for ten thousands of rows of a single pass, and finding the common shape of numbers takes longer
     # than writing them.
-    shapes = [value.shape for value in (constant, *coefficients.values()) if isinstance(value, np.ndarray)]
-    row = np.zeros((*np.broadcast_shapes(*shapes), 1 + len(VARIABLES)))
+    shapes = {value.shape for value in (constant, *coefficients.values()) if isinstance(value, np.ndarray)} - {()}
+    shape = np.broadcast_shapes(*shapes) if len(shapes) > 1 else next(iter(shapes), ())
+    row = np.zeros((*shape, 1 + len(VARIABLES)))
     row[..., 0] = constant
     for name, value in coefficients.items():
         row[..., COLUMNS[name]] = value
@@ -54,6 +55,6 @@ def slowest(rows: Iterable[np.ndarray], point: np.ndarray) -> np.ndarray:
 def point_of(policy: Policy) -> np.ndarray:
     """The placement of ``policy`` as a point, the constant 1 first."""
     cpu_attention = policy.cache.cpu * policy.cpu_attention
-    return np.array(
-        [1.0, *policy.weights.fractions, *policy.cache.fractions, *policy.activations.fractions, cpu_attention]
-    )
+    cpu_experts = policy.weights.cpu * policy.cpu_experts
+    splits = (*policy.weights.fractions, *policy.cache.fractions, *policy.activations.fractions)
+    return np.array([1.0, *splits, cpu_attention, cpu_experts])

@@ -16,9 +16,10 @@ import numpy as np
 
 from flexbatch.policy.affine import KINDS, VARIABLES, total
 from flexbatch.policy.cost import PassModel
+from flexbatch.policy.curve import Curve
 from flexbatch.policy.footprint import capacity
-from flexbatch.policy.hardware import Curve, Hardware
-from flexbatch.policy.lp import LinearProgram, add_attention, column, fixed_fractions
+from flexbatch.policy.hardware import Hardware
+from flexbatch.policy.lp import LinearProgram, add_shares, column, fixed_fractions
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import Lengths, steady_load
 from flexbatch.policy.policy import TIERS, Constraints, Policy, Split
@@ -84,7 +85,7 @@ def machine_bound(
         constraints,
         policy,
         rows,
-        occupied * shape.token_bytes(cache_bits) * shape.num_layers * shape.stages,
+        shape.kept_layers(occupied, shape.window) * shape.token_bytes(cache_bits) * shape.stages,
     )
     if seconds is None:
         return None
@@ -125,7 +126,7 @@ def _solve(
             if f"{kind}_{tier}" in fixed:
                 scaled, limit = share(fixed[f"{kind}_{tier}"])
                 program.equal.append(({column(f"{kind}_{tier}"): 1.0} | scaled, limit))
-    add_attention(program, constraints)
+    add_shares(program, constraints)
     for tier, budget in capacity(hardware).items():
         needed = {column(f"weights_{tier}"): weights / GIB, column(f"cache_{tier}"): cache_bytes / GIB}
         program.at_most.append((needed | {inverse: -budget / GIB}, 0.0))

@@ -27,16 +27,20 @@ from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.policy import Policy
 from flexbatch.policy.stages import SERIAL, PassStages, Stage
 
-RESOURCES = ("h2d", "d2h", "disk_read", "disk_write", "gpu_compute", "gpu_memory", "cpu_attention", "host_memory")
+RESOURCES = (
+    *("h2d", "d2h", "disk_read", "disk_write", "gpu_compute", "gpu_memory"),
+    *("cpu_attention", "cpu_experts", "host_memory"),
+)
 JOINT: dict[str, tuple[str, ...]] = {
     "h2d + d2h": ("h2d", "d2h"),
     "disk_read + disk_write": ("disk_read", "disk_write"),
-    "h2d beside cpu_attention": ("h2d", "cpu_attention"),
-    "cpu_attention beside h2d": ("cpu_attention", "h2d"),
-    "one micro-batch": ("cpu_attention", "gpu_compute"),
+    "h2d beside cpu_attention": ("h2d", "cpu_attention", "cpu_experts"),
+    "cpu_attention beside h2d": ("cpu_attention", "cpu_experts", "h2d"),
+    "cpu_attention + cpu_experts": ("cpu_attention", "cpu_experts"),
+    "one micro-batch": ("cpu_attention", "cpu_experts", "gpu_compute"),
     "h2d after dequantization": ("h2d", "gpu_compute"),
     "cpu_attention after dequantization": ("cpu_attention", "gpu_compute"),
-    "cores": ("gpu_compute", "cpu_attention", "h2d", "d2h"),
+    "cores": ("gpu_compute", "cpu_attention", "cpu_experts", "h2d", "d2h"),
     "no overlap": SERIAL,
 }
 """Rows where resources slow each other or take turns, and these resources."""
@@ -46,9 +50,9 @@ ROWS = RESOURCES + tuple(JOINT)
 class PassModel:
     """Demands of the passes ``load`` of a model on a machine for a policy's sizes and bits.
 
-    Of the policy's placement one thing counts: whether any sequence is attended on the CPU (``cpu_attention`` above
-    0), which has fixed costs, however few they are. graphs: whether there is memory for decode graphs where everything
-    is on the GPU.
+    Of the policy's placement two things count: whether any sequence is attended on the CPU (``cpu_attention`` above 0)
+    and any expert computed there (``cpu_experts``), which have fixed costs, however few they are. graphs: whether there
+    is memory for decode graphs where everything is on the GPU.
     """
 
     def __init__(
@@ -163,8 +167,14 @@ class PassModel:
         return {
             **rates,
             "gpu_compute": max(hardware.gemm.values),
+            "cpu_experts": self._expert_rate,
             "cpu_attention": attention * shape.token_bytes(self.policy.cache_bits) / shape.token_bytes(16),
         }
+
+    @property
+    def _expert_rate(self) -> float:
+        """Bytes a second of experts that are given one row."""
+        return 1.0 / float(self.hardware.cpu_expert_seconds(1.0, np.asarray(1.0), self.policy.weight_bits))
 
     def bound_seconds(self, point: np.ndarray) -> np.ndarray:
         """The least time of a pass at a placement: the busiest row, everything else hidden, nothing launched."""

@@ -30,13 +30,19 @@ def bucket_of(num_sequences: int) -> int:
 
 
 def graph_bytes(
-    num_layers: int, hidden_bytes: int, sequences: int, longest: int, page_tokens: int, experts: bool
+    num_layers: int,
+    hidden_bytes: int,
+    sequences: int,
+    longest: int,
+    page_tokens: int,
+    experts: bool,
+    ring: int = 0,
 ) -> int:
     """The bytes of one graph for up to ``sequences`` whose longest has ``longest`` tokens: the driver's, static inputs
-    (page tables above all), and hidden states."""
+    (page tables above all, those of ``ring`` pages among them), and hidden states."""
     launches = LAUNCHES_OF_LAYER + LAUNCHES_OF_EXPERTS * experts
     bucket = bucket_of(min(sequences, MAX_GRAPH_SEQUENCES))
-    pages = -(-longest // CONTEXT_STEP) * CONTEXT_STEP // page_tokens
+    pages = -(-longest // CONTEXT_STEP) * CONTEXT_STEP // page_tokens + ring
     return LAUNCH_BYTES * (launches * num_layers + 8) + bucket * (4 * pages + 64 + hidden_bytes)
 
 

@@ -21,8 +21,8 @@ class ExpertShape:
 
     @property
     def num_tensors(self) -> int:
-        """That the experts of a layer are placed in."""
-        return 2 * len(units_of_experts(self.count))
+        """Pieces that the experts of a layer are placed in, both matrices of some in each."""
+        return len(units_of_experts(self.count))
 
     def elements(self, hidden_size: int) -> int:
         """Weights of one expert."""
@@ -44,8 +44,7 @@ class ExpertShape:
         return expert_workspace_elements(hidden_size, self.top_k, self.width, self.shared_width)
 
     def tensors(self, hidden_size: int) -> tuple[int, ...]:
-        """Elements of the router, the shared MLP and the experts as they are placed."""
+        """Elements of the router, the shared MLP and the experts as they are placed: both matrices together."""
         shared = (2 * hidden_size * self.shared_width, hidden_size * self.shared_width) if self.shared_width else ()
         units = [number for _, number in units_of_experts(self.count)]
-        gate_up, down = (tuple(number * matrices * hidden_size * self.width for number in units) for matrices in (2, 1))
-        return (self.count * hidden_size, *shared, *gate_up, *down)
+        return (self.count * hidden_size, *shared, *(number * self.elements(hidden_size) for number in units))

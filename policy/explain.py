@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from flexbatch.policy.explain_experts import experts_of, experts_text
+from flexbatch.policy.explain_tables import memory_table, resource_table
+from flexbatch.policy.explain_windows import windows_of, windows_text
 from flexbatch.policy.footprint import KIND_LABELS
 from flexbatch.policy.plan import Plan
 from flexbatch.policy.policy import TIERS
-from flexbatch.policy.units import BINARY, FLOPS, duration_text, fitting_unit, number_text, size_text
+from flexbatch.policy.units import duration_text, number_text, size_text
 
 
 def summary(plan: Plan) -> dict:
@@ -35,6 +37,7 @@ def summary(plan: Plan) -> dict:
         "gpu_batch_size": policy.gpu_batch_size,
         "num_gpu_batches": policy.num_gpu_batches,
         "cpu_attention": policy.cpu_attention,
+        "cpu_experts": policy.cpu_experts,
         "prefill_chunk": policy.prefill_chunk,
         "prefill_budget": policy.prefill_budget,
         "weight_bits": policy.weight_bits,
@@ -47,6 +50,7 @@ def summary(plan: Plan) -> dict:
         "sequences": plan.num_sequences,
         "stages": plan.shape.stages,
         "experts": experts_of(plan, plan.shape.experts) if plan.shape.experts else None,
+        "windows": windows_of(plan) if plan.shape.window_layers else None,
         "waves": plan.waves,
         "tail_passes": plan.tail_passes,
         "tail_sequences": plan.tail_sequences,
@@ -85,6 +89,20 @@ def headline(plan: Plan) -> str:
     return f"{plan.shape.name} on {hardware.name}{derived}"
 
 
+def engines_summary(plan: Plan, engines: int) -> dict:
+    """`engines_text` for ``--json``."""
+    together = engines * plan.predicted_tokens_per_second
+    return {"engines": engines, "predicted_tokens_per_second_together": together}
+
+
+def engines_text(plan: Plan, engines: int) -> str:
+    """What several engines that share the prompts of a job make together; empty for one."""
+    if engines == 1:
+        return ""
+    rate = number_text(engines * plan.predicted_tokens_per_second)
+    return f"{engines} engines share the prompts: {rate} new tokens/s together. What follows is one of them.\n\n"
+
+
 def job_text(plan: Plan) -> str:
     prompt, output = plan.workload.columns
     count = plan.num_sequences
@@ -115,6 +133,8 @@ def in_words(plan: Plan, smaller_caches: Mapping[int, Plan]) -> list[str]:
         lines.append(said("first answer", f"after {duration_text(plan.first_answer_seconds)}; {load}"))
     if plan.shape.experts is not None:
         lines.append(said("experts", experts_text(plan, plan.shape.experts)))
+    if plan.shape.window_layers:
+        lines.append(said("windows", windows_text(plan)))
     lines += [said("disk", disk_text(plan)), said("limited by", limit_text(plan))]
     lines.append(said("1 GiB more", what_more_memory_buys(plan)))
     lines += [said(f"{bits}-bit cache", compared(plan, other)) for bits, other in smaller_caches.items()]
@@ -181,6 +201,7 @@ LIMITS = {
     "gpu_compute": "computing on the GPU",
     "gpu_memory": "the GPU's memory bandwidth",
     "cpu_attention": "attention on the CPU",
+    "cpu_experts": "experts on the CPU",
     "host_memory": "the host's memory bandwidth",
     "launch": "launching work and waiting in between, while no link and no processor is busy",
 }
@@ -236,42 +257,13 @@ def extras(plan: Plan) -> str:
         f"cache {policy.cache_bits} bit",
         f"CPU attention {policy.cpu_attention:.0%} of the CPU's sequences",
     ]
+    if plan.shape.experts is not None:
+        parts.append(f"CPU experts {policy.cpu_experts:.0%} of those in host memory")
     budget = f", at most {policy.prefill_budget} of a micro-batch" if policy.prefill_budget else ""
     parts.append(f"prompt chunks of {policy.prefill_chunk} tokens{budget}")
     if not policy.overlap:
         parts.append("no overlap")
     return ", " + ", ".join(parts)
-
-
-def memory_table(plan: Plan) -> list[str]:
-    """Kinds x tiers, with what stays free."""
-    totals = {tier: sum(plan.memory[tier].values()) for tier in TIERS}
-    unit, size = fitting_unit(max(totals.values()), BINARY)
-
-    def line(name: str, num_bytes: Mapping[str, int]) -> str:
-        return f"{name:18s}" + "".join(f"{num_bytes[tier] / size:12,.2f}" for tier in TIERS)
-
-    kinds = {kind: {tier: plan.memory[tier].get(kind, 0) for tier in TIERS} for kind in KIND_LABELS}
-    lines = [f"{'peak memory, ' + unit:18s}" + "".join(f"{tier:>12s}" for tier in TIERS)]
-    lines += [line(kind, sizes) for kind, sizes in kinds.items() if any(sizes.values())]
-    return [
-        *lines,
-        line("free", {tier: plan.budgets[tier] - totals[tier] for tier in TIERS}),
-        line("budget", plan.budgets),
-    ]
-
-
-def resource_table(plan: Plan) -> list[str]:
-    """Demand, time and share of the pass for every resource, in the average pass."""
-    head = f"average pass, {duration_text(plan.pass_seconds)}"
-    lines = [f"{head:28s}{'demand':>16s}{'time':>12s}{'busy':>8s}"]
-    for name in (*plan.told_rows, "launch"):
-        work = plan.work.get(name)
-        seconds = plan.launch_seconds if name == "launch" else plan.row_seconds[name]
-        unit, size = fitting_unit(work or 0, FLOPS if name == "gpu_compute" else BINARY)
-        demand, took = f"{work / size:,.2f} {unit}" if work else "-", duration_text(seconds) if seconds else "-"
-        lines.append(f"{name:28s}{demand:>16s}{took:>12s}{seconds / plan.pass_seconds:8.0%}")
-    return lines
 
 
 def what_more_memory_buys(plan: Plan) -> str:

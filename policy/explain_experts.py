@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flexbatch.policy.expert_shape import ExpertShape
+from flexbatch.policy.limits import cpu_expert_tokens
 from flexbatch.policy.plan import Plan
 
 
@@ -22,12 +23,19 @@ def experts_of(plan: Plan, experts: ExpertShape) -> dict[str, Any]:
         "active_weights": shape.active_elements + shape.head_elements,
         "tokens_of_micro_batch": tokens,
         "reached": float(experts.hit(tokens)),
+        "on_cpu": policy.weights.cpu * policy.cpu_experts * experts.count,
+        "on_cpu_up_to_tokens": cpu_expert_tokens(experts.count, experts.top_k),
     }
 
 
 def experts_text(plan: Plan, experts: ExpertShape) -> str:
     found, away = experts_of(plan, experts), 1 - plan.policy.weights.gpu
     link = f"every pass brings {away:.0%} of the weights over the link, whichever experts it needs"
+    if found["on_cpu"]:
+        link += (
+            f", but for about {found['on_cpu']:.0f} experts of each layer, the least used, which the CPU computes in "
+            f"host memory while micro-batches have at most {found['on_cpu_up_to_tokens']:,} tokens"
+        )
     return (
         f"{experts.top_k} of {experts.count} for each token, which goes through {found['active_weights'] / 1e9:,.2f} "
         f"of {found['weights'] / 1e9:,.2f} billion weights; {found['tokens_of_micro_batch']:,} decoding tokens reach "

@@ -22,7 +22,19 @@ def attention_shares(constraints: Constraints) -> tuple[float, ...]:
     return (1.0, 0.0) if constraints.cpu_attention is None else (constraints.cpu_attention,)
 
 
-def cache_places(constraints: Constraints) -> tuple[Split, ...]:
+def cpu_shares(search: Search) -> list[tuple[float, float]]:
+    """Those of CPU attention with those of the CPU's experts. Without attention experts need working memory of their
+    own, so that a plan without them is looked for as well."""
+    given, experts = search.constraints.cpu_experts, search.shape.experts is not None
+    measured = search.hardware.cpu_experts is not None
+    found = []
+    for attention in attention_shares(search.constraints):
+        shares = (given,) if given is not None else (1.0, 0.0) if experts and measured else (0.0,)
+        found += [(attention, share) for share in (shares[:1] if attention else shares)]
+    return found
+
+
+def cache_placements(constraints: Constraints) -> tuple[Split, ...]:
     """What a searched policy has for its cache: once none of it may be on the disk, and once some, which the program
     finds; as far as the user's percentages leave open. The first sequence there takes host memory to stop over, as
     much as a micro-batch of them."""
@@ -67,8 +79,9 @@ def families(search: Search) -> list[tuple[MachineBound, Policy]]:
             boundless = search.hardware.with_memory(BOUNDLESS, BOUNDLESS, BOUNDLESS)
             bound = machine_bound(search.shape, boundless, search.workload, search.constraints, *bits)
         if bound is not None:
-            kinds = itertools.product(cache_places(search.constraints), attention_shares(search.constraints))
+            kinds = itertools.product(cache_placements(search.constraints), cpu_shares(search))
             found += [
-                (bound, dataclasses.replace(template, cache=cache, cpu_attention=share)) for cache, share in kinds
+                (bound, dataclasses.replace(template, cache=cache, cpu_attention=attention, cpu_experts=experts))
+                for cache, (attention, experts) in kinds
             ]
     return found

@@ -7,16 +7,22 @@ import math
 
 import numpy as np
 
+from flexbatch.policy.admission import most_prompt_tokens
 from flexbatch.policy.affine import RESIDENT, affine, evaluate, point_of
 from flexbatch.policy.decode_graphs import planned_bytes
 from flexbatch.policy.hardware import Hardware
+from flexbatch.policy.layer_window import passing_pages
 from flexbatch.policy.limits import (
     INPUT_BUFFER_BYTES,
     LOGITS_CHUNK_BYTES,
     MIN_LOGIT_ROWS,
+    NUM_EXPERT_BUFFERS,
     PAGE_TOKENS,
     SAMPLING_BYTES_PER_LOGIT,
     SAMPLING_CHUNK_LOGITS,
+    cpu_expert_tokens,
+    expert_buffer_bytes,
+    expert_scratch_bytes,
 )
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import reserved_tokens
@@ -63,22 +69,20 @@ def memory_rows(
     states.
     """
     batch, batches, bits = policy.gpu_batch_size, policy.num_gpu_batches, policy.weight_bits
-    reserved, row = reserved_tokens(workload, policy), shape.token_bytes(policy.cache_bits)
-    weights = shape.total_bytes(bits)
+    reserved = reserved_tokens(workload, policy)
+    row, weights = shape.token_bytes(policy.cache_bits), shape.total_bytes(bits)
     slab = float(policy.num_weight_slabs) * shape.largest_layer_bytes(bits)
     dequantization = shape.dequantized_bytes(bits)
-    cache = shape.stages * batch * batches * reserved * row * shape.num_layers
-    staged = 2.0 * batch * reserved * row
+    kept = shape.kept_layers(reserved, window_tokens(shape))
+    cache = (shape.stages * batch * batches * kept + passing_tokens(shape, workload, policy)) * row
+    staged = 2.0 * staged_tokens(shape, workload, policy) * row
     # On its way from disk to the link everything stops over in host memory; without a GPU it is read straight into
     # place.
     stopover = 1.0 if hardware.device == "cuda" else 0.0
     tokens = batch + prompt_tokens_per_pass(workload, policy)
     hidden, two_hidden = batches * tokens * shape.hidden_bytes, 2.0 * tokens * shape.hidden_bytes
     between, away = (hidden + two_hidden) * (shape.stages > 1), dict.fromkeys(STAGED, two_hidden)
-    cpu_attention_tokens = batch if policy.cpu_attention > 0 else 0
-    exchange = (
-        8.0 * cpu_attention_tokens * (shape.num_heads + shape.num_kv_heads) * shape.head_dim * shape.element_bytes
-    )
+    exchange = attention_exchange_bytes(shape, policy) + expert_exchange_bytes(shape, policy, tokens)
     open_pages = shape.stages * batch * batches * PAGE_TOKENS * row * shape.num_layers
     gpu = {
         "weights": affine(weights_gpu=weights),
@@ -101,7 +105,7 @@ def memory_rows(
         if policy.cache.disk
         else affine(),
         "activations": affine(activations_cpu=hidden, activations_disk=two_hidden),
-        # Inputs on their way up; four buffers of queries, keys, values and results of CPU attention.
+        # Inputs on their way up; four buffers of queries, keys, values and results of CPU attention; routed rows.
         "workspace": affine(stopover * (2 * INPUT_BUFFER_BYTES + exchange)),
         "reserved": affine(hardware.cpu_reserved_bytes),
     }
@@ -111,6 +115,49 @@ def memory_rows(
         "activations": affine(activations_disk=hidden),
     }
     return {"gpu": gpu, "cpu": cpu, "disk": disk}
+
+
+def window_tokens(shape: ModelShape) -> float:
+    """Token rows that a sequence keeps in a layer with a window, between passes."""
+    window = shape.layer_window
+    return PAGE_TOKENS * window.pages(1, PAGE_TOKENS) if window else math.inf
+
+
+def passing_tokens(shape: ModelShape, workload: Workload, policy: Policy, share: float = 1.0) -> float:
+    """Token rows of all layers with a window for a pass's chunks of prompts, which are kept until it is over; of a tier
+    that has a share of the block, as all of them may be there."""
+    if not shape.window_layers:
+        return 0.0
+    reserved = reserved_tokens(workload, policy)
+    pages = policy.num_gpu_batches * passing_pages(policy, most_prompt_tokens(policy), PAGE_TOKENS)
+    beyond = share * policy.block_size * max(0.0, reserved - window_tokens(shape))
+    return shape.stages * shape.window_layers * min(PAGE_TOKENS * pages, beyond)
+
+
+def staged_tokens(shape: ModelShape, workload: Workload, policy: Policy) -> float:
+    """Token rows of a micro-batch in one layer: where every layer has a window, no more than a pass needs."""
+    whole = policy.gpu_batch_size * reserved_tokens(workload, policy)
+    if shape.window_layers < shape.num_layers:
+        return whole
+    passing = PAGE_TOKENS * passing_pages(policy, most_prompt_tokens(policy), PAGE_TOKENS)
+    return min(whole, policy.gpu_batch_size * window_tokens(shape) + passing)
+
+
+def attention_exchange_bytes(shape: ModelShape, policy: Policy) -> float:
+    """Queries, keys, values and results of CPU attention, in four buffers."""
+    tokens = policy.gpu_batch_size if policy.cpu_attention > 0 else 0
+    return 8.0 * tokens * (shape.num_heads + shape.num_kv_heads) * shape.head_dim * shape.element_bytes
+
+
+def expert_exchange_bytes(shape: ModelShape, policy: Policy, tokens: float) -> float:
+    """Routed rows on their way to the CPU's experts and back, and what these make of them on the way."""
+    experts = shape.experts
+    if experts is None or not policy.cpu_experts:
+        return 0.0
+    hidden, top_k = shape.hidden_size, experts.top_k
+    most = min(tokens, cpu_expert_tokens(experts.count, top_k))
+    buffers = NUM_EXPERT_BUFFERS * expert_buffer_bytes(most, hidden, top_k, shape.element_bytes)
+    return buffers + most * expert_scratch_bytes(hidden, top_k, experts.width)
 
 
 def graph_bytes_of(shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy) -> int:
@@ -144,7 +191,11 @@ def spread_weights(shape: ModelShape, weights: Split, bits: int = 16) -> tuple[S
         away = 0.0
         for num_bytes in tensors:
             total += num_bytes
-            tier = max(tiers, key=lambda tier: asked[tier] * total - placed[tier])
+            # Thousands of tensors, in every plan that a search prices: `max` with a key takes three times as long.
+            tier, behind = tiers[0], asked[tiers[0]] * total - placed[tiers[0]]
+            for other in tiers[1:]:
+                if (missing := asked[other] * total - placed[other]) > behind:
+                    tier, behind = other, missing
             placed[tier] += num_bytes
             away += num_bytes * (tier != 0)
         largest = max(largest, away if index else 0.0)
@@ -182,9 +233,15 @@ def peak_memory(
     dequantization = shape.dequantized_bytes(policy.weight_bits)
     peak["gpu"]["weight slabs"] = dequantization + policy.num_weight_slabs * int(away)
     # A micro-batch may hold one sequence more of a tier than its even share.
-    staged_rows = shape.token_bytes(policy.cache_bits) * reserved_tokens(workload, policy)
+    row = shape.token_bytes(policy.cache_bits)
+    staged_rows = row * staged_tokens(shape, workload, policy) / policy.gpu_batch_size
     per_batch = policy.gpu_batch_size * (policy.cache.cpu + policy.cache.disk)
     peak["gpu"]["cache staging"] += math.ceil(2 * staged_rows * (math.ceil(per_batch - 1e-6) - per_batch))
+    passing = passing_tokens(shape, workload, policy)
+    for tier, share in zip(TIERS, policy.cache.fractions, strict=True):
+        if 0 < share < 1:
+            more = passing_tokens(shape, workload, policy, share) - share * passing
+            peak[tier]["cache"] += math.ceil(row * max(0.0, more))
     resident = all(each.gpu >= 1 - RESIDENT for each in (policy.weights, policy.cache, policy.activations))
     graphs = graph_bytes_of(shape, hardware, workload, policy) if resident else 0
     peak["gpu"]["decode graphs"] = 0

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 
+from flexbatch.policy.curve import Curve, is_rate
 from flexbatch.policy.suggest import did_you_mean
 
 SHIPPED = Path(__file__).parent / "profiles"
@@ -19,40 +19,9 @@ KERNELS_OF_TICK, EXPANSIONS_OF_LAYER = 24, 4
 events; and one expansion of each quantized matrix."""
 
 
-def is_rate(value: object) -> bool:
-    # JSON knows integers that no float holds.
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A measured quantity at increasing points; constant outside them."""
-
-    points: tuple[float, ...]
-    values: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not all(map(is_rate, (*self.points, *self.values))):
-            raise ValueError(
-                f"a curve needs finite positive numbers, got points {self.points} and values {self.values}"
-            )
-        if len(self.points) != len(self.values) or not self.points:
-            raise ValueError(
-                f"a curve needs as many values as points and at least one, got {len(self.points)} points and "
-                f"{len(self.values)} values"
-            )
-        if list(self.points) != sorted(set(self.points)):
-            raise ValueError(f"a curve needs increasing points, got {self.points}")
-
-    def at(self, point: float) -> float:
-        """Linear between the points."""
-        return float(np.interp(point, self.points, self.values))
-
-
 @dataclass(frozen=True)
 class Hardware:
-    """One machine as `profile` measured it. Whatever limits a pass is a rate or a fixed cost here; the cost model
-    assumes nothing else.
+    """One machine as `profile` measured it: whatever limits a pass is a rate or a fixed cost here.
 
     On a "cpu" device the ``gpu`` tier is plain memory with a budget, and copies take cores away from compute.
     """
@@ -93,15 +62,13 @@ class Hardware:
     launch_seconds: float
     """Per tick: what the host needs to launch a tick and no resource hides."""
     graph_seconds: float = 0.0
-    """Per layer of a decode pass that is one CUDA graph: its kernels start one after another, however little they
-    compute."""
+    """Per layer of a decode pass that is one CUDA graph: its kernels start one after another."""
     expand_seconds: float = 0.0
     """Per layer of quantized weights: the expansion of its matrices is launched, once for all micro-batches."""
     request_seconds: float = 0.0
     """Per sequence, once: it is admitted, gets its pages, and gives them back at its end."""
     staging_seconds: float = 0.0
-    """Per tick that attends cache from another tier on the GPU: gathering, appending and draining are launched, too,
-    with several micro-batches while another resource is busy."""
+    """Per tick that attends cache from another tier on the GPU: gathering, appending and draining are launched."""
     fetch_seconds: float = 0.0
     """Per tick while weights stream: a slice of the next layer is put on the link, likewise."""
     pass_seconds: float = 0.0
@@ -111,8 +78,7 @@ class Hardware:
     cpu_attention_seconds: float = 0.0
     """Fixed cost of one call of CPU attention, per layer and micro-batch: its threads start and meet."""
     exchange_seconds: float = 0.0
-    """Per tick of a single micro-batch that waits for CPU attention: queries go down and results come up, and
-    nothing hides it."""
+    """Per tick of a single micro-batch that waits for CPU attention, which nothing hides: queries down, results up."""
     synchronize_seconds: float = 0.0
     """Per tick without overlap: waiting until nothing is under way, twice."""
     disk_read_seconds: float = 0.0
@@ -123,12 +89,23 @@ class Hardware:
     """Keys that attention on the GPU takes together: of a sequence's last tile half is empty, on average. 512
     sequences of OPT-1.3B took 8.1 ms a pass at any context of 135 to 190 tokens."""
     attention_expand: float = 0.0
-    """Bytes a second, counted at 16 bits, of quantized cache that attention expands as it reads; 0: half of
-    ``attention_decode``'s time is enough."""
+    """Bytes a second, counted at 16 bits, of quantized cache that attention expands; 0: twice `attention_decode`."""
     cpu_attention_8: Curve | None = None
     """``cpu_attention`` of 8-bit cache, counted at 16 bits; None: as fast as 16 bits."""
     cpu_attention_4: Curve | None = None
     """The same for 4 bits."""
+    interconnect: float = 0.0
+    """Bytes a second that each GPU sends to another one while they add up numbers; 0: as fast as ``d2h``."""
+    interconnect_seconds: float = 0.0
+    """Fixed cost of adding up numbers of several GPUs once."""
+    tensor_ranks: int = 1
+    """GPUs that share every layer, of which this is one."""
+    cpu_experts: Curve | None = None
+    """Bytes of 16-bit weights a second that the CPU computes experts at, link idle, against the rows that each is
+    given; None: not measured, and no plan leaves experts to it."""
+    cpu_experts_8: Curve | None = None
+    cpu_experts_4: Curve | None = None
+    """The same for 8 and 4 bits, bytes as they are stored. MXFP4 is as fast as other 4 bits, within a tenth."""
     gpu_reserved_bytes: int = 0
     """Not for the pools: context, libraries' workspaces, fragmentation."""
     cpu_reserved_bytes: int = 0
@@ -186,6 +163,13 @@ class Hardware:
         curve = {8: self.cpu_attention_8, 4: self.cpu_attention_4}.get(cache_bits) or self.cpu_attention
         return curve.at(queries_per_kv_head) * min(1.0, curve.points[-1] / queries_per_kv_head)
 
+    def cpu_expert_seconds(self, num_bytes: float, rows: np.ndarray, weight_bits: int = 16) -> np.ndarray:
+        """Time of an expert of so many bytes that is given so many rows; beyond the last measured point it grows with
+        the rows. Where nothing was measured, as long as attention takes to read as many bytes."""
+        curve = {8: self.cpu_experts_8, 4: self.cpu_experts_4}.get(weight_bits, self.cpu_experts) or self.cpu_attention
+        rates = np.interp(rows, curve.points, curve.values)
+        return num_bytes / rates * np.maximum(1.0, np.asarray(rows) / curve.points[-1])
+
     @property
     def expansion_launch_seconds(self) -> float:
         """``expand_seconds``; in a profile that lacks it, by the share of its kernels in those of a tick."""
@@ -232,7 +216,7 @@ class Hardware:
             raise ValueError(
                 f"hardware JSON: missing fields {sorted(missing)}; measure the machine again with flexbatch profile"
             )
-        for name in ("gemm", "cpu_attention", "cpu_attention_8", "cpu_attention_4"):
+        for name in (f.name for f in fields(cls) if str(f.type).startswith("Curve")):
             curve = data.get(name)
             if curve is None:
                 continue
@@ -267,8 +251,7 @@ OTHER_NAMES = {
     **dict.fromkeys(("t4-16gb",), "t4"),
     **dict.fromkeys(("l4-24gb",), "l4"),
 }
-"""What a shipped machine's card is called elsewhere. A card of another kind (RTX 4090 Laptop, H100 PCIe) has other
-rates, and is none of these."""
+"""What a shipped machine's card is called elsewhere. An RTX 4090 Laptop or H100 PCIe has other rates: none of these."""
 
 
 def shipped_names() -> list[str]:

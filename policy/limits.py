@@ -86,6 +86,35 @@ EXPERT_UNITS = 8
 parts meet a split more closely than a layer's share of the model already does, and cost a file and a launch each."""
 
 
+CPU_EXPERT_ROWS = 32
+"""Rows that an expert is given in a pass of which the CPU computes experts, in the mean of all experts, at most. With
+more the products take the time, not the weights' bytes, and the link brings the weights sooner."""
+
+
+def cpu_expert_tokens(count: int, top_k: int) -> int:
+    """Tokens of a micro-batch of which the CPU computes experts, at most."""
+    return CPU_EXPERT_ROWS * count // top_k
+
+
+NUM_EXPERT_BUFFERS = 3
+"""Of routed rows: two micro-batches are with the CPU's experts at a time, and one more is on its way back."""
+EXPERT_INDEX = 2
+"""Numbers of 64 bits that the index of a routed row takes: with one, rows would be too short for the kernel that brings
+them to the device past the copy engine."""
+
+
+def expert_buffer_bytes(tokens: float, hidden: int, top_k: int, element_bytes: int) -> int:
+    """A buffer of so many tokens: hidden states, choices and what they count, and a result with its index for each; and
+    what aligns these five to 16 bytes."""
+    each = hidden * element_bytes + top_k * (8 + 4 + hidden * element_bytes + 8 * EXPERT_INDEX)
+    return int(tokens * each) + 5 * 16
+
+
+def expert_scratch_bytes(hidden: int, top_k: int, width: int) -> int:
+    """What the CPU's experts take of memory for one token beside that, in float32."""
+    return 4 * top_k * sum(-(-size // 16) * 16 for size in (hidden, width))
+
+
 def units_of_experts(count: int) -> list[tuple[int, int]]:
     """(first expert, number of experts) of the parts of ``count`` experts; the last may be smaller."""
     size = -(-count // EXPERT_UNITS)

@@ -7,8 +7,9 @@ interface has been the same since 1.7.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,13 @@ Row = Mapping[int, float] | np.ndarray
 @dataclass(frozen=True)
 class Solution:
     """``point`` as in `cost.point_of`; ``seconds`` of the whole objective; ``seconds_per_gib`` saved by one GiB more
-    on each tier."""
+    on each tier; ``row_weights`` [passes, stages, rows]: the duals of `StageTimes.rows`, how often each of them is what
+    a stage takes."""
 
     point: np.ndarray
     seconds: float
     seconds_per_gib: dict[str, float]
+    row_weights: np.ndarray
 
 
 def fixed_fractions(constraints: Constraints) -> dict[str, float]:
@@ -92,37 +95,50 @@ class LinearSolution:
     duals: np.ndarray
 
 
-Phases = Sequence[tuple[PassModel, float | np.ndarray]]
-"""Models with how often each of their passes counts: a number for a model of one pass, or one for each of its
-passes."""
+@dataclass(frozen=True)
+class StageTimes:
+    """What a program minimizes: passes of a model, each a sum of stages that take as long as their slowest row."""
 
+    rows: np.ndarray
+    """[passes, stages, rows, 1 + variables] seconds, affine in the placement."""
+    weights: np.ndarray
+    """[passes, stages]: how often a stage of a pass counts."""
+    constant: float
+    """Seconds of launching, wherever everything is."""
+    passes: float
 
-def time_rows(phases: Phases) -> tuple[list[tuple[float, np.ndarray]], float]:
-    """([(weight of the stage, its rows [rows, 1 + variables])], constant seconds): the objective is the weighted sum
-    of the stages' maxima."""
-    stages, constant = [], 0.0
-    for model, count in phases:
+    @classmethod
+    def of(cls, model: PassModel, count: float | np.ndarray) -> StageTimes:
+        """count: how often the model's passes count, a number for all of them or one for each."""
         counts = np.atleast_1d(count)
-        constant += sum((counts * model.launch_seconds).tolist())
-        rows = [rows_by_pass(stage, len(counts)) for stage in model.stages]
-        for index, times in enumerate(counts.tolist()):
-            kinds = zip(model.stages, rows, strict=True)
-            stages += [(times * stage.count, dominating(each[index])) for stage, each in kinds]
-    return stages, constant
+        rows = np.stack([rows_by_pass(stage, len(counts)) for stage in model.stages], axis=1)
+        weights = counts[:, None] * np.array([stage.count for stage in model.stages])
+        return cls(rows, weights, sum((counts * model.launch_seconds).tolist()), sum(counts.tolist()))
+
+    @cached_property
+    def kept(self) -> np.ndarray:
+        """[passes, stages, rows]: which rows can be the slowest."""
+        return undominated(self.rows)
+
+    def at(self, point: np.ndarray) -> float:
+        """Seconds at a placement."""
+        return self.constant + float(np.sum(self.weights * np.max(self.rows @ point, axis=-1)))
 
 
 def rows_by_pass(stage: Stage, passes: int) -> np.ndarray:
     """[passes, rows, 1 + variables]: what does not differ from pass to pass is the same in all of them."""
-    rows = [np.broadcast_to(row, (passes, row.shape[-1])) for row in stage.seconds.values()]
-    return np.stack(rows, axis=1)
+    rows = np.empty((passes, len(stage.seconds), 1 + len(VARIABLES)))
+    for index, row in enumerate(stage.seconds.values()):
+        rows[:, index] = row
+    return rows
 
 
-def dominating(rows: np.ndarray) -> np.ndarray:
-    """Without the rows that another row exceeds at every placement (coefficient by coefficient)."""
-    no_less = np.all(rows[:, None] >= rows[None, :], axis=-1)
-    # Of equal rows the first stays.
-    beats = no_less & (~no_less.T | np.triu(np.ones(no_less.shape, dtype=bool), 1))
-    return rows[~beats.any(axis=0)]
+def undominated(rows: np.ndarray) -> np.ndarray:
+    """[..., rows] of rows [..., rows, columns]: whether no other exceeds it coefficient by coefficient, which is to say
+    at every placement. Of equal rows the first stays."""
+    no_less = np.all(rows[..., :, None, :] >= rows[..., None, :, :], axis=-1)
+    earlier = np.triu(np.ones(no_less.shape[-2:], dtype=bool), 1)
+    return ~np.any(no_less & (~np.swapaxes(no_less, -1, -2) | earlier), axis=-2)
 
 
 def column(name: str) -> int:
@@ -139,17 +155,21 @@ def placement_program(constraints: Constraints, cache_on_disk: bool = True) -> L
         program.add(fixed.get(name, 0.0), fixed.get(name, 1.0))
     for kind in KINDS:
         program.equal.append(({column(f"{kind}_{tier}"): 1.0 for tier in TIERS}, 1.0))
-    add_attention(program, constraints)
+    add_shares(program, constraints)
     return program
 
 
-def add_attention(program: LinearProgram, constraints: Constraints) -> None:
-    """The CPU attends at most what is there, or just the share of it that the user gave."""
-    cpu_attention, there = column("cpu_attention"), column("cache_cpu")
-    if constraints.cpu_attention is None:
-        program.at_most.append(({cpu_attention: 1.0, there: -1.0}, 0.0))
-    else:
-        program.equal.append(({cpu_attention: 1.0, there: -constraints.cpu_attention}, 0.0))
+def add_shares(program: LinearProgram, constraints: Constraints) -> None:
+    """The CPU attends and computes at most what is there, or just the shares of it that the user gave."""
+    for name, where, share in (
+        ("cpu_attention", "cache_cpu", constraints.cpu_attention),
+        ("cpu_experts", "weights_cpu", constraints.cpu_experts),
+    ):
+        done, there = column(name), column(where)
+        if share is None:
+            program.at_most.append(({done: 1.0, there: -1.0}, 0.0))
+        else:
+            program.equal.append(({done: 1.0, there: -share}, 0.0))
 
 
 def point_from(solution: LinearSolution) -> np.ndarray:
@@ -170,34 +190,36 @@ def least_shortage(memory: dict[str, np.ndarray], budgets: Mapping[str, float], 
 
 
 def solve(
-    phases: Phases,
+    times: StageTimes,
     memory: dict[str, np.ndarray],
     budgets: Mapping[str, float],
     constraints: Constraints,
     cache_on_disk: bool = True,
 ) -> Solution | None:
-    """The placement that minimizes the sum over (pass, how often) of its time; None when nothing fits.
+    """The placement that minimizes the time of all passes; None when nothing fits.
 
-    memory: peak bytes per tier, affine. capacity: bytes per tier. cache_on_disk: whether sequences may be there.
+    memory: peak bytes per tier, affine. budgets: bytes per tier. cache_on_disk: whether sequences may be there.
     """
     program = placement_program(constraints, cache_on_disk)
-    stages, constant = time_rows(phases)
     # Among equal placements the faster tier: a microsecond a pass decides ties and nothing else.
-    slower = sum(sum(np.atleast_1d(count).tolist()) for _, count in phases) * 1e-6
+    slower = times.passes * 1e-6
     for kind in KINDS:
         program.cost |= {column(f"{kind}_cpu"): slower, column(f"{kind}_disk"): 2 * slower}
-    program.cost[column("cpu_attention")] = slower
+    program.cost |= {column("cpu_attention"): slower, column("cpu_experts"): slower}
     # In GiB, so that the program is well scaled and the duals are seconds per GiB.
     budget_rows = [len(program.at_most) + index for index in range(len(TIERS))]
     program.at_most += [(memory[tier][1:] / GIB, (budgets[tier] - memory[tier][0]) / GIB) for tier in TIERS]
-    for weight, rows in stages:
+    first = len(program.at_most)
+    for index, weight in np.ndenumerate(times.weights):
         seconds = program.add()
-        program.cost[seconds] = weight
-        for row in rows:
+        program.cost[seconds] = float(weight)
+        for row in times.rows[index][times.kept[index]]:
             # row <= seconds
-            program.at_most.append(({**dict(enumerate(row[1:])), seconds: -1.0}, -row[0]))
+            program.at_most.append((np.concatenate((row[1:], np.zeros(seconds - len(VARIABLES)), [-1.0])), -row[0]))
     solution = program.solved()
     if solution is None:
         return None
     saved = {tier: -float(solution.duals[index]) for tier, index in zip(TIERS, budget_rows, strict=True)}
-    return Solution(point_from(solution), constant + solution.cost, saved)
+    row_weights = np.zeros(times.kept.shape)
+    row_weights[times.kept] = np.maximum(0.0, -solution.duals[first:])
+    return Solution(point_from(solution), times.constant + solution.cost, saved, row_weights)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexbatch.policy.expert_shape import ExpertShape
+from flexbatch.policy.layer_window import LayerWindow
 from flexbatch.policy.limits import cache_group, weight_group, workspace_elements
 
 
@@ -49,6 +50,11 @@ class ModelShape:
     """Of latent attention, elements of a head's query and value outside the space of the latent."""
     adapter_tensors: tuple[int, ...] = ()
     """Of the adapters of one layer, which are never quantized."""
+    window: int = 0
+    """Tokens that queries of ``window_layers`` layers see; their cache keeps no more."""
+    window_layers: int = 0
+    window_chunked: bool = False
+    """Whether the window does not slide: see `LayerWindow`."""
     stages: int = 1
     """Of a pipeline, of which this is one: so many passes are in flight, each with sequences of its own."""
 
@@ -111,6 +117,14 @@ class ModelShape:
 
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)
+
+    @property
+    def layer_window(self) -> LayerWindow | None:
+        return LayerWindow(self.window, self.window_chunked) if self.window_layers else None
+
+    def kept_layers(self, tokens: float, kept: float) -> float:
+        """Token rows of a sequence of so many tokens, over all layers, of which those with a window keep ``kept``."""
+        return (self.num_layers - self.window_layers) * tokens + self.window_layers * min(tokens, kept)
 
     def weight_bytes(self, elements: int, bits: int) -> int:
         """Bytes of ``elements`` weights at ``bits``: codes and one (scale, minimum) pair a group."""

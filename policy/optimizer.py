@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 
 from flexbatch.policy.affine import KINDS
 from flexbatch.policy.bound import MachineBound
+from flexbatch.policy.candidates import Known
 from flexbatch.policy.families import families, templates
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.lp import fixed_fractions
@@ -19,7 +20,7 @@ from flexbatch.policy.pass_load import Lengths
 from flexbatch.policy.plan import Plan, price
 from flexbatch.policy.policy import Constraints, Policy
 from flexbatch.policy.rounding import does_not_fit
-from flexbatch.policy.search import Search
+from flexbatch.policy.search import Search, family_of
 from flexbatch.policy.workload import Workload
 
 GRID_BATCHES = tuple(2**i for i in range(11))
@@ -31,7 +32,7 @@ FILLS = (1.0, 0.5, 0.25, 0.0)
 alike, 0 brings all at once."""
 FINALISTS = 12
 CLIMB = 60
-"""Linear programs that the search around the best grid points may take."""
+"""Sizes that the search around the best grid points may compare."""
 FEW_WAVES = 8
 """Waves of a job from which a small last one costs too little to look for others."""
 POLISHED = 4
@@ -118,19 +119,19 @@ def explore(search: Search, template: Policy, bound: MachineBound) -> None:
     good = GOOD_ENOUGH * bound.tokens_per_second
     for batch, count in grid(bound.sequences, 2 if template.cache.disk else 1):
         search.attempt(block_policy(search, template, batch, count, first_fill(search, batch * count)))
-    limit = search.linear_programs + effort(template, CLIMB)
+    limit = search.weighed + effort(template, CLIMB)
 
     def climb(sizes: Iterable[Policy]) -> bool:
         before = search.top(template)
         for policy in sizes:
-            if search.linear_programs < limit and search.top(template) < good:
+            if search.weighed < limit and search.top(template) < good:
                 search.attempt(policy)
         return search.top(template) > before * (1 + 1e-4)
 
-    improved = bool(search.family(template))
+    improved = search.top(template) > 0
     while improved:
         improved = False
-        for seed in search.family(template)[:2]:
+        for seed in search.best(template, 2):
             fills = {
                 first_fill(search, seed.policy.block_size),
                 *(FILLS if search.workload.num_sequences is not None else ()),
@@ -144,13 +145,9 @@ def explore(search: Search, template: Policy, bound: MachineBound) -> None:
                 if batch >= 1 and count >= 1:
                     other = block_policy(search, template, batch, count, 1.0)
                     free = search.constraints.prefill_budget is None and search.workload.num_sequences is not None
-                    improved |= climb(
-                        [
-                            dataclasses.replace(other, prefill_budget=math.ceil(budget * other.gpu_batch_size))
-                            if free
-                            else other
-                        ]
-                    )
+                    if free:
+                        other = dataclasses.replace(other, prefill_budget=math.ceil(budget * other.gpu_batch_size))
+                    improved |= climb([other])
 
 
 def polish(search: Search, best: Plan) -> Plan:
@@ -205,21 +202,27 @@ def finals(search: Search, template: Policy) -> list[Plan]:
 
     The linear program sees a job as four average passes, so that its order among candidates is not the last word.
     """
-    family = search.family(template)
     count = effort(template, FINALISTS)
-    plans = [plan for plan in map(search.finish, family[:count]) if plan]
-    return plans or [plan for plan in map(search.finish, family[count : 3 * FINALISTS]) if plan]
+    plans = [plan for plan in map(search.finish, search.best(template, count)) if plan]
+    return plans or [plan for plan in map(search.finish, search.best(template, 3 * FINALISTS)[count:]) if plan]
 
 
-def choose(shape: ModelShape, hardware: Hardware, workload: Workload, constraints: Constraints | None = None) -> Plan:
+def choose(
+    shape: ModelShape,
+    hardware: Hardware,
+    workload: Workload,
+    constraints: Constraints | None = None,
+    known: Known | None = None,
+) -> Plan:
     """The policy with the highest predicted throughput that fits, with the predictions.
 
-    What ``constraints`` fixes stays as given. Raises `plan.DoesNotFit` with a table of what is missing.
+    What ``constraints`` fixes stays as given. known: what other searches for the same model, rates and job have
+    computed, with any budgets. Raises `plan.DoesNotFit` with a table of what is missing.
     """
     start = time.perf_counter()
     constraints = constraints or Constraints()
     hardware = hardware.with_memory(constraints.gpu_memory, constraints.cpu_memory, constraints.disk)
-    search = Search(shape, hardware, workload, constraints)
+    search = Search(shape, hardware, workload, constraints, known=known or Known())
     bounds = families(search)
     best = best_plan_of_all(search, bounds)
     if best is None:
@@ -230,7 +233,8 @@ def choose(shape: ModelShape, hardware: Hardware, workload: Workload, constraint
             constraints,
             block_policy(search, templates(workload, constraints)[-1], 1, 1, 1.0),
         )
-    counted = price(shape, hardware, workload, best.policy)
+    passes = search.known.passes(workload, best.policy, window=shape.layer_window)
+    counted = price(shape, hardware, workload, best.policy, passes)
     limit = max(bound.tokens_per_second for bound, _ in bounds)
     elapsed = time.perf_counter() - start
     return dataclasses.replace(
@@ -285,7 +289,7 @@ def best_plan(search: Search, bounds: list[tuple[MachineBound, Policy]]) -> Plan
         if all(
             search.top(other) < bound.tokens_per_second
             for _, other in bounds
-            if other.cpu_attention == template.cpu_attention and other.cache == template.cache
+            if family_of(other)[2:] == family_of(template)[2:]
         ):
             explore(search, template, bound)
     plans = [plan for _, template in bounds for plan in finals(search, template)]

@@ -100,7 +100,8 @@ class Plan:
     def told_rows(self) -> tuple[str, ...]:
         """The rows that a reader is shown: every resource, and what limits where that is two of them that slow each
         other."""
-        return RESOURCES + ((self.limiting_row,) if self.limiting_row in JOINT else ())
+        told = tuple(name for name in RESOURCES if name != "cpu_experts" or self.row_seconds[name])
+        return told + ((self.limiting_row,) if self.limiting_row in JOINT else ())
 
     @property
     def limiting_resource(self) -> str:
@@ -145,10 +146,11 @@ def price(
 ) -> Plan:
     """Predict everything for a given policy, whether it fits or not (see `Plan.missing`). passes: where they are
     known."""
-    passes = passes_of(workload, policy) if passes is None else passes
+    passes = passes_of(workload, policy, window=shape.layer_window) if passes is None else passes
     load, counts, tokens = passes.load, passes.counts, passes.tokens
     # Without a cache on the CPU nothing is there to attend to, whatever share of it the CPU is given.
     met = policy if policy.cache.cpu else dataclasses.replace(policy, cpu_attention=0.0)
+    met = met if policy.weights.cpu else dataclasses.replace(met, cpu_experts=0.0)
     memory = peak_memory(shape, hardware, workload, met)
     model, point = PassModel(shape, hardware, met, load, has_graphs(memory)), point_of(met)
     seconds = counts * model.pass_seconds(point)

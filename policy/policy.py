@@ -57,6 +57,8 @@ class Policy:
     cache_bits: int = 16
     cpu_attention: float = 0.0
     """Share of the CPU-resident sequences that is attended where it lies."""
+    cpu_experts: float = 0.0
+    """Share of the experts in host memory that the CPU computes there, of passes in which they have few tokens."""
     prefill_chunk: int = 512
     """Prompt tokens that one sequence brings to one pass, at most."""
     overlap: bool = True
@@ -89,11 +91,12 @@ class Policy:
     def num_weight_slabs(self) -> int:
         """Working slabs for the layers that are on their way.
 
-        Two, or three with CPU attention over several micro-batches: the second half of a layer's last tick then runs
-        in the next layer, and with two slabs the link would stand still until it is done (OPT-30B, 16-bit weights,
-        prompts in the pass: 20.4 ms a layer, of which the link used 15).
+        Two, or three with CPU attention or CPU experts over several micro-batches: the second half of a layer's last
+        tick then runs in the next layer, and with two slabs the link would stand still until it is done (OPT-30B,
+        16-bit weights, prompts in the pass: 20.4 ms a layer, of which the link used 15).
         """
-        return 3 if self.overlap and self.cpu_attention > 0 and self.num_gpu_batches > 1 else 2
+        with_cpu = self.cpu_attention > 0 or self.cpu_experts > 0
+        return 3 if self.overlap and with_cpu and self.num_gpu_batches > 1 else 2
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class Constraints:
     gpu_batch_size: int | None = None
     num_gpu_batches: int | None = None
     cpu_attention: float | None = None
+    cpu_experts: float | None = None
     prefill_chunk: int | None = None
     prefill_budget: int | None = None
     weight_bits: tuple[int, ...] = (16,)
@@ -123,6 +127,8 @@ class Constraints:
             )
         if self.cpu_attention is not None and not 0 <= self.cpu_attention <= 1:
             raise ValueError(f"cpu_attention={self.cpu_attention} must be between 0 and 1")
+        if self.cpu_experts is not None and not 0 <= self.cpu_experts <= 1:
+            raise ValueError(f"cpu_experts={self.cpu_experts} must be between 0 and 1")
         for bits in self.weight_bits + self.cache_bits:
             if bits not in (16, 8, 4):
                 raise ValueError(f"bits={bits} must be 16, 8 or 4")

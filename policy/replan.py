@@ -13,7 +13,8 @@ import numpy as np
 
 from flexbatch.policy.affine import point_of
 from flexbatch.policy.cost import RESOURCES, PassModel
-from flexbatch.policy.hardware import Curve, Hardware
+from flexbatch.policy.curve import Curve
+from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.pass_load import steady_load
 from flexbatch.policy.plan import Plan
 
@@ -57,6 +58,7 @@ def recalibrate(
         "gpu_compute": ("gemm", "attention_decode", "attention_prefill", "expand"),
         "gpu_memory": ("gpu_bandwidth",),
         "cpu_attention": ("cpu_attention", "cpu_attention_during_h2d"),
+        "cpu_experts": ("cpu_experts", "cpu_experts_8", "cpu_experts_4"),
         "host_memory": ("host_bandwidth",),
     }
     changes: dict[str, Any] = {}
@@ -66,7 +68,8 @@ def recalibrate(
             continue
         factor = min(limit, max(1 / limit, before / after))
         for name in names:
-            changes[name] = scaled(getattr(hardware, name), factor)
+            if (rate := getattr(hardware, name)) is not None:
+                changes[name] = scaled(rate, factor)
     return dataclasses.replace(hardware, **changes)
 
 

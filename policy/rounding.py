@@ -30,15 +30,20 @@ def placed(shape: ModelShape, policy: Policy, point: np.ndarray, constraints: Co
     gave stays as given."""
     fixed = fixed_fractions(constraints)
     splits = {kind: clean(point[1 + 3 * i : 4 + 3 * i]) for i, kind in enumerate(KINDS)}
-    share = (
-        min(1.0, float(point[1 + VARIABLES.index("cpu_attention")]) / splits["cache"].cpu)
-        if splits["cache"].cpu
-        else 0.0
-    )
-    share = share if constraints.cpu_attention is None else constraints.cpu_attention
-    share = share if share > NOISE else 0.0
+
+    def share(name: str, kind: str, given: float | None) -> float:
+        there = splits[kind].cpu
+        found = min(1.0, float(point[1 + VARIABLES.index(name)]) / there) if there else 0.0
+        found = found if given is None else given
+        return found if found > NOISE else 0.0
+
     policy = dataclasses.replace(
-        policy, weights=splits["weights"], cache=splits["cache"], activations=splits["activations"], cpu_attention=share
+        policy,
+        weights=splits["weights"],
+        cache=splits["cache"],
+        activations=splits["activations"],
+        cpu_attention=share("cpu_attention", "cache", constraints.cpu_attention),
+        cpu_experts=share("cpu_experts", "weights", constraints.cpu_experts),
     )
     if not any(name.startswith("weights") for name in fixed):
         policy = dataclasses.replace(policy, weights=spread_weights(shape, policy.weights, policy.weight_bits)[0])

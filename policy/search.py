@@ -9,34 +9,25 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from flexbatch.policy.affine import KINDS, VARIABLES, evaluate, total
+from flexbatch.policy.affine import KINDS, VARIABLES
+from flexbatch.policy.candidates import ALL_ATTENDED, ALL_DISK, ON_GPU, Candidate, Deferred, Known, Sizes
 from flexbatch.policy.cost import PassModel
 from flexbatch.policy.footprint import capacity, memory_rows, peak_memory, shortfall
 from flexbatch.policy.hardware import Hardware
-from flexbatch.policy.lp import Solution, fixed_fractions, solve, time_rows
+from flexbatch.policy.lower_bound import Duals
+from flexbatch.policy.lp import Solution, StageTimes, fixed_fractions, solve
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import FLUID_BLOCKS, PassLoad, job_phases, steady_load
 from flexbatch.policy.plan import Plan, price
 from flexbatch.policy.policy import TIERS, Constraints, Policy, Split
 from flexbatch.policy.rounding import placed
-from flexbatch.policy.trajectory import JobPasses, passes_of
 from flexbatch.policy.workload import Workload
 
 LONG_JOB = 4096
 """Sequences from which a job of many blocks is long."""
-PolicyFamily = tuple[int, int, float, Split]
-ALL_ATTENDED = np.array([1.0, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1])
-ON_GPU = np.array([1.0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0])
-ALL_DISK = np.array([1.0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0])
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """The sizes of a block with their best placement."""
-
-    policy: Policy
-    solution: Solution
-    tokens_per_second: float
+PolicyFamily = tuple[int, int, float, float, Split]
+TOLERANCE = 1e-6
+"""Relative, of the solver: a program's value may be this much better than what it cannot exceed."""
 
 
 @dataclass
@@ -48,22 +39,31 @@ class Search:
     workload: Workload
     constraints: Constraints
     linear_programs: int = 0
-    walks: dict[tuple[float, ...], JobPasses] = field(default_factory=dict)
-    """The job's passes by the sizes that they depend on: of bits and placements they know nothing."""
-    tried: dict[PolicyFamily, dict[Policy, Candidate | None]] = field(
+    known: Known = field(default_factory=Known)
+    weighed: int = 0
+    """Sizes that were compared by their programs, solved or deferred."""
+    tried: dict[PolicyFamily, dict[Policy, Candidate | Deferred | None]] = field(
         default_factory=lambda: defaultdict(dict), init=False
     )
+    tops: dict[PolicyFamily, float] = field(default_factory=dict, init=False)
+    duals: dict[PolicyFamily, Duals] = field(default_factory=dict, init=False)
 
-    def family(self, template: Policy) -> list[Candidate]:
-        """The candidates of ``template``'s family, the best first."""
-        found = (candidate for candidate in self.tried[family_of(template)].values() if candidate)
-        return sorted(found, key=lambda candidate: -candidate.tokens_per_second)
+    def best(self, template: Policy, count: int) -> list[Candidate]:
+        """The ``count`` best candidates of ``template``'s family, the best first. What was deferred is placed as far
+        as it may be among them."""
+        tried = self.tried[family_of(template)]
+        deferred = [(each.tokens_per_second, policy) for policy, each in tried.items() if isinstance(each, Deferred)]
+        for most, policy in sorted(deferred, key=lambda pair: -pair[0]):
+            rates = [each.tokens_per_second for each in tried.values() if isinstance(each, Candidate)]
+            if len(rates) >= count and most < sorted(rates)[-count]:
+                break
+            tried[policy] = self.place(policy)
+        found = [each for each in tried.values() if isinstance(each, Candidate)]
+        return sorted(found, key=lambda candidate: -candidate.tokens_per_second)[:count]
 
     def top(self, template: Policy) -> float:
-        return max(
-            (candidate.tokens_per_second for candidate in self.tried[family_of(template)].values() if candidate),
-            default=0.0,
-        )
+        """The rate of the best candidate: what is deferred is not it."""
+        return self.tops.get(family_of(template), 0.0)
 
     def passes(self, policy: Policy) -> tuple[PassModel, np.ndarray, float]:
         """(the average passes of the job's phases, how often each counts, generated tokens in all of them)."""
@@ -91,39 +91,83 @@ class Search:
         whether it fits."""
         return len(fixed_fractions(self.constraints)) == 2 * len(KINDS)
 
-    def memory(self, policy: Policy) -> dict[str, np.ndarray]:
-        """Peak bytes per tier, affine."""
-        rows = memory_rows(self.shape, self.hardware, self.workload, policy)
-        return {tier: np.sum(list(kinds.values()), axis=0) for tier, kinds in rows.items()}
+    def has_program(self, policy: Policy) -> bool:
+        """Whether anything about the placement of a policy's sizes is open."""
+        constraints = self.constraints_for(policy)
+        return not self.placement_given or None in (constraints.cpu_attention, constraints.cpu_experts)
+
+    def sizes(self, policy: Policy) -> Sizes:
+        """What placing ``policy``'s sizes needs."""
+        sizes = self.known.sizes.get(policy)
+        if sizes is None:
+            rows = memory_rows(self.shape, self.hardware, self.workload, policy)
+            memory = {tier: np.sum(list(kinds.values()), axis=0) for tier, kinds in rows.items()}
+            sizes = self.known.sizes[policy] = Sizes(*self.passes(policy), memory)
+        return sizes
 
     def attempt(self, policy: Policy, least_rate: float | None = None) -> Candidate | None:
-        """Solve for ``policy``'s sizes, unless it cannot fit or cannot beat the best (or ``least_rate``), which
-        needs no linear program to see."""
+        """Place ``policy``'s sizes, unless it cannot fit or cannot beat the best (or ``least_rate``), which needs no
+        linear program to see. Without ``least_rate`` what the duals show not to be the best is deferred."""
         tried = self.tried[family_of(policy)]
-        if policy in tried and (least_rate is None or tried[policy]):
-            return tried[policy]
+        before = tried.get(policy)
+        if isinstance(before, Candidate):
+            return before
+        if policy in tried and least_rate is None:
+            return None
+        if before is not None:
+            tried[policy] = candidate = self.place(policy)
+            return candidate
         tried[policy] = None
-        memory, budgets = self.memory(policy), capacity(self.hardware)
-        if (
-            not self.placement_given
-            and min(float(memory["gpu"] @ point) for point in (ALL_ATTENDED, ALL_DISK, ON_GPU)) > budgets["gpu"]
-        ):
+        sizes = self.sizes(policy)
+        smallest = min(float(sizes.memory["gpu"] @ point) for point in (ALL_ATTENDED, ALL_DISK, ON_GPU))
+        if not self.placement_given and smallest > capacity(self.hardware)["gpu"]:
             return None
-        model, counts, tokens = self.passes(policy)
-        # The GPU's work depends on the placement only through CPU attention: with all of it, no placement takes less.
-        least = float(np.sum(counts * (model.launched(ON_GPU) + least_compute(model))))
-        if tokens / least < (self.top(policy) if least_rate is None else least_rate):
+        if sizes.tokens / sizes.least_seconds < (self.top(policy) if least_rate is None else least_rate):
             return None
-        solution = self.solve(policy, model, counts, memory, budgets)
-        if solution is not None:
-            # The program cannot know that a block on the GPU launches less and staged cache more.
-            seconds = float(np.sum(counts * model.pass_seconds(solution.point)))
-            candidate = Candidate(policy, solution, tokens / seconds)
-            # No program sees the capacity of a given placement. Blocks that are too large for it are the fastest, and
-            # would keep those that fit from being tried.
-            if not self.placement_given or not self.shortage(self.placed(candidate)):
-                tried[policy] = candidate
-        return tried[policy]
+        self.weighed += self.has_program(policy)
+        most = self.most(policy, sizes)
+        if least_rate is None and most < self.top(policy):
+            tried[policy] = Deferred(most)
+            return None
+        tried[policy] = candidate = self.place(policy)
+        return candidate
+
+    def most(self, policy: Policy, sizes: Sizes) -> float:
+        """Tokens a second that no placement of these sizes exceeds, by the duals of others."""
+        family = family_of(policy)
+        if family not in self.duals or fixed_fractions(self.constraints):
+            return np.inf
+        seconds = self.duals[family].least_seconds(sizes.times, sizes.memory, capacity(self.hardware))
+        return (1 + TOLERANCE) * sizes.tokens / max(sizes.least_seconds, sizes.least_launching + seconds)
+
+    def place(self, policy: Policy) -> Candidate | None:
+        """The best placement of ``policy``'s sizes; None where none fits."""
+        sizes = self.sizes(policy)
+        solution = self.solve(policy, sizes, capacity(self.hardware))
+        if solution is None:
+            return None
+        # The program cannot know that a block on the GPU launches less and staged cache more.
+        seconds = float(np.sum(sizes.counts * sizes.model.pass_seconds(solution.point)))
+        candidate = Candidate(policy, solution, sizes.tokens / seconds)
+        # No program sees the capacity of a given placement. Blocks that are too large for it are the fastest, and
+        # would keep those that fit from being tried.
+        if self.placement_given and self.shortage(self.placed(candidate)):
+            return None
+        family = family_of(policy)
+        if family not in self.duals:
+            shares = self.constraints_for(policy)
+            self.duals[family] = Duals(shares.cpu_attention, shares.cpu_experts, policy.cache.disk > 0)
+        self.duals[family].add(solution)
+        self.tops[family] = max(candidate.tokens_per_second, self.tops.get(family, 0.0))
+        return candidate
+
+    def constraints_for(self, policy: Policy) -> Constraints:
+        """Without CPU attention or CPU experts where ``policy`` has none."""
+        return dataclasses.replace(
+            self.constraints,
+            cpu_attention=self.constraints.cpu_attention if policy.cpu_attention else 0.0,
+            cpu_experts=self.constraints.cpu_experts if policy.cpu_experts else 0.0,
+        )
 
     def placed(self, candidate: Candidate) -> Policy:
         """The candidate's policy with whole tensors and sequences."""
@@ -136,8 +180,7 @@ class Search:
     def finish(self, candidate: Candidate) -> Plan | None:
         """The plan of a candidate with whole tensors and sequences; the program runs again with less memory while
         rounding does not fit."""
-        model, counts, _ = self.passes(candidate.policy)
-        memory, budgets = self.memory(candidate.policy), dict(capacity(self.hardware))
+        sizes, budgets = self.sizes(candidate.policy), dict(capacity(self.hardware))
         solution: Solution | None = candidate.solution
         for _ in range(8):
             if solution is None:
@@ -155,64 +198,42 @@ class Search:
                 return None
             for tier, size in missing.items():
                 budgets[tier] -= size + min(2**20, capacity(self.hardware)[tier] // 100)
-            solution = self.solve(candidate.policy, model, counts, memory, budgets)
+            solution = self.solve(candidate.policy, sizes, budgets)
         return None
 
     def price(self, policy: Policy) -> Plan:
         """See `plan.price`."""
-        sizes = (policy.gpu_batch_size, policy.num_gpu_batches, policy.prompt_tokens_per_micro_batch, policy.chunk)
-        if sizes not in self.walks:
-            workload = dataclasses.replace(self.workload, num_sequences=None) if self.is_long(policy) else self.workload
-            self.walks[sizes] = passes_of(workload, policy, exact=False)
-        return price(self.shape, self.hardware, self.workload, policy, self.walks[sizes])
+        workload = dataclasses.replace(self.workload, num_sequences=None) if self.is_long(policy) else self.workload
+        passes = self.known.passes(workload, policy, exact=False)
+        return price(self.shape, self.hardware, self.workload, policy, passes)
 
-    def solve(
-        self,
-        policy: Policy,
-        model: PassModel,
-        counts: np.ndarray,
-        memory: dict[str, np.ndarray],
-        budgets: dict[str, int],
-    ) -> Solution | None:
-        """The best placement; one without CPU attention where ``policy`` has none."""
-        constraints = (
-            self.constraints if policy.cpu_attention else dataclasses.replace(self.constraints, cpu_attention=0.0)
-        )
+    def solve(self, policy: Policy, sizes: Sizes, budgets: dict[str, int]) -> Solution | None:
+        """The best placement; one without CPU attention or CPU experts where ``policy`` has none."""
+        constraints = self.constraints_for(policy)
+        if not self.has_program(policy):
+            return given_solution(sizes.times, constraints)
         if self.placement_given:
-            if constraints.cpu_attention is not None:
-                return given_solution(model, counts, constraints)
-            # No memory binds: only the share of CPU attention is open, and takes none.
-            budgets = {tier: int(np.abs(row).sum()) + 1 for tier, row in memory.items()}
+            # No memory binds: only the shares of the CPU are open, and take none.
+            budgets = {tier: int(np.abs(row).sum()) + 1 for tier, row in sizes.memory.items()}
         self.linear_programs += 1
-        return solve([(model, counts)], memory, budgets, constraints, cache_on_disk=policy.cache.disk > 0)
+        return solve(sizes.times, sizes.memory, budgets, constraints, cache_on_disk=policy.cache.disk > 0)
 
 
-def given_solution(model: PassModel, counts: np.ndarray, constraints: Constraints) -> Solution:
-    """The placement that the user's percentages and share of CPU attention are, with its time; nothing is left to
+def given_solution(times: StageTimes, constraints: Constraints) -> Solution:
+    """The placement that the user's percentages and shares of the CPU are, with its time; nothing is left to
     solve."""
     fixed = fixed_fractions(constraints)
     for kind in KINDS:
         fixed.setdefault(f"{kind}_disk", max(0.0, 1 - fixed[f"{kind}_gpu"] - fixed[f"{kind}_cpu"]))
     fixed["cpu_attention"] = (constraints.cpu_attention or 0.0) * fixed["cache_cpu"]
+    fixed["cpu_experts"] = (constraints.cpu_experts or 0.0) * fixed["weights_cpu"]
     point = np.array([1.0, *(fixed[name] for name in VARIABLES)])
-    stages, constant = time_rows([(model, counts)])
-    return Solution(
-        point,
-        constant + sum(weight * float(np.max(rows @ point)) for weight, rows in stages),
-        dict.fromkeys(TIERS, 0.0),
-    )
-
-
-def least_compute(model: PassModel) -> np.ndarray:
-    """GPU seconds of each pass at the placement that takes the least: with all attention on the CPU."""
-    return total(
-        stage.count * np.maximum(0.0, evaluate(stage.seconds["gpu_compute"], ALL_ATTENDED)) for stage in model.stages
-    )
+    return Solution(point, times.at(point), dict.fromkeys(TIERS, 0.0), np.zeros(times.kept.shape))
 
 
 def family_of(policy: Policy) -> PolicyFamily:
-    """Bits, CPU attention or none, and cache on the disk or none.
+    """Bits, CPU attention or none, CPU experts or none, and cache on the disk or none.
 
     Of another family nothing follows: the linear program's average passes flatter some more than others.
     """
-    return policy.weight_bits, policy.cache_bits, policy.cpu_attention, policy.cache
+    return policy.weight_bits, policy.cache_bits, policy.cpu_attention, policy.cpu_experts, policy.cache

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from flexbatch.policy.hardware import Curve, Hardware
+from flexbatch.policy.curve import Curve
+from flexbatch.policy.hardware import Hardware
 
 OF_THE_HOST = frozenset(
     {"disk_read", "disk_write", "host_bandwidth", "cpu_attention", "cpu_attention_during_h2d"}
-    | {"cpu_attention_8", "cpu_attention_4"}
+    | {"cpu_attention_8", "cpu_attention_4", "cpu_experts", "cpu_experts_8", "cpu_experts_4"}
 )
 OF_A_CPU = frozenset(
     {"h2d", "d2h", "link_both", "gather", "scatter", "gemm", "gpu_bandwidth", "attention_decode"}
@@ -18,8 +19,9 @@ OF_A_CPU = frozenset(
 """Also rates of the host, where it is the compute device."""
 
 
-def shared_by(hardware: Hardware, ranks: int) -> Hardware:
-    """The machine of one rank: a GPU and its link, and an equal part of the host's memory bandwidth, disk and cores."""
+def shared_by(hardware: Hardware, ranks: int, tensor_ranks: int = 1) -> Hardware:
+    """The machine of one rank: a GPU and its link, and an equal part of the host's memory bandwidth, disk and cores.
+    tensor_ranks: those that share every layer."""
     names = OF_THE_HOST | (OF_A_CPU if hardware.device == "cpu" else frozenset())
 
     def part(value: Any) -> Any:
@@ -27,4 +29,5 @@ def shared_by(hardware: Hardware, ranks: int) -> Hardware:
             return Curve(value.points, tuple(each / ranks for each in value.values))
         return value / ranks if value else value
 
-    return dataclasses.replace(hardware, **{name: part(getattr(hardware, name)) for name in names})
+    parts = {name: part(getattr(hardware, name)) for name in names}
+    return dataclasses.replace(hardware, tensor_ranks=tensor_ranks, **parts)

@@ -9,13 +9,14 @@ import numpy as np
 
 from flexbatch.policy.affine import affine, total
 from flexbatch.policy.expert_shape import ExpertShape
+from flexbatch.policy.expert_traffic import NO_EXPERTS, routed_traffic, spared_bytes
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import DISK_THREADS, PAGE_TOKENS
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.policy import Policy
 
-SERIAL = ("h2d", "d2h", "disk_read", "disk_write", "gpu_compute", "cpu_attention")
+SERIAL = ("h2d", "d2h", "disk_read", "disk_write", "gpu_compute", "cpu_attention", "cpu_experts")
 """What adds up when nothing overlaps; the memories are used by these, not beside them."""
 
 
@@ -40,8 +41,18 @@ class PassStages:
         self.batches = policy.num_gpu_batches
         self.decode_tokens = np.asarray(load.decode_sequences)
         self.tokens = self.decode_tokens + load.prompt_tokens
+        self.decode_context = self.seen(load.decode_context, load.decode_sequences)
+        """Of the mean layer, as all of the next three."""
+        self.prompt_context = self.seen(load.prompt_context, np.ceil(np.asarray(load.prompt_tokens) / policy.chunk))
+        self.prompt_pairs = self.seen(load.prompt_pairs, load.prompt_tokens)
         self.row_bytes = shape.token_bytes(policy.cache_bits)
         self.row_bytes_16 = shape.token_bytes(16)
+
+    def seen(self, tokens: float | np.ndarray, queries: float | np.ndarray) -> np.ndarray:
+        """Tokens that so many queries see in the mean layer, where they see ``tokens`` in one without a window."""
+        shape, whole = self.shape, np.asarray(tokens, dtype=float)
+        share = shape.window_layers / shape.num_layers
+        return whole - share * np.maximum(0.0, whole - shape.window * np.asarray(queries, dtype=float))
 
     def stages(self) -> list[Stage]:
         dense = min(self.shape.dense_layers, self.shape.num_layers - 1)
@@ -58,7 +69,13 @@ class PassStages:
         shape, bits = self.shape, self.policy.weight_bits
         weights = {"layer": shape.block_bytes, "dense": shape.dense_bytes}.get(fetch, self._head_bytes)(bits)
         traffic = dict(self._head_traffic() if compute == "head" else self._layer_traffic)
-        traffic["h2d"] = traffic["h2d"] + affine(weights_cpu=weights, weights_disk=weights)
+        spared = affine(cpu_experts=-spared_bytes(shape, self.policy, self.tokens)) if fetch == "layer" else 0.0
+        traffic["h2d"] = traffic["h2d"] + affine(weights_cpu=weights, weights_disk=weights) + spared
+        traffic |= (
+            routed_traffic(shape, self.hardware, self.policy, self.tokens, traffic)
+            if compute == "layer"
+            else NO_EXPERTS
+        )
         traffic["disk_read"] = traffic["disk_read"] + affine(weights_disk=weights)
         others = self._dense_compute if compute == "dense" else self._head_compute
         gpu_seconds, gpu_flops, gpu_bytes = self._layer_compute if compute == "layer" else others()
@@ -80,8 +97,8 @@ class PassStages:
         shape, load = self.shape, self.load
         activations = self.tokens * shape.hidden_bytes
         # Whole pages cross: half a page more than the context of every sequence.
-        decode = self.row_bytes * (load.decode_context + np.asarray(load.decode_sequences) * (PAGE_TOKENS - 1) / 2)
-        prompt = self.row_bytes * np.asarray(load.prompt_context, dtype=float)
+        decode = self.row_bytes * (self.decode_context + np.asarray(load.decode_sequences) * (PAGE_TOKENS - 1) / 2)
+        prompt = self.row_bytes * self.prompt_context
         fresh = self.row_bytes * self.tokens
         calls = np.where(self.decode_tokens > 0, self.batches, 0.0)
         attending = calls if self.policy.cpu_attention > 0 else 0.0 * calls
@@ -93,8 +110,8 @@ class PassStages:
             "scattered": affine(cache_cpu=fresh, cache_disk=fresh),
             "disk_read": affine(cache_disk=decode + prompt, activations_disk=activations),
             "disk_write": affine(cache_disk=fresh, activations_disk=activations),
-            "cpu_attention": affine(cpu_attention=self.row_bytes * np.asarray(load.decode_context, dtype=float)),
-            "attended_16": affine(cpu_attention=self.row_bytes_16 * np.asarray(load.decode_context, dtype=float)),
+            "cpu_attention": affine(cpu_attention=self.row_bytes * self.decode_context),
+            "attended_16": affine(cpu_attention=self.row_bytes_16 * self.decode_context),
             # Counts, not bytes. On disk every sequence is a request; in proportion to the disk's share, so that they
             # stay linear.
             "calls": affine(attending),
@@ -147,6 +164,13 @@ class PassStages:
         moved = self.batches * hit * shape.expert_bytes(self.policy.weight_bits) / experts.count
         return self.batches * hit * each, 2.0 * experts.top_k * elements * self.tokens, moved
 
+    def _sum_seconds(self) -> np.ndarray:
+        """GPUs that share a layer add up its two products, and compute nothing meanwhile. Each sends, of a sum, twice
+        what it does not have itself of the result: NCCL's ring."""
+        ranks, rate = self.hardware.tensor_ranks, self.hardware.interconnect or self.hardware.d2h
+        sent = 2 * (ranks - 1) / ranks * self.tokens * self.shape.hidden_bytes
+        return 2 * (sent / rate + self.batches * self.hardware.interconnect_seconds)
+
     def _around(
         self, seconds: np.ndarray, flops: np.ndarray, moved: float | np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -154,16 +178,18 @@ class PassStages:
         shape, hardware, load = self.shape, self.hardware, self.load
         elementwise = 2.0 * self.tokens * shape.workspace_bytes
         heads = 4.0 * shape.num_heads * shape.head_dim
-        prompt_flops = heads * np.asarray(load.prompt_pairs)
-        decode_flops = heads * np.asarray(load.decode_context)
-        read = self.row_bytes * np.asarray(load.decode_context)
-        keys = np.asarray(load.decode_context) + hardware.attention_tile_keys / 2 * np.asarray(load.decode_sequences)
+        prompt_flops = heads * self.prompt_pairs
+        decode_flops = heads * self.decode_context
+        read = self.row_bytes * self.decode_context
+        keys = self.decode_context + hardware.attention_tile_keys / 2 * np.asarray(load.decode_sequences)
         reading = self.row_bytes * keys / hardware.attention_decode
         if self.policy.cache_bits != 16:
             # Expanding rows inside attention costs instructions, more than the bytes that it saves.
             reading = np.maximum(reading, self.row_bytes_16 * keys / hardware.quantized_attention)
         decode = np.maximum(reading, decode_flops / hardware.attention_prefill)
         seconds = seconds + elementwise / hardware.gpu_bandwidth + prompt_flops / hardware.attention_prefill + decode
+        if hardware.tensor_ranks > 1:
+            seconds = seconds + self._sum_seconds()
         flops = flops + prompt_flops + decode_flops
         return (
             affine(seconds, cpu_attention=-decode),
@@ -210,7 +236,8 @@ class PassStages:
             "gpu_compute": gpu_flops,
             "gpu_memory": gpu_bytes + h2d + d2h,
             "cpu_attention": traffic["cpu_attention"],
-            "host_memory": h2d + d2h + disk + traffic["cpu_attention"],
+            "cpu_experts": traffic["experts"],
+            "host_memory": h2d + d2h + disk + traffic["cpu_attention"] + traffic["experts"],
         }
 
     def _seconds(
@@ -230,6 +257,7 @@ class PassStages:
             "gpu_memory": work["gpu_memory"] / hardware.gpu_bandwidth,
             "cpu_attention": traffic["attended_16"] / attention_rate
             + traffic["calls"] * hardware.cpu_attention_seconds,
+            "cpu_experts": traffic["expert_seconds"],
             "host_memory": work["host_memory"] / hardware.host_bandwidth,
         }
         if not policy.overlap:
@@ -244,19 +272,18 @@ class PassStages:
         # One device: passes of OPT-1.3B that read half a cache and wrote prompts took the sum of both, within 5 % of
         # it.
         seconds["disk_read + disk_write"] = seconds["disk_read"] + seconds["disk_write"]
-        seconds["h2d beside cpu_attention"] = (
-            seconds["h2d"] + traffic["cpu_attention"] * hardware.link_slowdown / hardware.h2d
-        )
-        seconds["cpu_attention beside h2d"] = (
-            seconds["cpu_attention"] + work["h2d"] * hardware.cpu_attention_slowdown / hardware.cpu_attention.values[0]
-        )
+        on_cores = seconds["cpu_attention"] + seconds["cpu_experts"]
+        if self.shape.experts is not None:
+            seconds["cpu_attention + cpu_experts"] = on_cores
+        read = traffic["cpu_attention"] + traffic["experts"]
+        seconds["h2d beside cpu_attention"] = seconds["h2d"] + read * hardware.link_slowdown / hardware.h2d
+        slowdown = hardware.cpu_attention_slowdown / hardware.cpu_attention.values[0]
+        seconds["cpu_attention beside h2d"] = on_cores + work["h2d"] * slowdown
         if self.batches == 1:
             # Nothing is left to compute while the only micro-batch's attention runs on the CPU.
-            seconds["one micro-batch"] = (
-                seconds["cpu_attention"] + gpu_seconds + traffic["calls"] * hardware.exchange_seconds
-            )
+            seconds["one micro-batch"] = on_cores + gpu_seconds + traffic["calls"] * hardware.exchange_seconds
         if hardware.device == "cpu":
-            seconds["cores"] = (
-                seconds["h2d"] + seconds["d2h"] + seconds["gpu_compute"] + traffic["attended_16"] / attention_rate
-            )
+            attended = traffic["attended_16"] / attention_rate
+            links = seconds["h2d"] + seconds["d2h"]
+            seconds["cores"] = links + seconds["gpu_compute"] + attended + seconds["cpu_experts"]
         return seconds

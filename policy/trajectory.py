@@ -10,6 +10,7 @@ import numpy as np
 
 from flexbatch.policy.admission import CacheSizes, cache_sizes, micro_batch_tokens, num_pages
 from flexbatch.policy.expected_pages import ExpectedPages
+from flexbatch.policy.layer_window import LayerWindow
 from flexbatch.policy.pass_load import PassLoad, reserved_tokens, steady_load
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.policy.walk import Walk, walk
@@ -50,12 +51,18 @@ class JobPasses:
         return float((self.counts * self.in_flight)[self.tail].sum()) / passes if passes else 0.0
 
 
-def passes_of(workload: Workload, policy: Policy, exact: bool = True, sizes: CacheSizes | None = None) -> JobPasses:
+def passes_of(
+    workload: Workload,
+    policy: Policy,
+    exact: bool = True,
+    sizes: CacheSizes | None = None,
+    window: LayerWindow | None = None,
+) -> JobPasses:
     """The whole job, or for a job without end its average pass.
 
     exact: with the pages of every tier, in the order of the requests, where the workload knows that; else slots alone
     are counted, and of more than WALKED sequences a part. sizes: the pools that a block has (default: as it is made for
-    the job).
+    the job, with the ``window`` of some layers).
     """
     if workload.num_sequences is None:
         load, finished = steady_load(workload, policy)
@@ -67,9 +74,8 @@ def passes_of(workload: Workload, policy: Policy, exact: bool = True, sizes: Cac
         # Estimating anew in every pass takes ten times as long as the rest of the walk: not for long jobs in a search.
         likely = workload.grows and (sizes is not None or workload.num_sequences <= WALKED)
         expected = ExpectedPages(workload.in_order[1]) if likely else None
-        walked = walk(
-            workload.requests, policy, sizes or pools(workload, policy, likely), micro_batch_tokens(policy), expected
-        )
+        found = sizes or pools(workload, policy, likely, window)
+        walked = walk(workload.requests, policy, found, micro_batch_tokens(policy), expected)
     elif workload.num_sequences <= min(4 * WALKED, max(WALKED, FEW_BLOCKS * policy.block_size)):
         walked = walk(workload.requests, dataclasses.replace(policy, cache=EVERYWHERE))
     else:
@@ -78,14 +84,14 @@ def passes_of(workload: Workload, policy: Policy, exact: bool = True, sizes: Cac
     return JobPasses(walked.load, walked.counts, tokens, walked.in_flight, walked.tail)
 
 
-def pools(workload: Workload, policy: Policy, likely: bool) -> CacheSizes:
+def pools(workload: Workload, policy: Policy, likely: bool, window: LayerWindow | None = None) -> CacheSizes:
     """The pages of a block that is made for the job. likely: for likely answers."""
     block = min(policy.block_size, len(workload.requests))
     longest = workload.longest_pages[:block]
     if likely:
         # One that reaches all that it may, and others as they are met.
         longest = [longest[0], *[num_pages(math.ceil(reserved_tokens(workload, policy)))] * (block - 1)]
-    return cache_sizes(policy, longest)
+    return cache_sizes(policy, longest, window=window)
 
 
 def long_job(workload: Workload, policy: Policy) -> tuple[Walk, np.ndarray]:

@@ -14,7 +14,7 @@ from flexbatch.policy.admission import CacheSizes
 from flexbatch.policy.balancer import TierBalancer
 from flexbatch.policy.expected_pages import ExpectedPages
 from flexbatch.policy.pass_load import PassLoad
-from flexbatch.policy.policy import Policy
+from flexbatch.policy.policy import TIERS, Policy
 from flexbatch.policy.workload import RequestLengths
 
 MAX_ALIKE = 32
@@ -45,17 +45,15 @@ class Walk:
 
 
 class MicroBatch:
-    """The sequences of one micro-batch: counts by tier, prompts that are being read in the order of admission, and sums
-    over those that decode."""
+    """The sequences of one micro-batch: prompts that are being read in the order of admission, and how many decode."""
 
-    def __init__(self) -> None:
-        self.of_tier = {"gpu": 0, "cpu": 0, "disk": 0}
-        self.occupied, self.staged = 0, 0
+    def __init__(self, index: int) -> None:
+        self.index = index
         self.reading: list[Reading] = []
         """With several tokens to read."""
         self.single: list[Reading] = []
         """With one prompt token to read, which rides along as a decode token does."""
-        self.decoding, self.context = 0, 0
+        self.decoding = 0
 
 
 @dataclass(eq=False)
@@ -92,10 +90,18 @@ class Walker:
         self.policy, self.sizes, self.token_limit = policy, sizes, token_limit
         self.budget = policy.prompt_tokens_per_micro_batch
         self.waiting = deque(requests)
-        self.batches = [MicroBatch() for _ in range(policy.num_gpu_batches)]
+        self.batches = [MicroBatch(index) for index in range(policy.num_gpu_batches)]
+        none = [0] * policy.num_gpu_batches
+        self.occupied, self.staged, self.of_tier = [*none], [*none], {tier: [*none] for tier in TIERS}
+        """By micro-batch: sequences, pages of those that are not on the gpu tier, and sequences of each tier."""
+        self.decoding, self.context = 0, 0
+        """Of the whole block: sequences that decode, and the tokens that these attend to."""
         self.allowed = admission.allowed_tiers(policy.cache)
         self.balancer = TierBalancer(policy.cache)
         self.free = {tier: sizes.pages(tier) for tier in self.allowed} if sizes else {}
+        self.free_windows = sizes.quotas if sizes else {}
+        """Of layers that keep only their window."""
+        self.largest = admission.largest_sequence(policy.cache, sizes) if sizes else 0
         self.free_tails = sizes.disk_sequences if sizes else 0
         self.ends: list[tuple[int, int, Reading]] = []
         """(pass after which a decoding sequence is done, tie breaker, the sequence)."""
@@ -109,7 +115,7 @@ class Walker:
             self.estimate()
         while self.waiting and self.num_running < self.policy.block_size:
             request = self.waiting[0]
-            if self.sizes and request.pages > admission.largest_sequence(self.policy.cache, self.sizes):
+            if self.sizes and request.pages > self.largest:
                 self.waiting.popleft()  # refused
                 continue
             pages = self.pages_of(request)
@@ -134,22 +140,23 @@ class Walker:
         generated = np.array([0 if each.began is None else self.now - each.began for each in self.running])
         rows = np.array([each.request.prompt for each in self.running]) + generated
         for each, pages in zip(self.running, self.expected.together(rows, generated).tolist(), strict=True):
-            self.take(each, pages - each.pages)
+            self.take(each, each.pages, pages)
             each.pages = pages
 
     def has_pages(self, tier: str, pages: int) -> bool:
-        return self.sizes is None or (self.free[tier] >= pages and (tier != "disk" or self.free_tails > 0))
+        if self.sizes is None:
+            return True
+        enough = self.free[tier] >= pages and self.free_windows[tier] >= self.sizes.in_windows(pages)
+        return enough and (tier != "disk" or self.free_tails > 0)
 
     def open_micro_batches(self, tier: str, pages: int) -> list[int]:
-        occupied, staged = [each.occupied for each in self.batches], [each.staged for each in self.batches]
         batch_size, staging = self.policy.gpu_batch_size, self.sizes.staging_pages if self.sizes else 0
         return admission.open_micro_batches(
-            occupied, staged, "gpu" if self.sizes is None else tier, pages, batch_size, staging
+            self.occupied, self.staged, "gpu" if self.sizes is None else tier, pages, batch_size, staging
         )
 
     def enter(self, request: RequestLengths, tier: str, open_batches: list[int], pages: int) -> None:
-        occupied, of_tier = [each.occupied for each in self.batches], [each.of_tier[tier] for each in self.batches]
-        batch = self.batches[admission.emptiest(open_batches, of_tier, occupied)]
+        batch = self.batches[admission.emptiest(open_batches, self.of_tier[tier], self.occupied)]
         self.num_admitted += 1
         reading = Reading(request, tier, batch, request.prompt, pages, self.num_admitted)
         self.count(reading, 1)
@@ -157,44 +164,44 @@ class Walker:
 
     def count(self, reading: Reading, sign: int) -> None:
         """Take (1) or give back (-1) a slot and its pages."""
-        tier, batch = reading.tier, reading.micro_batch
+        tier, index = reading.tier, reading.micro_batch.index
         self.num_running += sign
-        batch.occupied += sign
-        batch.of_tier[tier] += sign
+        self.occupied[index] += sign
+        self.of_tier[tier][index] += sign
         self.balancer.place(tier, sign)
         if self.sizes is None:
             return
-        self.take(reading, sign * reading.pages)
+        self.take(reading, *((0, reading.pages) if sign > 0 else (reading.pages, 0)))
         if tier == "disk":
             self.free_tails -= sign
         if self.expected is not None:
             (self.running.append if sign > 0 else self.running.remove)(reading)
 
-    def take(self, reading: Reading, pages: int) -> None:
-        self.free[reading.tier] -= pages
+    def take(self, reading: Reading, before: int, pages: int) -> None:
+        """Reserve so many pages for it, instead of those ``before``."""
+        assert self.sizes is not None
+        self.free[reading.tier] -= pages - before
+        self.free_windows[reading.tier] -= self.sizes.in_windows(pages) - self.sizes.in_windows(before)
         if reading.tier != "gpu":
-            reading.micro_batch.staged += pages
+            self.staged[reading.micro_batch.index] += pages - before
 
     # Passes, as in `queries.token_counts` and `Scheduler.commit`
 
     def step(self) -> None:
         """A pass, or as many as change nothing but the length of contexts."""
-        decoding = sum(batch.decoding for batch in self.batches)
-        context = sum(batch.context for batch in self.batches)
-        if not any(batch.reading or batch.single for batch in self.batches):
+        reading_batches = [batch for batch in self.batches if batch.reading or batch.single]
+        if not reading_batches:
             left = self.ends[0][0] - self.now
             while left:
                 count = min(left, MAX_ALIKE)
-                self.row(count, decoding, context + decoding * (count + 1) / 2)
-                context, left = context + decoding * count, left - count
-                for batch in self.batches:
-                    batch.context += batch.decoding * count
+                self.row(count, self.decoding, self.context + self.decoding * (count + 1) / 2)
+                self.context, left = self.context + self.decoding * count, left - count
         else:
-            read = [self.read(batch) for batch in self.batches]
+            read = [self.read(batch) for batch in reading_batches]
             totals = [sum(column) for column in zip(*(numbers for numbers, _ in read), strict=True)]
-            self.row(1, decoding, context + decoding, *totals)
-            for batch, (_, complete) in zip(self.batches, read, strict=True):
-                batch.context += batch.decoding
+            self.context += self.decoding
+            self.row(1, self.decoding, self.context, *totals)
+            for _, complete in read:
                 for reading in complete:
                     self.first_token(reading)
         while self.ends and self.ends[0][0] == self.now:
@@ -203,23 +210,23 @@ class Walker:
     def read(self, batch: MicroBatch) -> tuple[tuple[float, float, float, int], list[Reading]]:
         """((prompt tokens, tokens of earlier chunks, query-key pairs, complete prompts), whose these are) of a pass."""
         complete, batch.single = batch.single, []
-        tokens = len(complete)
-        before = sum(each.request.prompt - 1 for each in complete)
-        pairs = float(sum(each.request.prompt for each in complete))
-        budget = admission.prompt_budget(batch.decoding + len(complete), self.token_limit, self.budget)
-        partly = 0
-        for each in batch.reading:
-            take = admission.chunk_tokens(each.uncached, self.policy.prefill_chunk, budget)
+        tokens, before, pairs = len(complete), 0, 0.0
+        for each in complete:
+            before, pairs = before + each.request.prompt - 1, pairs + each.request.prompt
+        budget = admission.prompt_budget(batch.decoding + tokens, self.token_limit, self.budget)
+        reading, chunk = batch.reading, self.policy.prefill_chunk
+        unfinished: list[Reading] = []
+        met = 0
+        for each in reading:
+            take = admission.chunk_tokens(each.uncached, chunk, budget)
             if take == 0:
                 break
             start = each.request.prompt - each.uncached
             tokens, before, pairs = tokens + take, before + start, pairs + take * (start + (take + 1) / 2)
             budget, each.uncached = budget - take, each.uncached - take
-            partly += 1
-        met = batch.reading[:partly]
-        batch.reading = [each for each in met if each.uncached > 1] + batch.reading[partly:]
-        batch.single = [each for each in met if each.uncached == 1]
-        complete = complete + [each for each in met if each.uncached == 0]
+            met += 1
+            (complete if each.uncached == 0 else batch.single if each.uncached == 1 else unfinished).append(each)
+        batch.reading = unfinished + reading[met:] if met else reading
         return (tokens, before, pairs, len(complete)), complete
 
     def first_token(self, reading: Reading) -> None:
@@ -230,12 +237,14 @@ class Walker:
             self.count(reading, -1)
             return
         reading.micro_batch.decoding += 1
-        reading.micro_batch.context += reading.request.prompt
+        self.decoding += 1
+        self.context += reading.request.prompt
         heapq.heappush(self.ends, (self.now + left, reading.admitted, reading))
 
     def end(self, reading: Reading) -> None:
         reading.micro_batch.decoding -= 1
-        reading.micro_batch.context -= reading.request.prompt + reading.request.output - 1
+        self.decoding -= 1
+        self.context -= reading.request.prompt + reading.request.output - 1
         self.count(reading, -1)
 
     def row(self, count: int, decoding: int, context: float, *prompts: float) -> None:
@@ -244,9 +253,10 @@ class Walker:
 
     def check(self) -> None:
         """Invariants: what is taken is what runs, and nothing is left behind."""
-        assert self.num_running == sum(batch.occupied for batch in self.batches) >= 0
-        assert all(0 <= batch.occupied <= self.policy.gpu_batch_size and batch.staged >= 0 for batch in self.batches)
-        assert self.expected or min(self.free.values(), default=0) >= 0
+        assert self.num_running == sum(self.occupied) >= 0
+        assert all(0 <= occupied <= self.policy.gpu_batch_size for occupied in self.occupied) and min(self.staged) >= 0
+        assert self.decoding == sum(batch.decoding for batch in self.batches) == len(self.ends)
+        assert self.expected or min([*self.free.values(), *self.free_windows.values()], default=0) >= 0
         assert self.free_tails >= 0 and len(self.running) == (self.num_running if self.expected else 0)
         self.balancer.check()
 

@@ -15,7 +15,7 @@ def covering(cells: Iterable[Sequence[Any]], together: int = 1) -> list[int]:
     rows = [frozenset(itertools.combinations(enumerate(map(repr, cell)), together)) for cell in cells]
     missing, chosen = frozenset().union(*rows), []
     while missing:
-        chosen.append(max(range(len(rows)), key=lambda place: (len(rows[place] & missing), -place)))
+        chosen.append(max(range(len(rows)), key=lambda position: (len(rows[position] & missing), -position)))
         missing -= rows[chosen[-1]]
     return sorted(chosen)
 
@@ -24,7 +24,9 @@ def sampled(cells: Iterable[Sequence[Any]], together: int = 1) -> list[Any]:
     """The cells as parameters of a test: those of `covering` run by default, the others are marked ``slow``."""
     cells = list(cells)
     quick = set(covering(cells, together))
-    return [pytest.param(*cell, marks=() if place in quick else pytest.mark.slow) for place, cell in enumerate(cells)]
+    return [
+        pytest.param(*cell, marks=() if position in quick else pytest.mark.slow) for position, cell in enumerate(cells)
+    ]
 
 
 def grid(*axes: Iterable[Any], together: int = 1) -> list[Any]:

@@ -182,7 +182,7 @@ VALUES: dict[str, Schema] = {
     "list": items(one_of(1, 2), minItems=1, maxItems=2),
     "object": fields(x={"type": "boolean"}),
 }
-PLACES: dict[str, Callable[[Schema], Schema]] = {
+PLACEMENTS: dict[str, Callable[[Schema], Schema]] = {
     "field": lambda value: fields(value=value),
     "among others": lambda value: fields(before={"type": "boolean"}, value=value, after=one_of("x", "y")),
     "optional": lambda value: {"type": "object", "properties": {"value": value, "z": {"type": "null"}},
@@ -209,8 +209,8 @@ PLACES: dict[str, Callable[[Schema], Schema]] = {
 
 def built(count: int) -> dict[str, Schema]:
     """So many values in places, of which every two neighbors differ in both: 33 and 17 have no common divisor."""
-    pairs = islice(zip(cycle(VALUES.items()), cycle(PLACES.items())), count)
-    return {f"{value}, {place}": make(schema) for (value, schema), (place, make) in pairs}
+    pairs = islice(zip(cycle(VALUES.items()), cycle(PLACEMENTS.items())), count)
+    return {f"{value}, {placement}": make(schema) for (value, schema), (placement, make) in pairs}
 
 
 PUBLIC: dict[str, Schema] = {**SCHEMAS, **DOCUMENTS}

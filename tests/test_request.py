@@ -307,7 +307,7 @@ SETTINGS = {
     **dict.fromkeys(
         ("overlap", "recalibrate", "compare_plain", "dummy_weights", "async_scheduling"), (0, 1, "no", None, [])
     ),
-    **dict.fromkeys(("cpu_attention", "simulate_acceptance"), ("a", "0.5", True, math.nan, [0.5])),
+    **dict.fromkeys(("cpu_attention", "cpu_experts", "simulate_acceptance"), ("a", "0.5", True, math.nan, [0.5])),
     **dict.fromkeys(("model", "device", "dtype", "hardware"), (5, None, b"cpu", ["cpu"], float)),
     **dict.fromkeys(("tree", "offload_dir", "tokenizer", "generation_config", "draft_sampling"), (5, b"a", ["a"])),
     "reserve": (5, None, "some", b"all", ["all"]),
@@ -317,7 +317,10 @@ SETTINGS = {
     "draft": (5, [5], [None], "", b"demo-draft"),
     "lora": (5, "a", [5], {"a": 5}, {5: "a"}, ["a"]),
     "lora_default": (5, b"a", ["a"]),
-    **dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size"), (0, -2, "two", 1.5, [2], None)),
+    "parallel": (5, "some", b"auto", ["auto"]),
+    **dict.fromkeys(
+        ("data_parallel_size", "pipeline_parallel_size", "tensor_parallel_size"), (0, -2, "two", 1.5, [2], None)
+    ),
 }
 
 

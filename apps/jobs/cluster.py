@@ -6,19 +6,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import threading
 import uuid
-from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from flexbatch.apps.jobs.commits import Commit, identity, read_commits
-from flexbatch.apps.jobs.journal import Journal
+from flexbatch.apps.jobs.commits import Commit
 from flexbatch.apps.jobs.layout import Part
-from flexbatch.apps.jobs.manifest import STATE
+from flexbatch.apps.jobs.part_queue import PartQueue
 from flexbatch.apps.jobs.pipeline import Pipeline, TooManyErrors
 from flexbatch.apps.jobs.plan import BatchJob, make_encode
-from flexbatch.apps.jobs.preview import Preview, preview
+from flexbatch.apps.jobs.preview import preview
 from flexbatch.apps.jobs.progress import Counts, JobProgress
 from flexbatch.apps.jobs.results import RowRecord
 from flexbatch.apps.jobs.runner import OpenEngine, Shard, close_shard, ended, stopped
@@ -33,98 +31,15 @@ RESTARTS = 3
 POLL_S = 0.5
 
 
-class PartQueue:
-    """Hands out the parts of a job to workers, one at a time and in order. It is a Ray actor, so that all workers see
-    the same list.
-
-    ``parts``: number -> records of rows that are finished; ``seen`` is for the workers' planners, ``grant`` is the
-    driver's, in whose name they write. What a worker held when it died goes to the front again, with what its journal
-    holds. Every hand-out has a number of its own, so that what a worker still records that was only thought dead counts
-    as older than what its successor does.
-    """
-
-    def __init__(
-        self,
-        job: BatchJob,
-        digest: bytes,
-        parts: dict[int, dict[int, RowRecord]],
-        seen: Preview | None = None,
-        grant: Path | None = None,
-    ) -> None:
-        self._job, self._digest, self._finished, self._seen, self._grant = job, digest, parts, seen, grant
-        self._leases = 0
-        self._waiting = deque(parts)
-        self._held: dict[int, set[int]] = {}
-        self._commits: list[dict[str, int]] = []
-        self._done: set[int] = set()
-        self._stopped = False
-
-    def job(self) -> tuple[BatchJob, Preview | None, Path | None]:
-        """Returns what the workers need. A restarted actor cannot count on large arguments of its own, which Ray may
-        have lost with their node."""
-        return self._job, self._seen, self._grant
-
-    def register(self, worker: int) -> None:
-        """Registers a worker that begins, perhaps again."""
-        lost = self._held.pop(worker, set())
-        self._held[worker] = set()
-        if not lost:
-            return
-        job, config = self._job, self._job.config
-        retry = config.retry_failed or config.retry_truncated is not None
-        state = Path(job.folder).expanduser() / STATE
-        if not retry:
-            known = read_commits(state, self._digest)
-            for number in sorted(lost):
-                found = identity(state.parent / job.parts[number].file_name(job.output.suffix))
-                if found is not None and (commit := known.get(number, {}).get(found)) is not None:
-                    self._add(dataclasses.asdict(commit))
-                    lost.discard(number)
-        for number, records in Journal(state, "part-queue", self._digest).recover(lost.__contains__).items():
-            self._finished[number] = {
-                **self._finished[number],
-                **{row: record for row, record in records.items() if not job.runs_again(record)},
-            }
-        self._waiting.extendleft(sorted(lost, reverse=True))
-
-    def take(self, worker: int) -> tuple[int, dict[int, RowRecord], int] | None:
-        """Returns the next part, its finished rows and the number of this hand-out; None when there is none, or no
-        more are wanted."""
-        if self._stopped or not self._waiting:
-            return None
-        part = self._waiting.popleft()
-        self._held[worker].add(part)
-        self._leases += 1
-        return part, self._finished[part], self._leases
-
-    def done(self, worker: int, commit: dict[str, int]) -> None:
-        self._held[worker].discard(commit["part"])
-        self._add(commit)
-
-    def _add(self, commit: dict[str, int]) -> None:
-        """Adds a commit once: a worker that was only thought dead may report a part twice."""
-        if commit["part"] not in self._done:
-            self._done.add(commit["part"])
-            self._commits.append(commit)
-
-    def stop(self) -> None:
-        """Hands out no more parts: workers finish what they have."""
-        self._stopped = True
-
-    def take_commits(self) -> list[dict[str, int]]:
-        """Returns what was committed since the last call."""
-        commits, self._commits = self._commits, []
-        return commits
-
-
 class Worker:
     """One engine on the cluster; a Ray actor that commits parts itself."""
 
     def __init__(self, number: int, open_engine: OpenEngine) -> None:
         self._number, self._open_engine = number, open_engine
 
-    def run(self, part_queue: Any) -> None:
-        """Processes parts until there are none left. Called again after a restart, it first gives back what its
+    def run(self, part_queue: Any) -> list[dict[str, int]]:
+        """Processes parts until there are none left, or the queue is stopped and the sequences in flight have ended;
+        returns what is finished of the parts that are not. Called again after a restart, it first gives back what its
         predecessor held."""
         import ray
 
@@ -149,8 +64,35 @@ class Worker:
             def committed(part: Part) -> None:
                 ray.get(part_queue.done.remote(number, dataclasses.asdict(store.commits[part.number])))
 
-            encode = make_encode(llm, job.config.truncate, job.config.retry_truncated)
-            Pipeline(job, parts(), finished, store, encode, Counts(0), Interrupts(), on_commit=committed).run(llm)
+            encode, interrupts = make_encode(llm, job.config.truncate, job.config.retry_truncated), Interrupts()
+            pipeline = Pipeline(job, parts(), finished, store, encode, Counts(0), interrupts, on_commit=committed)
+            with until_stopped(part_queue, interrupts, llm):
+                pipeline.run(llm)
+            return [dataclasses.asdict(commit) for commit in pipeline.unfinished]
+
+
+@contextlib.contextmanager
+def until_stopped(part_queue: Any, interrupts: Interrupts, llm: Any) -> Iterator[None]:
+    """In the body no more sequences begin once the queue is stopped. A worker gets no signals and is busy until its
+    last part: it has to ask."""
+    import ray
+
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.wait(POLL_S):
+            if ray.get(part_queue.stopped.remote()):
+                interrupts.draining.set()
+                llm.drain()
+                return
+
+    asking = threading.Thread(target=ask, name="until stopped", daemon=True)
+    asking.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        asking.join()
 
 
 def check_cluster(resources: dict[str, float], actors: int, cpus: float, gpus: float) -> None:
@@ -212,8 +154,8 @@ def _drive(shard: Shard, counts: Counts, open_engine: OpenEngine, resume: str) -
     def draining() -> str:
         part_queue.stop.remote()
         return (
-            "interrupted: the actors finish the parts that they have (Ctrl-C again stops now, and costs the tokens of "
-            f"the sequences in flight); what is done is kept; go on with: {resume}"
+            "interrupted: the actors finish the sequences that they have in flight, no others begin (Ctrl-C again "
+            f"stops now, and costs their tokens); what is done is kept; go on with: {resume}"
         )
 
     interrupts.on_drain = draining
@@ -230,7 +172,9 @@ def _drive(shard: Shard, counts: Counts, open_engine: OpenEngine, resume: str) -
                     raise TooManyErrors(
                         f"{counts.row_errors} rows failed, more than the {limit} that --max-errors allows"
                     )
-                ray.get(done)
+                for unfinished in ray.get(done):
+                    for commit in unfinished:
+                        _add(counts, Commit(**commit), journaled.pop(commit["part"], {}), shard)
     finally:
         progress.close()
     return ended(shard, counts, progress.ending(), resume)
@@ -264,9 +208,14 @@ def _start_actors(
 
 
 def _count(counts: Counts, commit: Commit, before: dict[int, RowRecord], shard: Shard) -> None:
-    """Adds a committed part, minus what was counted of it when the job began."""
+    """Adds a committed part."""
     shard.store.commits[commit.part] = commit
     counts.parts_committed += 1
+    _add(counts, commit, before, shard)
+
+
+def _add(counts: Counts, commit: Commit, before: dict[int, RowRecord], shard: Shard) -> None:
+    """Adds what is finished of a part, minus what was counted of it when the job began."""
     old = Commit.of(commit.part, before.values(), shard.job.output)
     counts.add(
         commit.rows - old.rows,

@@ -65,11 +65,11 @@ class SchemaTypes:
         for part in parts:
             if "const" in part or "enum" in part:
                 return of_values([part["const"]] if "const" in part else part["enum"])
-        for place, part in enumerate(parts):
+        for index, part in enumerate(parts):
             for key in ("anyOf", "oneOf"):
                 if key in part:
-                    rest = [*parts[:place], {name: value for name, value in part.items() if name != key}]
-                    both = [{"allOf": [*rest, *parts[place + 1 :], branch]} for branch in part[key]]
+                    rest = [*parts[:index], {name: value for name, value in part.items() if name != key}]
+                    both = [{"allOf": [*rest, *parts[index + 1 :], branch]} for branch in part[key]]
                     return reduce(united, [self._typed(branch, path, seen) for branch in both])
         kinds = set(TYPES)
         for part in parts:

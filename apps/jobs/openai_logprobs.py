@@ -161,10 +161,10 @@ class TokenTexts:
 
 def placed(shown: Sequence[Shown], text: str, shift: int = 0) -> list[Step]:
     """Returns tokens at the offsets that they have in their text, which begins at offset ``shift``."""
-    places = offsets_in(text, [chosen.text_bytes for chosen, _ in shown])
+    offsets = offsets_in(text, [chosen.text_bytes for chosen, _ in shown])
     return [
         Step(shift + offset, dataclasses.replace(chosen, text_bytes=kept), tokens)
-        for (offset, kept), (chosen, tokens) in zip(places, shown, strict=True)
+        for (offset, kept), (chosen, tokens) in zip(offsets, shown, strict=True)
     ]
 
 

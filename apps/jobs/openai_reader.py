@@ -60,8 +60,8 @@ class OpenAIReader:
         def seed(number: int) -> int:
             return row_seed(self._seed, f"{index}.{number}" if number else index)
 
-        place = RowRequest(part, offset, index, extra=call, lora=call.model if call.model in self._adapters else None)
-        return with_prompts(place, prompts, params, seed)
+        located = RowRequest(part, offset, index, extra=call, lora=call.model if call.model in self._adapters else None)
+        return with_prompts(located, prompts, params, seed)
 
 
 def check_model(call: Call, models: Collection[str] | None) -> None:

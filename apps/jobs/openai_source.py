@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from flexbatch.apps.jobs.files import InputFile
-from flexbatch.apps.jobs.text_source import LinesSource
+from flexbatch.apps.jobs.text_source import MAX_LINE, LinesSource
 from flexbatch.text.files import parse_json
 
 LINE = "line"
@@ -23,9 +23,9 @@ class OpenAISource(LinesSource):
 
     format, empty = "openai", bytes
 
-    def __init__(self, filesystem: pafs.FileSystem, files: Sequence[InputFile]) -> None:
+    def __init__(self, filesystem: pafs.FileSystem, files: Sequence[InputFile], max_line: int = MAX_LINE) -> None:
         self._keys = array("Q")
-        super().__init__(filesystem, files)
+        super().__init__(filesystem, files, max_line)
         self.repeated = first_of_repeated(self._keys)
         self.schema = pa.schema([pa.field(LINE, pa.binary()), *self.error_columns])
         self._keys = array("Q")

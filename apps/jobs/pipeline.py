@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from flexbatch.apps.jobs.channel import Canceled, Channel
+from flexbatch.apps.jobs.commits import Commit
 from flexbatch.apps.jobs.layout import Part
 from flexbatch.apps.jobs.plan import BatchJob
 from flexbatch.apps.jobs.progress import Counts
@@ -127,6 +128,12 @@ class Pipeline:
                 thread.join()
         if self._failure is not None:
             raise self._failure
+
+    @property
+    def unfinished(self) -> list[Commit]:
+        """What is finished of the parts that were begun and are not committed."""
+        rows = {number: [row for row in part.records if row is not None] for number, part in self._open.items()}
+        return [Commit.of(number, records, self.job.output) for number, records in rows.items() if records]
 
     def _read(self) -> None:
         def wanted() -> Iterator[Part]:

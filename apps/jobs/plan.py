@@ -29,6 +29,7 @@ from flexbatch.apps.jobs.results import Output, ParquetOutput, RowRecord, runs_a
 from flexbatch.apps.jobs.rows import Encode, RequestReader, RowReader, RowRequest
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.apps.jobs.sources import DatasetSource, ParquetSource, RowSource
+from flexbatch.apps.jobs.text_source import MAX_LINE
 from flexbatch.cli.loras import for_all_rows
 from flexbatch.config import EngineConfig
 from flexbatch.models.generation_config import generation_of
@@ -59,17 +60,18 @@ class BatchJob:
         return runs_again(record, self.output, self.config.retry_failed, self.config.retry_truncated)
 
 
-def open_source(location: str, config: JobConfig) -> RowSource:
-    """Opens the source behind an input. Raises ConfigurationError."""
+def open_source(location: str, config: JobConfig, max_request: int = MAX_LINE) -> RowSource:
+    """Opens the source behind an input. ``max_request``: bytes that a line of an OpenAI batch file may have. Raises
+    ConfigurationError."""
     types = parse_types(config.column_types)
-    source = _open_source(location, config, types)
+    source = _open_source(location, config, types, max_request)
     if types and source.identity["format"] not in ("csv", "jsonl"):
         form = source.identity["format"]
         raise ConfigurationError(f"column_types is for CSV and JSON lines; {form} input brings types of its own")
     return source
 
 
-def _unlike(location: str, kinds: Collection[str | None], first: str) -> str:
+def _mixed_kinds(location: str, kinds: Collection[str | None], first: str) -> str:
     """The error of files that cannot be read together, or of which nobody knows how."""
     if len(kinds) == 1:
         lines = first.lower().endswith(".txt")
@@ -81,7 +83,7 @@ def _unlike(location: str, kinds: Collection[str | None], first: str) -> str:
     )
 
 
-def _open_source(location: str, config: JobConfig, types: dict[str, pa.DataType]) -> RowSource:
+def _open_source(location: str, config: JobConfig, types: dict[str, pa.DataType], max_request: int) -> RowSource:
     kind, path = config.input_format, Path(location).expanduser()
     if "://" not in location:
         saved = path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
@@ -91,10 +93,10 @@ def _open_source(location: str, config: JobConfig, types: dict[str, pa.DataType]
     if kind in ("auto", "dataset"):
         kinds = {file.format for file in files}
         if len(kinds) > 1 or None in kinds:
-            raise ConfigurationError(_unlike(location, kinds, files[0].name))
+            raise ConfigurationError(_mixed_kinds(location, kinds, files[0].name))
         kind = str(kinds.pop())
     if kind == "openai":
-        return OpenAISource(filesystem, files)
+        return OpenAISource(filesystem, files, max_request)
     if kind in ("csv", "jsonl"):
         return (CsvSource if kind == "csv" else JsonLinesSource)(filesystem, files, types)
     return ParquetSource(filesystem, files)
@@ -151,11 +153,13 @@ def plan_job(
     model_identity: Callable[[EngineConfig], dict[str, Any]],
     models: Collection[str] | None = None,
     urls: Collection[str] | None = None,
+    max_request: int = MAX_LINE,
 ) -> BatchJob:
     """Plans a job; reads schemas and footers of the input, nothing else of Parquet. ``models`` and ``urls``: those that
-    requests of an OpenAI batch file may name; None: any that are known. Raises ConfigurationError."""
+    requests of an OpenAI batch file may name; None: any that are known. ``max_request``: bytes that one may have.
+    Raises ConfigurationError."""
     check_folders(location, folder)
-    source = open_source(location, config)
+    source = open_source(location, config, max_request)
     if not isinstance(source, OpenAISource) and config.lora_column is None:
         engine = for_all_rows(engine, "--lora-column COLUMN, or --lora-default NAME for all")
     partitions = sorted({name for group in source.row_groups for name in partition_values(group.folder)})

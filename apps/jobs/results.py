@@ -178,7 +178,7 @@ class ParquetOutput:
         if self._parsed is None or form is None or not form.is_json:
             return ""
         found = [self._parsed.problem(each["generated_text"], each["finish_reason"]) for each in answers]
-        told = [f"answer {place} of {len(found)}: {problem}" for place, problem in enumerate(found, 1) if problem]
+        told = [f"answer {number} of {len(found)}: {problem}" for number, problem in enumerate(found, 1) if problem]
         return failure_text("; ".join(told) if self._many else found[0]) if told else ""
 
     def _answer(self, sample: Completion) -> dict[str, Any]:

@@ -123,8 +123,9 @@ class LinesSource(abc.ABC):
     """Makes the row of a line that is too long to be read."""
     schema: pa.Schema
 
-    def __init__(self, filesystem: pafs.FileSystem, files: Sequence[InputFile]) -> None:
-        self._filesystem = filesystem
+    def __init__(self, filesystem: pafs.FileSystem, files: Sequence[InputFile], max_line: int = MAX_LINE) -> None:
+        """max_line: bytes. What is longer is never held, and its row is an error."""
+        self._filesystem, self._max_line = filesystem, max_line
         self._chunks: list[Chunk] = []
         self._first_error = ""
         self.row_groups: list[RowGroup] = []
@@ -150,7 +151,8 @@ class LinesSource(abc.ABC):
         count = 0
         try:
             with contextlib.closing(DigestingStream(self._filesystem, file)) as stream:
-                for chunk, data in chunks_of(cast(BinaryIO, io.BufferedReader(stream, CHUNK_BYTES)), file.path):
+                buffered = cast(BinaryIO, io.BufferedReader(stream, CHUNK_BYTES))
+                for chunk, data in chunks_of(buffered, file.path, max_line=self._max_line):
                     rows, errors = self._rows(chunk, data, file.name)
                     self.observe(rows, errors, file.name)
                     self._first_error = self._first_error or next((error for error in errors if error), "")
@@ -167,8 +169,8 @@ class LinesSource(abc.ABC):
         if chunk.too_long:
             size = (chunk.stop - chunk.start) / 2**20
             return [self.empty()], [
-                f"{name}: line {chunk.first_line + 1} is {size:.0f} MiB long, more than the {MAX_LINE // 2**20} MiB "
-                "that are read"
+                f"{name}: line {chunk.first_line + 1} is {size:.4g} MiB long, more than the "
+                f"{self._max_line / 2**20:.4g} MiB that are read"
             ]
         lines = (data if chunk.start else data.removeprefix(UTF8_MARK)).split(b"\n")
         parsed = [

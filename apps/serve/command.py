@@ -54,6 +54,11 @@ def make_parser() -> argparse.ArgumentParser:
 def command(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     config, engine = read_settings([ServeConfig, EngineConfig], args, environ, getattr(args, "config", None))
     refuse_measurements(engine)
+    if engine.data_parallel_size > 1:
+        raise ConfigurationError(
+            f"--data-parallel-size {engine.data_parallel_size}: a server looks at its sequences after every pass, "
+            "which it can in one engine: start a server for each GPU behind a proxy, or use --tensor-parallel-size"
+        )
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigurationError(f"flexbatch serve needs {', '.join(missing)}: pip install 'flexbatch[serve]'")

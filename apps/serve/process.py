@@ -162,7 +162,10 @@ def serve(
             defaults = SamplingConfig().api_params(generation_of(engine))
             answers = Answers(serving, defaults, names, config.max_waiting)
             batches = Batches(
-                state, Served(serving, engine, found, names.all), config.max_batches, config.active_batches
+                state,
+                Served(serving, engine, found, names.all, config.max_request_bytes),
+                config.max_batches,
+                config.active_batches,
             )
             monitoring = Monitoring(serving, answers, batches)
             app = make_app(Parts(config, state, serving, answers, batches, monitoring, keys))

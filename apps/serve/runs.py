@@ -33,12 +33,14 @@ CANCELLED, EXPIRED, STOPPED = "cancelled", "expired", "stopped"
 
 @dataclass(frozen=True)
 class Served:
-    """What batches run on: the engine, its settings, what its answers depend on, and the names of its models."""
+    """What batches run on: the engine, its settings, what its answers depend on, the names of its models, and the bytes
+    that a line, which is a request, may have."""
 
     serving: Serving
     engine: EngineConfig
     identity: dict[str, Any]
     models: tuple[str, ...]
+    max_request_bytes: int
 
 
 class BatchRun:
@@ -108,6 +110,7 @@ class BatchRun:
             lambda engine: served.identity,
             served.models,
             (self.endpoint,),
+            served.max_request_bytes,
         )
         if not sum(part.rows for part in job.parts):
             raise ConfigurationError("the input file holds no requests")

@@ -8,13 +8,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from flexbatch.calibrate.fits import fit_curve
+from flexbatch.calibrate.links import Timer
 from flexbatch.kernels import mxfp4_reference, ops, reference
 from flexbatch.kernels.experts_reference import StoredExperts, StoredMatrices
 from flexbatch.kernels.native_experts import ExpertTable
+from flexbatch.memory.host_memory import host_memory_bytes
+from flexbatch.policy.curve import Curve
 
 HIDDEN, WIDTH, GROUP = 2048, 768, 64
 """Of one expert: those of Qwen3-30B-A3B."""
 FORMS = ("16", "8", "4", "mxfp4")
+ROWS = (1, 4, 16, 64)
+"""That every expert is given in a measurement."""
+SECONDS = {"cuda": 0.3, "cpu": 0.08}
+MOST_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
+"""Of weights in a measurement: more than the processor's own caches hold."""
 
 
 def stored_matrices(
@@ -50,6 +59,22 @@ def stored_experts(form: str, count: int, hidden: int, width: int, dtype: torch.
     kept = [gate_up.values, gate_up.parameters, down.values, down.parameters]
     num_bytes = sum(tensor.nbytes for tensors in kept for tensor in tensors.values()) // count
     return ExpertTable.of(StoredExperts(gate_up, down, hidden, width), count), num_bytes
+
+
+def expert_curves(device: torch.device, dtype: torch.dtype) -> dict[str, Curve]:
+    """Fields of `policy.hardware.Hardware`. MXFP4 counts as 4 bits: a core with AVX2 reached 2.3 GB/s, and 2.5 with
+    those."""
+    total = min(MOST_BYTES[device.type], host_memory_bytes() // 16)
+    timer, curves = Timer(torch.device("cpu"), SECONDS[device.type]), {}
+    for form, name in (("16", "cpu_experts"), ("8", "cpu_experts_8"), ("4", "cpu_experts_4")):
+        each = stored_experts(form, 1, HIDDEN, WIDTH, dtype)[1]
+        count = max(1, total // each)
+        table, _ = stored_experts(form, count, HIDDEN, WIDTH, dtype)
+        rates = [count * each / timer(call_of(table, rows, dtype)) for rows in ROWS]
+        # More rows do not make the bytes come faster: the regression runs from the most to one.
+        falling, _ = fit_curve(ROWS, rates[::-1])
+        curves[name] = Curve(falling.points, falling.values[::-1])
+    return curves
 
 
 def call_of(table: ExpertTable, rows: int, dtype: torch.dtype, threads: int = 0) -> Callable[[], object]:

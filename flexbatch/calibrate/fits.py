@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexbatch.policy.hardware import Curve
+from flexbatch.policy.curve import Curve
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexbatch.calibrate.experts import expert_curves
 from flexbatch.calibrate.fits import fit_curve
 from flexbatch.calibrate.host import ALONE, host_rates
-from flexbatch.kernels import ops, reference
+from flexbatch.kernels import native, ops, reference
 from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.memory.tiers import HostArena
-from flexbatch.policy.hardware import Curve
+from flexbatch.policy.curve import Curve
 
 GIB = 2**30
 MIB = 2**20
@@ -236,6 +237,8 @@ def kernel_rates(device: str) -> dict[str, Any]:
     with torch.no_grad():
         rates = attention_rates(dev, dtype) | cpu_attention_rates(dev, dtype)
         rates |= host_rates(dev)
+        if native.library() is not None:
+            rates |= expert_curves(dev, dtype)
         # As in passes of the engine, where less of the machine is left to attention than beside nothing.
         share = min(1.0, rates.pop(ALONE, math.inf) / rates["cpu_attention"].values[0])
         for name in ("cpu_attention", "cpu_attention_8", "cpu_attention_4"):

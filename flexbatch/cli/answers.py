@@ -85,11 +85,11 @@ def prompt_lines(completion: Completion) -> str:
     return _table("token of the prompt", completion.prompt_token_ids, completion.prompt_logprobs or [])
 
 
-def _table(title: str, token_ids: Sequence[int], places: Sequence[dict[int, TokenLogprob] | None]) -> str:
-    if not places:
+def _table(title: str, token_ids: Sequence[int], positions: Sequence[dict[int, TokenLogprob] | None]) -> str:
+    if not positions:
         return ""
     lines = [f" logprob    rank  {title}"]
-    for token_id, entries in zip(token_ids, places, strict=True):
+    for token_id, entries in zip(token_ids, positions, strict=True):
         if entries is None:  # the first token follows nothing; some are not scored
             continue
         chosen = entries[token_id]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -176,21 +176,25 @@ def rest_of(
     answers: AnswerSpread,
     tokens_per_step: float = 1.0,
     prompt_share: float = 1.0,
+    engines: int = 1,
 ) -> Rest:
     """``tokens_per_step``: new tokens of a sequence in a pass, more than one with drafts. ``prompt_share``: of prompts
-    that is computed, less than one where they begin alike."""
+    that is computed, less than one where they begin alike. ``engines``: that run passes like the last one side by side,
+    each with its part of the sequences."""
+    costs = times.costs / (1, engines, engines)
+    last = replace(last, block_size=engines * last.block_size, prompt_budget=engines * last.prompt_budget)
     in_flight = np.array([(each.prompt_left, each.new_tokens, each.max_tokens) for each in running], dtype=float)
     reading, now, limits = in_flight.reshape(-1, 3).T
     waiting_prompts, waiting_limits = waiting.arrays(min(waiting.count, WALKED_BLOCKS * last.block_size))
     totals = answers.totals(np.r_[now, np.zeros(len(waiting_limits))], np.r_[limits, waiting_limits])
     left = totals - np.r_[now, np.zeros(len(waiting_limits))]
     prompts = np.r_[reading, prompt_share * waiting_prompts]
-    seconds = walked(prompts, left, len(running), last, times.costs, tokens_per_step)
+    seconds = walked(prompts, left, len(running), last, costs, tokens_per_step)
     prompt_tokens, new_tokens = float(prompts.sum()), float(left.sum())
     further = waiting.count - len(waiting_prompts)
     if further:
         prompt, answer = prompt_share * float(waiting_prompts.mean()), float(left[len(running) :].mean())
-        seconds += further * steady_seconds(prompt, answer / tokens_per_step, last, times.costs)
+        seconds += further * steady_seconds(prompt, answer / tokens_per_step, last, costs)
         prompt_tokens, new_tokens = prompt_tokens + further * prompt, new_tokens + further * answer
     return Rest(seconds, prompt_tokens, new_tokens)
 

@@ -22,12 +22,13 @@ NAMES = {
     "logprobs prompt_logprobs json_schema disable_any_whitespace choice regex seed generation_config "
     "max_tokens_column temperature_column top_p_column top_k_column seed_column stop_column json_schema_column",
     MODEL: "model lora lora_default lora_column tokenizer max_model_len path dtype device dummy_weights",
-    PLACEMENT: "percent gpu_batch_size num_gpu_batches cpu_attention cpu_cache_compute prefill_chunk prefill_budget "
-    "overlap async_scheduling hardware recalibrate",
+    PLACEMENT: "percent gpu_batch_size num_gpu_batches cpu_attention cpu_cache_compute cpu_experts prefill_chunk "
+    "prefill_budget overlap async_scheduling hardware recalibrate",
     MEMORY: "gpu_memory cpu_memory offload_dir weight_bits cache_bits allow_bits compress_weight compress_cache "
     "pin_weight",
     SPECULATION: "draft tree draft_sampling simulate_acceptance compare_plain",
-    CLUSTER: "pipeline_parallel_size tensor_parallel_size shard ray ray_actors ray_address ray_cpus",
+    CLUSTER: "parallel gpus data_parallel_size pipeline_parallel_size tensor_parallel_size shard ray ray_actors "
+    "ray_address ray_cpus",
 }
 GROUP_OF = {name: title for title, names in NAMES.items() for name in names.split()}
 """Title by setting; a setting that is not here stands in its command's own group."""

@@ -33,6 +33,7 @@ from flexbatch.validation.errors import DONE, ConfigurationError
 if TYPE_CHECKING:
     from flexbatch.execution.job import Job
     from flexbatch.models.described import Description
+    from flexbatch.planner.meshes import Meshes
     from flexbatch.planner.planner import Planner
     from flexbatch.policy.hardware import Hardware
     from flexbatch.policy.plan import Plan
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
 
 PLANNED = (
     *("gpu_memory", "cpu_memory", "weight_bits", "cache_bits", "allow_bits", "percent", "gpu_batch_size"),
-    *("num_gpu_batches", "cpu_attention", "prefill_chunk", "prefill_budget", "overlap", "dtype"),
-    *("pipeline_parallel_size", "tensor_parallel_size"),
+    *("num_gpu_batches", "cpu_attention", "cpu_experts", "prefill_chunk", "prefill_budget", "overlap", "dtype"),
+    *("parallel", "data_parallel_size", "pipeline_parallel_size", "tensor_parallel_size"),
 )
 """The engine's settings that change a plan."""
 MORE = 2**30
@@ -66,6 +67,9 @@ class PlanConfig:
     disk: str | None = option(
         None, "free space of the disk, with --gpu (default: that of the machine's profile)", metavar="SIZE"
     )
+    gpus: int | None = option(
+        None, "GPUs of the machine, for --parallel auto (default: those that are seen here, without --gpu)"
+    )
     json: bool = option(False, "print the plan as one JSON document")
     plot: str | None = option(
         None, "draw time per resource and memory per tier, or with --sweep throughput against memory", metavar="PNG"
@@ -75,7 +79,7 @@ class PlanConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("prompt_len", "max_tokens", "num_prompts"):
+        for name in ("prompt_len", "max_tokens", "num_prompts", *(("gpus",) if self.gpus is not None else ())):
             values = getattr(self, name)
             least = min((values,) if isinstance(values, int) else values or (0,))
             if least < 1:
@@ -159,6 +163,9 @@ def command(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO) 
 
     described = describe(engine.model)
     job = config.job(min(described.arch.max_positions, engine.max_model_len or described.arch.max_positions))
+    meshes = None
+    if engine.parallel is not None:
+        engine, meshes = planned_mesh(engine, described, job, hardware, config.gpus)
     if request is not None:
         # Where the largest size does not hold the job, none does.
         largest = dataclasses.replace(engine, **{request.kind: request.last})
@@ -169,13 +176,19 @@ def command(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO) 
     plan = with_more_memory(planner, report.pop("plan"))
     caches = smaller_caches(planner, plan)
     if config.json:
-        from flexbatch.policy.explain import summary
+        from flexbatch.policy.explain import engines_summary, summary
 
+        together = engines_summary(plan, engine.data_parallel_size)
         smaller = {str(bits): summary(other) for bits, other in caches.items()}
-        print(json.dumps({**report, **summary(plan), "smaller_caches": smaller}, indent=2, default=str), file=data)
+        found = {**report, **summary(plan), **together, "smaller_caches": smaller}
+        found |= {} if meshes is None else {"meshes": [each.summary() for each in meshes.plans]}
+        print(json.dumps(found, indent=2, default=str), file=data)
     else:
-        from flexbatch.policy.explain import explain
+        from flexbatch.policy.explain import engines_text, explain
 
+        if meshes is not None:
+            print(meshes.text(), end="\n\n", file=data)
+        print(engines_text(plan, engine.data_parallel_size), end="", file=data)
         print(explain(plan, f"{tables.shares(report)}\n{tables.memory(report)}", caches), file=data)
     if config.plot is not None:
         from flexbatch.policy.whatif import plot_plan
@@ -192,6 +205,23 @@ def planner_of(engine: EngineConfig, described: Description, job: Job, hardware:
     # Sampling settings and drafts need more of a model than its sizes, and change no placement.
     engine = dataclasses.replace(engine, model=described.name, generation_config="none", draft=None, tree=None)
     return Planner(engine, job, dry=True, model=planned_model(described), hardware=hardware)
+
+
+def planned_mesh(
+    engine: EngineConfig, described: Description, job: Job, hardware: Hardware | None, gpus: int | None
+) -> tuple[EngineConfig, Meshes]:
+    """--parallel auto: the settings of the fastest mesh, and the plans of all. Raises ConfigurationError, and
+    DoesNotFitError where none holds the job."""
+    from flexbatch.planner.meshes import Meshes, gpus_here
+
+    if gpus is None and hardware is not None:
+        raise ConfigurationError("--parallel auto for a machine that --gpu names: say how many it has, by --gpus N")
+    meshes = Meshes.planned(
+        engine,
+        gpus or gpus_here(engine),
+        lambda settings: planner_of(settings, described, job, hardware).describe(job)["plan"],
+    )
+    return meshes.config(engine), meshes
 
 
 def with_more_memory(planner: Planner, plan: Plan) -> Plan:
@@ -226,7 +256,7 @@ def searched_again(planner: Planner, budgets: dict[str, int], config: EngineConf
     problem = planner.problem if config is None else dataclasses.replace(planner.problem, config=config)
     hardware = without_reserves(planner.hardware)
     try:
-        return choose(problem.shape, hardware, problem.workload, constraints_of(problem, budgets))
+        return choose(problem.shape, hardware, problem.workload, constraints_of(problem, budgets), problem.known)
     except DoesNotFit:
         return None
 

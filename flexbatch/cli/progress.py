@@ -44,7 +44,8 @@ class JobMeter:
         self.times: PassTimes | None = None
         self.answers: AnswerSpread | None = None
         self.last: PassSeen | None = None
-        self.in_flight: tuple[InFlight, ...] = ()
+        self.in_flight_of: dict[int, tuple[InFlight, ...]] = {}
+        """By engine."""
         self.window: deque[tuple[float, PassSeen]] = deque()
         self.prompts_ended = 0
         """Prompt tokens of the sequences that have ended, those included that others had read before."""
@@ -74,7 +75,8 @@ class JobMeter:
             self.prompt_tokens += seen.prompt_tokens
             self.new_tokens += seen.new_tokens
             self.last, self.last_told = seen, now
-            self.in_flight = self.in_flight if seen.in_flight is None else seen.in_flight
+            before = self.in_flight_of.get(seen.engine, ())
+            self.in_flight_of[seen.engine] = before if seen.in_flight is None else seen.in_flight
             self.window.append((now, seen))
             while len(self.window) > 1 and self.window[0][0] - self.window[0][1].seconds < now - RATE_SECONDS:
                 self.window.popleft()
@@ -91,6 +93,16 @@ class JobMeter:
                 assert self.answers is not None
                 self.prompts_ended += seen.prompt_tokens
                 self.answers.add(seen.new_tokens, seen.cut)
+
+    @property
+    def engines(self) -> int:
+        """That have run passes."""
+        return max(1, len(self.in_flight_of))
+
+    @property
+    def in_flight(self) -> tuple[InFlight, ...]:
+        """In all engines."""
+        return tuple(each for engine in self.in_flight_of.values() for each in engine)
 
     @property
     def rates(self) -> tuple[float, float]:
@@ -128,7 +140,7 @@ class JobMeter:
         per_step = new / steps if steps and new > 1.5 * steps else 1.0
         read = self.prompts_ended + sum(self.prompt_of(each) for each in self.in_flight)
         share = min(1.0, self.prompt_tokens / read) if read else 1.0
-        return rest_of(self.in_flight, waiting, self.last, self.times, self.answers, per_step, share)
+        return rest_of(self.in_flight, waiting, self.last, self.times, self.answers, per_step, share, self.engines)
 
     def prompt_of(self, sequence: InFlight) -> float:
         """Prompt tokens that a sequence in flight has behind it, by the mean of those that are expected."""
@@ -144,7 +156,7 @@ class JobMeter:
         with self._lock:
             first, seen = self.window[0]
             wall = self.window[-1][0] - (first - seen.seconds)
-            busy = sum(each.seconds for _, each in self.window)
+            busy = sum(each.seconds for _, each in self.window) / self.engines
             waited = self.clock() - self._worked_out
         return max(0.0, rest.seconds * max(1.0, wall / max(busy, 1e-9)) - waited)
 

@@ -23,15 +23,15 @@ class Adjustments:
         bias = params.logit_bias or {}
         prompt = dict.fromkeys(request.prompt_token_ids) if params.repetition_penalty != 1.0 else {}
         self._params: SamplingParams = params
-        self._place = {token: row for row, token in enumerate({**bias, **prompt})}
-        self._tokens = np.array(list(self._place), dtype=np.int64)
-        self._bias = np.array([bias.get(token, 0.0) for token in self._place], dtype=np.float32)
-        self._repeated = np.array([token in prompt for token in self._place], dtype=bool)
-        self._counts = np.zeros(len(self._place), dtype=np.int32)
+        self._rows = {token: row for row, token in enumerate({**bias, **prompt})}
+        self._tokens = np.array(list(self._rows), dtype=np.int64)
+        self._bias = np.array([bias.get(token, 0.0) for token in self._rows], dtype=np.float32)
+        self._repeated = np.array([token in prompt for token in self._rows], dtype=bool)
+        self._counts = np.zeros(len(self._rows), dtype=np.int32)
 
     def add(self, token: int) -> None:
         """Count one more token of the output."""
-        row = self._place.setdefault(token, len(self._place))
+        row = self._rows.setdefault(token, len(self._rows))
         if row >= len(self._tokens):
             for name in ("_tokens", "_bias", "_repeated", "_counts"):
                 old = getattr(self, name)
@@ -43,7 +43,7 @@ class Adjustments:
     def extended(self, tokens: Iterable[int]) -> Adjustments:
         """A copy that also counts `tokens`."""
         copy = object.__new__(Adjustments)
-        copy._params, copy._place = self._params, dict(self._place)
+        copy._params, copy._rows = self._params, dict(self._rows)
         copy._tokens, copy._bias = self._tokens.copy(), self._bias.copy()
         copy._repeated, copy._counts = self._repeated.copy(), self._counts.copy()
         for token in tokens:
@@ -53,12 +53,12 @@ class Adjustments:
     @property
     def token_ids(self) -> np.ndarray:
         """[n] int64, distinct."""
-        return self._tokens[: len(self._place)]
+        return self._tokens[: len(self._rows)]
 
     @property
     def terms(self) -> np.ndarray:
         """[n, 3] float32: bias to add, repetition penalty, frequency and presence penalty to subtract."""
-        size, params = len(self._place), self._params
+        size, params = len(self._rows), self._params
         counts = self._counts[:size]
         # Within float32, whose 0 would divide.
         penalty = min(max(params.repetition_penalty, SMALLEST_PENALTY), 1 / SMALLEST_PENALTY)
@@ -68,4 +68,4 @@ class Adjustments:
 
     def counts(self) -> dict[int, int]:
         """token -> occurrences in the output."""
-        return {token: int(self._counts[row]) for token, row in self._place.items() if self._counts[row]}
+        return {token: int(self._counts[row]) for token, row in self._rows.items() if self._counts[row]}

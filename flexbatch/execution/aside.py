@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from flexbatch.execution.promises import Promises
 from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.page_moves import park
@@ -44,9 +45,9 @@ class Aside:
     """
 
     def __init__(
-        self, cache: KVCache, costs: StepAsideCosts, promised: dict[str, int], orphaned: Callable[[str, set[int]], None]
+        self, cache: KVCache, costs: StepAsideCosts, promised: Promises, orphaned: Callable[[str, set[int]], None]
     ) -> None:
-        """promised: pages of each tier that sequences which run there are expected to take, a live view. orphaned:
+        """promised: pages that sequences which run are expected to take, a live view. orphaned:
         told of pages on a tier that were given up before they were filled, and that others wait for."""
         self.cache, self.costs, self.promised, self.orphaned = cache, costs, promised, orphaned
         self.sequences: list[Sequence] = []
@@ -58,18 +59,24 @@ class Aside:
         return self.cache.layout.bits == 16
 
     def page_bytes(self, table: PageTable) -> int:
-        layout = self.cache.layout
-        return layout.num_pages(table.num_tokens) * layout.page_bytes * layout.num_layers
+        layout, short = self.cache.layout, sum(self.cache.windowed)
+        whole = layout.num_pages(table.num_tokens) * (layout.num_layers - short)
+        return (whole + len(table.windows) * short) * layout.page_bytes
 
     def target(self, table: PageTable) -> str | None:
         """The tier for the pages of a sequence, other than theirs; None: they are dropped. Raises RuntimeError where
         they may not be dropped and no tier has as many free: admission sees to it that one has."""
-        pools, count = self.cache.pools, self.cache.layout.num_pages(table.num_tokens)
+        cache, promised, count = self.cache, self.promised, self.cache.layout.num_pages(table.num_tokens)
+        in_windows = cache.sizes.in_windows(count)
         lower = TIERS[TIERS.index(table.tier) + 1 :]
-        free = [tier for tier in lower if pools[tier].num_available - self.promised[tier] >= count]
+        free = [
+            tier
+            for tier in lower
+            if cache.has_room(tier, count + promised.pages[tier], in_windows + promised.in_windows[tier])
+        ]
         if self.recomputes:
             return self.costs.cheapest(table.num_tokens, self.page_bytes(table), table.tier, free)
-        free = free or [tier for tier in TIERS if tier != table.tier and pools[tier].num_available >= count]
+        free = free or [tier for tier in TIERS if tier != table.tier and cache.has_room(tier, count, in_windows)]
         if not free:
             raise RuntimeError(f"{count} pages of a quantized cache on {table.tier} have to move, and no tier has them")
         return min(free, key=lambda tier: self.costs.moving(self.page_bytes(table), table.tier, tier))

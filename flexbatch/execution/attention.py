@@ -15,6 +15,7 @@ from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.transfer import READY, Handle, TransferQueues
 from flexbatch.models.arch import Arch
+from flexbatch.models.experts import Halves
 from flexbatch.models.specs import sink_role
 from flexbatch.policy.schedule import Tick
 
@@ -39,6 +40,8 @@ class PendingTick:
     cpu_output: Tensor | None = None
     cpu_done: Handle = READY
     watch: Watch | None = None
+    halves: Halves | None = None
+    """The rest of a layer whose experts are in part computed on the CPU."""
 
 
 class CacheAttention:
@@ -72,7 +75,7 @@ class CacheAttention:
         layer, part = pending.tick.layer, slice(group.start, group.end)
         rows = self.cache.rows("gpu", layer)
         self.append(rows, group.slots, key[part], value[part])
-        self.attend(pending.attention[part], layer, query[part], rows, group, pending.inputs.positions[part])
+        self.attend(pending.attention[part], layer, query[part], rows, group)
 
     def append(self, rows: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Store the token rows of new query tokens."""
@@ -89,7 +92,6 @@ class CacheAttention:
         query: Tensor,
         rows: Tensor,
         group: AttentionGroup,
-        positions: Tensor,
         threads: int = 0,
     ) -> None:
         """Attention of one group over token rows that already hold its own keys and values."""
@@ -100,7 +102,7 @@ class CacheAttention:
             "bits": layout.bits,
             "group": layout.group,
             "tree_masks": group.tree_masks,
-            "positions": None if group.tree_masks is None else positions.to(torch.int32),
+            "positions": group.positions,
             "max_query_len": group.max_query_len,
             "max_context_len": group.max_context_len,
             "out": out,
@@ -146,7 +148,7 @@ class CacheAttention:
             self.cache.drain_cpu(layer, new_rows[: staged.num_cpu_tokens], staged.cpu_slots, written)
         if staged.disk_pages:
             self.cache.drain_disk(layer, new_rows[staged.num_cpu_tokens :], staged.disk_pages, written)
-        self.attend(pending.attention[part], layer, query[part], rows, group, pending.inputs.positions[part])
+        self.attend(pending.attention[part], layer, query[part], rows, group)
         self.cache.release_staging(buffer, self.queues.mark())
 
     def start_cpu_attention(
@@ -157,13 +159,13 @@ class CacheAttention:
         layer, part, layout = pending.tick.layer, slice(group.start, group.end), self.cache.layout
         host_query, host_key, host_value, output = self.host_buffers.acquire(query[part], key[part], value[part])
         arrived = self.queues.mark()
-        rows, positions = self.cache.rows("cpu", layer), pending.inputs.host_positions[part]
+        rows = self.cache.rows("cpu", layer)
         drained = self.cache.drained[layer]
 
         def attend() -> None:
             drained.synchronize()
             self.append(rows, group.slots, host_key, host_value)
-            self.attend(output, layer, host_query, rows, group, positions, self.cpu_threads)
+            self.attend(output, layer, host_query, rows, group, self.cpu_threads)
 
         num_bytes = int(group.context_lens.sum()) * layout.token_bytes
         pending.cpu_done = self.queues.cpu_attention.submit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from flexbatch.execution.answer_lengths import AnswerLengths
+from flexbatch.execution.promises import Promises
 from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.page_moves import restore
@@ -30,8 +31,8 @@ class Block:
         self.lengths = lengths or AnswerLengths(reserve="all")
         self.reserved: dict[int, int] = {}
         """Pages that each sequence which runs is likely to reach, by its id."""
-        self.promised = dict.fromkeys(TIERS, 0)
-        """Those of them that are not taken yet, by tier."""
+        self.promises = Promises(cache.sizes)
+        """Those of them that are not taken yet."""
         self.micro_batches: list[list[Sequence]] = [[] for _ in range(policy.num_gpu_batches)]
         self.of_tier = {tier: [0] * policy.num_gpu_batches for tier in TIERS}
         """Sequences of each micro-batch, by tier."""
@@ -88,16 +89,17 @@ class Block:
         self.reserved = {
             each.sequence_id: self.pages_of(each, rows) for each, rows in zip(running, likely, strict=True)
         }
-        self.promised.update(self.count_promised())
+        self.promises.replace(self.pages_of_running())
 
-    def count_promised(self) -> dict[str, int]:
-        promised = dict.fromkeys(TIERS, 0)
-        for each in self.running.values():
-            promised[each.pages.tier] += self.not_taken(each)
-        return promised
+    def pages_of_running(self) -> list[tuple[str, int, int]]:
+        """(tier, reserved pages, taken ones) of every sequence."""
+        reserved = self.reserved
+        return [(each.pages.tier, reserved[each.sequence_id], len(each.pages.pages)) for each in self.running.values()]
 
-    def not_taken(self, sequence: Sequence) -> int:
-        return max(0, self.reserved[sequence.sequence_id] - len(sequence.pages.pages))
+    def promise(self, sequence: Sequence, sign: int = 1) -> None:
+        """Count the pages that are reserved for a sequence and not taken, or with -1 no more."""
+        taken = len(sequence.pages.pages)
+        self.promises.add(sequence.pages.tier, self.reserved[sequence.sequence_id], taken, sign)
 
     @property
     def allowed_tiers(self) -> list[str]:
@@ -124,11 +126,12 @@ class Block:
 
     def has_pages(self, sequence: Sequence, tier: str, pages: int) -> bool:
         """Whether a tier has so many pages for a sequence beside what is promised to others."""
-        rows, promised = pages * self.cache.layout.page_tokens, self.promised[tier]
-        table = sequence.parked
+        rows, table = pages * self.cache.layout.page_tokens, sequence.parked
+        promised, in_windows = self.promises.pages[tier], self.promises.in_windows[tier]
         if table is None:
-            return self.cache.can_open(tier, rows, self.shareable(sequence, tier), promised)
-        return self.cache.can_open(tier, rows, (), promised - (len(table.pages) if table.tier == tier else 0))
+            return self.cache.can_open(tier, rows, self.shareable(sequence, tier), promised, in_windows)
+        own = len(table.pages) if table.tier == tier else 0
+        return self.cache.can_open(tier, rows, (), promised - own, in_windows - self.cache.sizes.in_windows(own))
 
     def is_safe(self, sequence: Sequence, tier: str, parked: Iterable[Sequence]) -> bool:
         """Whether every sequence can go on to its end once this one is admitted: always where tokens may be read
@@ -137,19 +140,13 @@ class Block:
         has the pages free that another lacks."""
         if not self.lengths.learns or self.cache.layout.bits == 16:
             return True
-        layout, pools = self.cache.layout, self.cache.pools
-        most = dict.fromkeys(TIERS, 0)
-        longest = 0
         others = [(each, each.pages.tier) for each in self.running.values()]
         others += [(each, each.parked.tier) for each in parked if each.parked is not None and each is not sequence]
-        for each, its_tier in [*others, (sequence, tier)]:
-            pages = layout.num_pages(self.max_rows(each))
-            most[its_tier] += pages
-            longest = max(longest, pages)
-        if all(most[name] <= pool.num_pages for name, pool in pools.items()):
-            return True
-        spare = longest * sum(pool.num_pages > 0 for pool in pools.values())
-        return sum(most.values()) + spare <= sum(pool.num_pages for pool in pools.values())
+        num_pages, sizes = self.cache.layout.num_pages, self.cache.sizes
+        most = [(tier, num_pages(self.max_rows(each))) for each, tier in [*others, (sequence, tier)]]
+        pools = {tier: pool.num_pages for tier, pool in self.cache.pools.items()}
+        in_windows = [(tier, sizes.in_windows(pages)) for tier, pages in most]
+        return admission.can_all_move(most, pools) and admission.can_all_move(in_windows, sizes.quotas)
 
     def open_micro_batches(self, pages: int, tier: str) -> list[int]:
         """Micro-batches with a free slot, and staging pages for all their sequences that are not on the gpu tier, one
@@ -203,7 +200,7 @@ class Block:
         self.of_tier[tier][micro_batch] += 1
         self.running[sequence.sequence_id] = sequence
         self.reserved[sequence.sequence_id] = pages
-        self.promised[tier] += self.not_taken(sequence)
+        self.promise(sequence)
 
     # Growth
 
@@ -215,27 +212,28 @@ class Block:
         """Those that need more pages for the next pass, the most urgent first, and then the oldest."""
         page_tokens = self.cache.layout.page_tokens
         # First what costs least to ask, as most have room in their last page.
-        most = [each for each in self.running.values() if each.num_room(page_tokens) < self.spare_tokens]
+        most = [each for each in self.running.values() if each.num_free(page_tokens) < self.spare_tokens]
         found = [each for each in most if self.rows_of_pass(each) > len(each.pages.pages) * page_tokens]
         return sorted(found, key=lambda each: each.precedence)
 
     def all_can_grow(self) -> bool:
         """Whether tiers and staging have the pages of the next pass, so that nobody has to step aside."""
-        layout, needed, missing = self.cache.layout, dict[Sequence, int](), dict.fromkeys(TIERS, 0)
+        cache, needed, missing = self.cache, dict[Sequence, int](), Promises(self.cache.sizes)
         for each in self.short():
-            needed[each] = layout.num_pages(self.rows_of_pass(each)) - len(each.pages.pages)
-            missing[each.pages.tier] += needed[each]
-        return all(count <= self.cache.pools[tier].num_available for tier, count in missing.items()) and all(
+            pages, taken = cache.layout.num_pages(self.rows_of_pass(each)), len(each.pages.pages)
+            needed[each] = pages - taken
+            missing.add(each.pages.tier, pages, taken)
+        return all(cache.has_room(tier, missing.pages[tier], missing.in_windows[tier]) for tier in TIERS) and all(
             sum(len(each.pages.pages) + needed.get(each, 0) for each in self.staged(k))
             <= self.cache.sizes.staging_pages
-            for k in range(len(self.micro_batches) if missing["cpu"] or missing["disk"] else 0)
+            for k in range(len(self.micro_batches) if missing.pages["cpu"] or missing.pages["disk"] else 0)
         )
 
     def grow(self, sequence: Sequence) -> bool:
         """Take pages for the next pass; False where its tier has too few."""
-        before = self.not_taken(sequence)
+        self.promise(sequence, -1)
         grown = self.cache.extend(sequence.pages, self.rows_of_pass(sequence))
-        self.promised[sequence.pages.tier] += self.not_taken(sequence) - before
+        self.promise(sequence)
         return grown
 
     def overfull(self) -> int | None:
@@ -262,7 +260,7 @@ class Block:
 
     def release_slot(self, sequence: Sequence) -> PageTable:
         """Give back the slot of a running sequence; returns its pages, which are the caller's to release."""
-        self.promised[sequence.pages.tier] -= self.not_taken(sequence)
+        self.promise(sequence, -1)
         del self.reserved[sequence.sequence_id]
         self.micro_batches[sequence.micro_batch].remove(sequence)
         self.of_tier[sequence.pages.tier][sequence.micro_batch] -= 1
@@ -296,5 +294,6 @@ class Block:
         )
         self.tiers.check()
         self.lengths.check()
-        assert self.reserved.keys() == self.running.keys() and self.promised == self.count_promised(), self.promised
+        assert self.reserved.keys() == self.running.keys()
+        self.promises.check(self.pages_of_running())
         self.cache.check([*(sequence.pages for sequence in sequences), *parked])

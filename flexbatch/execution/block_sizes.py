@@ -10,6 +10,7 @@ from flexbatch.execution.job import Job
 from flexbatch.memory.pages import CacheLayout
 from flexbatch.models.arch import Arch
 from flexbatch.policy.admission import CacheSizes, cache_sizes, micro_batch_tokens, off_gpu_sequences
+from flexbatch.policy.layer_window import LayerWindow
 from flexbatch.policy.limits import (
     CPU_ATTENTION_MAX_TREE_TOKENS,
     LOGITS_CHUNK_BYTES,
@@ -24,7 +25,9 @@ from flexbatch.policy.policy import Policy
 def cache_layout(arch: Arch, bits: int, dtype: torch.dtype) -> CacheLayout:
     group = cache_group(arch.head_dim)
     sizes = arch.num_layers, arch.num_kv_heads, arch.head_dim
-    return CacheLayout(*sizes, bits, group, PAGE_TOKENS, dtype, arch.cache_sides)
+    windows = arch.window_layers
+    window = LayerWindow(arch.sliding_window, arch.chunked_window) if any(windows) else None
+    return CacheLayout(*sizes, bits, group, PAGE_TOKENS, dtype, arch.cache_sides, window, windows if window else ())
 
 
 def logits_chunk_bytes(arch: Arch, policy: Policy, max_query_nodes: int = 0) -> int:
@@ -61,7 +64,7 @@ def block_sizes(
     block = min(policy.block_size, max(1, job.num_requests))
     sequence_tokens = tuple(job.rows_to_reserve(block, RESERVED_DEVIATIONS))
     longest = [layout.num_pages(tokens + max_query_nodes) for tokens in sequence_tokens] or [1]
-    cache = cache_sizes(policy, longest, layout.page_tokens, max_query_nodes)
+    cache = cache_sizes(policy, longest, layout.page_tokens, max_query_nodes, layout.window)
     tokens = micro_batch_tokens(policy, max_query_nodes)
     on_cpu = off_gpu_sequences(policy, block) if policy.cpu_attention > 0 else 0
     cpu_attention_tokens = on_cpu * min(CPU_ATTENTION_MAX_TREE_TOKENS, max_query_nodes + 1)

@@ -124,6 +124,7 @@ def read(readings: list[Reread], scheduler: Scheduler, executor: Executor) -> No
         for i, item in unfinished.items():
             start = item.table.num_tokens
             tokens = tuple(item.token_ids[start : start + chunk])
+            scheduler.cache.hold(item.table, start + len(tokens))
             location, adapter = item.table.location, item.failed.request.adapter
             queries.append(QueryTokens(i, tokens, start, len(tokens), location, len(item.token_ids), adapter=adapter))
         for _ in executor.run(PassBatch((tuple(queries),)), watch=watch):

@@ -13,6 +13,8 @@ from flexbatch.execution.ends import Ends
 from flexbatch.execution.graphs import CudaRecorder, DecodeGraphs
 from flexbatch.execution.inputs import InputBuilder, MicroBatchInputs
 from flexbatch.execution.pass_batch import Lead, LogitsChunk, NewestTokens, PassBatch
+from flexbatch.execution.routed_rows import RoutedRows
+from flexbatch.execution.tick_halves import TickHalves
 from flexbatch.memory.activations import ActivationStore
 from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import KVCache
@@ -37,7 +39,8 @@ class Executor:
     ``overlap=False`` waits for what a tick sends for before it computes, and for everything after it: the same
     ticks, the same tokens. ``logits_chunk_bytes``: float32 logits that are given at one time. ``max_graphs``: of
     decode passes that are kept. routing: counts the tokens of experts. ``links``: to the ranks that have the rest of
-    the model, None where it is here whole; ``lead``: of rank 0, which decides what a pass is.
+    the model, None where it is here whole; ``lead``: of rank 0, which decides what a pass is. ``routed``: the way to
+    the CPU's experts.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Executor:
         routing: RoutingCounts | None = None,
         links: RankLinks | None = None,
         lead: Lead | None = None,
+        routed: RoutedRows | None = None,
     ) -> None:
         self.arch, self.lead = arch, lead
         self.ends = Ends(arch, weights.tensors, activations, links)
@@ -68,12 +72,15 @@ class Executor:
         self.logit_rows = max(1, logits_chunk_bytes // (4 * arch.vocab_size))
         self.builder = InputBuilder(cache.layout.page_tokens, self.uploads, adapters, self.logit_rows)
         self.rotary, self.routing = rotary, routing
-        self.host_buffers = host_buffers
-        self.attention = CacheAttention(arch, cache, queues, host_buffers, weights.tensors.embedding_weights)
+        attention = CacheAttention(arch, cache, queues, host_buffers, weights.tensors.embedding_weights)
+        if routed is not None:
+            routed.threads = attention.cpu_threads
+        self.halves = TickHalves(arch, self.ends, weights, queues, host_buffers, rotary, attention, routing, routed)
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and self.resident and overlap and recordable(arch):
             sizes, group = (cache.layout.page_tokens, arch.max_positions), self.builder.group_adapters
-            self.graphs = DecodeGraphs(self.device, *sizes, CudaRecorder(arch.experts is not None), max_graphs, group)
+            recorder = CudaRecorder(arch.experts is not None)
+            self.graphs = DecodeGraphs(self.device, *sizes, recorder, max_graphs, group, cache.ring)
 
     @property
     def resident(self) -> bool:
@@ -116,11 +123,15 @@ class Executor:
         gathers: dict[tuple[int, int], Handle] = {}
         self.fetch_cache(inputs, (0, 0), gathers)
         deferred: PendingTick | None = None
+        computing: list[PendingTick] = []  # with the CPU's experts: one micro-batch, while the next one is begun
         for tick in zigzag(num_layers, count):
             with self.tracer.span("tick", f"layer {tick.layer} micro-batch {tick.micro_batch}"):
-                if deferred and (deferred.tick.micro_batch == tick.micro_batch or tick.layer == self.arch.num_layers):
-                    self.finish(deferred, count)
+                if deferred and self.needed(tick, deferred, *computing):
+                    # Before the host waits for the CPU's experts, so that it has the next ones to compute.
+                    self.finish(deferred, computing, count)
                     deferred = None
+                if self.needed(tick, *computing):
+                    self.complete(computing, count)
                 self.fetch_cache(inputs, tick.fetch_inputs, gathers)
                 if deferred is None:
                     self.fetch_ahead(tick)
@@ -134,9 +145,9 @@ class Executor:
                 else:
                     gathered = gathers.pop((tick.layer, tick.micro_batch), READY)
                     buffer = self.staging_buffer(tick.layer, tick.micro_batch, count)
-                    pending = self.begin(tick, inputs[tick.micro_batch], gathered, buffer, watch)
+                    pending = self.halves.begin(tick, inputs[tick.micro_batch], gathered, buffer, watch)
                     if deferred:
-                        self.finish(deferred, count)
+                        self.finish(deferred, computing, count)
                         self.fetch_ahead(tick)
                     if pending.cpu_output is not None and tick.fetch_weights is not None:
                         # The host is about to wait for the CPU's share: what the link needs until then has to be queued
@@ -146,21 +157,23 @@ class Executor:
                     # With CPU attention the second half waits until the next tick has given the CPU more work.
                     deferred = pending if pending.cpu_output is not None and self.overlap else None
                     if deferred is None:
-                        self.finish(pending, count)
+                        self.finish(pending, computing, count)
             if not self.overlap:
                 self.synchronize()
         if deferred:
-            self.finish(deferred, count)
+            self.finish(deferred, computing, count)
+        self.complete(computing, count)
         if self.routing is not None:
             self.routing.end_pass()
-        if self.stages is not None and self.stages.is_first:
-            yield from self.returned(inputs)
+        yield from self.returned(inputs)
         # Only the head's slab was missing for the second layer of the next pass.
         if self.stages is None and self.overlap and num_layers > 2:
             self.weights.fetch_rest(1, count)
 
     def returned(self, inputs: list[MicroBatchInputs]) -> Iterator[LogitsChunk]:
-        """The head over what comes back from the last stage of a pipeline."""
+        """The head over what comes back from the last stage of a pipeline to the first."""
+        if self.stages is None or not self.stages.is_first:
+            return
         yield LogitsChunk((), torch.empty(0, self.arch.vocab_size, device=self.device))
         head, count = self.arch.num_layers, len(inputs)
         self.weights.fetch_rest(head, count)
@@ -175,7 +188,30 @@ class Executor:
             self.routing.begin_pass(inputs[0].num_tokens)
         self.cache.begin_pass(self.queues.mark())
         self.activations.plan([each.num_tokens for each in inputs])
+        self.halves.begin_pass(max((each.num_tokens for each in inputs), default=0))
         return inputs
+
+    # The CPU's experts
+
+    def needed(self, tick: Tick, *pending: PendingTick) -> bool:
+        """Whether one of these has to be done before the tick: it is of the same micro-batch, or the head follows."""
+        head = tick.layer == self.arch.num_layers
+        return any(head or each.tick.micro_batch == tick.micro_batch for each in pending)
+
+    def finish(self, pending: PendingTick, computing: list[PendingTick], count: int) -> None:
+        """The second half of a tick; what waits for the CPU's experts is left for later, and what was left is done."""
+        all_done = self.halves.finish(pending, count)
+        self.complete(computing, count)
+        if not all_done:
+            computing.append(pending)
+        if not self.overlap:
+            self.complete(computing, count)
+
+    def complete(self, computing: list[PendingTick], count: int) -> None:
+        """Wait for the CPU's experts."""
+        for pending in computing:
+            self.halves.complete(pending, count)
+        computing.clear()
 
     # What travels
 
@@ -193,7 +229,7 @@ class Executor:
         if cell is None or cell[0] >= self.arch.num_layers:
             return
         self.ends.expect(*cell, inputs[cell[1]])
-        staged = inputs[cell[1]].staged
+        staged = inputs[cell[1]].groups(self.cache.windowed[cell[0]]).staged
         if staged is not None:
             gathers[cell] = self.cache.gather(
                 staged.gather, cell[0], self.staging_buffer(cell[0], cell[1], len(inputs))
@@ -211,59 +247,6 @@ class Executor:
         self.activations.synchronize()
         self.cache.synchronize()
         self.queues.mark().synchronize()
-
-    # The two halves of a tick
-
-    def begin(
-        self, tick: Tick, inputs: MicroBatchInputs, gathered: Handle, buffer: int, watch: Watch | None = None
-    ) -> PendingTick:
-        """Up to and including attention; the CPU's share is only started."""
-        weights = self.weights.weights(tick.layer, "pre")
-        hidden = self.ends.given(tick.layer, tick.micro_batch, inputs)
-        if watch is not None and tick.layer == 0:
-            watch(-1, inputs, hidden)
-        with self.tracer.compute_span(f"attention {tick.layer}.{tick.micro_batch}"):
-            query, key, value = layers.pre_attention(
-                self.arch,
-                tick.layer,
-                weights,
-                hidden,
-                inputs.positions,
-                self.rotary.tables,
-                inputs.adapters,
-                self.ranks,
-            )
-            pending = PendingTick(
-                tick, inputs, hidden, query.new_empty(*query.shape[:-1], self.arch.value_dim), watch=watch
-            )
-            if inputs.cpu is not None:
-                self.attention.start_cpu_attention(pending, inputs.cpu, query, key, value)
-            if inputs.gpu is not None:
-                self.attention.attend_resident(pending, inputs.gpu, query, key, value)
-            if inputs.staged is not None:
-                self.attention.attend_staged(pending, inputs.staged, gathered, buffer, query, key, value)
-        return pending
-
-    def finish(self, pending: PendingTick, count: int) -> None:
-        """Output projection and MLP, then the hidden states are stored; the last micro-batch of a layer gives the
-        layer's slab back."""
-        tick = pending.tick
-        if pending.cpu_output is not None:
-            assert pending.inputs.cpu is not None
-            pending.cpu_done.wait()
-            self.queues.copy_to_device(
-                pending.cpu_output, pending.attention[pending.inputs.cpu.start : pending.inputs.cpu.end]
-            )
-            self.host_buffers.release(pending.cpu_output, self.queues.mark())
-        weights, adapters = self.weights.weights(tick.layer, "post"), pending.inputs.adapters
-        with self.tracer.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):
-            stacks, given = self.weights.experts(tick.layer), (weights, pending.hidden, pending.attention, adapters)
-            hidden = layers.post_attention(self.arch, tick.layer, *given, self.routing, self.ranks, stacks)
-        if pending.watch is not None:
-            pending.watch(tick.layer, pending.inputs, hidden)
-        self.ends.take(tick.layer, tick.micro_batch, pending.inputs, hidden)
-        if tick.micro_batch == count - 1:
-            self.weights.release(tick.layer, self.queues.mark())
 
     def head(self, inputs: MicroBatchInputs, layer: int, micro_batch: int, count: int) -> Iterator[LogitsChunk]:
         """Logits of the rows that were asked for, in chunks."""
@@ -290,11 +273,12 @@ class Executor:
     def resident_layers(self, inputs: MicroBatchInputs) -> Tensor:
         """All layers without a tick's transfers. Runs under capture: spans would record events that no replay
         repeats."""
-        tracer, self.tracer = self.tracer, Tracer()
+        halves = self.halves
+        tracer, halves.tracer = halves.tracer, Tracer()
         try:
             with self.routing.of_graph() if self.routing is not None else nullcontext():
                 for layer in range(self.arch.num_layers):
-                    self.finish(self.begin(Tick(layer, 0, None, None, None), inputs, READY, 0), 1)
+                    halves.finish(halves.begin(Tick(layer, 0, None, None, None), inputs, READY, 0), 1)
             return self.activations.get(0)
         finally:
-            self.tracer = tracer
+            halves.tracer = tracer

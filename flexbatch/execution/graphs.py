@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.execution.adapter_groups import most_tiles
-from flexbatch.execution.inputs import AttentionGroup, MicroBatchInputs
+from flexbatch.execution.inputs import AttentionGroup, CacheGroups, MicroBatchInputs
 from flexbatch.models.lora.applied import PassAdapters
 from flexbatch.policy.decode_graphs import CONTEXT_STEP, MAX_GRAPHS, bucket_of
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
@@ -115,7 +115,9 @@ class DecodeGraphs:
         record: Record,
         most: int = MAX_GRAPHS,
         group_adapters: Callable[[np.ndarray], PassAdapters | None] = lambda adapter_ids: None,
+        ring: int = 0,
     ) -> None:
+        """ring: pages of a sequence in layers that keep only their window."""
         self.device, self.page_tokens, self.max_positions, self.record, self.most = (
             device,
             page_tokens,
@@ -123,7 +125,7 @@ class DecodeGraphs:
             record,
             most,
         )
-        self.group_adapters = group_adapters
+        self.group_adapters, self.ring = group_adapters, ring
         self.seen: set[Key] = set()
         self.captured: dict[Key, Captured] = {}
         """The one that was used last at the end."""
@@ -165,7 +167,33 @@ class DecodeGraphs:
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        group = AttentionGroup(
+        positions = zeros(bucket, dtype=torch.int64)
+        static = replace(
+            inputs,
+            queries=(),
+            token_ids=zeros(bucket, dtype=torch.int64),
+            host_token_ids=torch.empty(0, dtype=torch.int64),
+            positions=positions,
+            host_positions=torch.empty(0, dtype=torch.int64),
+            gpu=self.static_group(bucket, max_context_len),
+            windows=None
+            if inputs.windows is None
+            else CacheGroups(self.static_group(bucket, min(max_context_len, self.ring * self.page_tokens)), None, None),
+            logit_rows=(),
+            logit_index=torch.arange(bucket, device=self.device),
+            adapters=self.static_adapters(bucket, inputs.adapters),
+        )
+        self.fill(static, inputs)
+        graph, hidden = self.record(lambda: layers(static))
+        return Captured(graph, static, hidden)
+
+    def static_group(self, bucket: int, max_context_len: int) -> AttentionGroup:
+        """Room for the pages of so many sequences, each of so many tokens."""
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        return AttentionGroup(
             start=0,
             end=bucket,
             page_table=zeros(bucket, -(-max_context_len // self.page_tokens), dtype=torch.int32),
@@ -176,22 +204,6 @@ class DecodeGraphs:
             max_query_len=1,
             max_context_len=max_context_len,
         )
-        positions = zeros(bucket, dtype=torch.int64)
-        static = replace(
-            inputs,
-            queries=(),
-            token_ids=zeros(bucket, dtype=torch.int64),
-            host_token_ids=torch.empty(0, dtype=torch.int64),
-            positions=positions,
-            host_positions=torch.empty(0, dtype=torch.int64),
-            gpu=group,
-            logit_rows=(),
-            logit_index=torch.arange(bucket, device=self.device),
-            adapters=self.static_adapters(bucket, inputs.adapters),
-        )
-        self.fill(static, inputs)
-        graph, hidden = self.record(lambda: layers(static))
-        return Captured(graph, static, hidden)
 
     def static_adapters(self, bucket: int, adapters: PassAdapters | None) -> PassAdapters | None:
         """Room for any adapters that so many sequences may have."""
@@ -240,16 +252,13 @@ class DecodeGraphs:
 
 def fill(static: MicroBatchInputs, inputs: MicroBatchInputs) -> None:
     """Copy the inputs of a pass into a graph's static tensors."""
-    assert static.gpu is not None and inputs.gpu is not None
-    pairs = (
-        (static.token_ids, inputs.token_ids),
-        (static.positions, inputs.positions),
-        (static.gpu.page_table, inputs.gpu.page_table),
-        (static.gpu.context_lens, inputs.gpu.context_lens),
-        (static.gpu.slots, inputs.gpu.slots),
-    )
+    pairs = [(static.token_ids, inputs.token_ids), (static.positions, inputs.positions)]
+    for windowed in (False,) if inputs.windows is None else (False, True):
+        target, source = static.groups(windowed).gpu, inputs.groups(windowed).gpu
+        assert target is not None and source is not None
+        pairs += [(getattr(target, name), getattr(source, name)) for name in ("page_table", "context_lens", "slots")]
     count = inputs.num_tokens
-    for target, source in pairs:
-        view = target[:, : source.shape[1]] if target.ndim == 2 else target
-        view[:count].copy_(source)
-        view[count:].copy_(source[:1].expand_as(view[count:]))
+    for tensor, new in pairs:
+        view = tensor[:, : new.shape[1]] if tensor.ndim == 2 else tensor
+        view[:count].copy_(new)
+        view[count:].copy_(new[:1].expand_as(view[count:]))

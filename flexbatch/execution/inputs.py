@@ -3,6 +3,7 @@ attended."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from itertools import chain
@@ -33,6 +34,9 @@ class AttentionGroup:
     tree_masks: Tensor | None
     max_query_len: int
     max_context_len: int
+    positions: Tensor | None = None
+    """With ``tree_masks``: [num_tokens] int32, the places of query tokens in their sequences, counted from the first
+    token of their pages."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,15 @@ class StagedGroup:
     cpu_slots: Tensor
     disk_pages: tuple[tuple[SequencePages, int, int, int], ...]
     num_pages: int
+
+
+@dataclass(frozen=True)
+class CacheGroups:
+    """The groups of a micro-batch, as the pages of some of the layers have them."""
+
+    gpu: AttentionGroup | None
+    staged: StagedGroup | None
+    cpu: AttentionGroup | None
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,12 @@ class MicroBatchInputs:
     adapters: PassAdapters | None = None
     head_adapters: tuple[PassAdapters | None, ...] = ()
     """Of every chunk of logits; empty where no adapter changes the head."""
+    windows: CacheGroups | None = None
+    """Of layers that keep only their window; None where these have the same pages as the others."""
+
+    def groups(self, windowed: bool) -> MicroBatchInputs | CacheGroups:
+        """The groups of a layer. windowed: which keeps only its window."""
+        return self.windows if windowed and self.windows is not None else self
 
     @property
     def num_tokens(self) -> int:
@@ -115,8 +134,8 @@ class InputBuilder:
         # Flat, not array by array: of 512 decode tokens each array of one takes longer to make than to fill.
         token_ids = np.fromiter(chain.from_iterable(query.token_ids for query in ordered), dtype=np.int64)
         positions = np.fromiter(chain.from_iterable(query.positions for query in ordered), dtype=np.int64)
-        staged_start = sum(query.num_tokens for query in groups["gpu"])
-        cpu_start = staged_start + sum(query.num_tokens for query in groups["staged"])
+        whole = self.cache_groups(groups, windowed=False)
+        kept = any(query.pages.windows is not None for query in queries)
         rows: list[tuple[QueryTokens, int]] = []
         index: list[int] = []
         first = 0
@@ -133,9 +152,10 @@ class InputBuilder:
             host_token_ids=torch.from_numpy(token_ids),
             positions=self.upload(positions),
             host_positions=torch.from_numpy(positions),
-            gpu=self.pool_group(groups["gpu"], 0, self.device) if groups["gpu"] else None,
-            staged=self.staged_group(groups["staged"], staged_start) if groups["staged"] else None,
-            cpu=self.pool_group(groups["cpu"], cpu_start, torch.device("cpu")) if groups["cpu"] else None,
+            gpu=whole.gpu,
+            staged=whole.staged,
+            cpu=whole.cpu,
+            windows=self.cache_groups(groups, windowed=True) if kept else None,
             logit_rows=tuple(rows),
             logit_index=self.upload(np.asarray(index, dtype=np.int64)),
             adapter_ids=adapter_ids,
@@ -173,15 +193,38 @@ class InputBuilder:
     def upload(self, array: np.ndarray, device: torch.device | None = None) -> Tensor:
         return torch.from_numpy(array) if device is not None and device.type == "cpu" else self.uploads.send(array)
 
-    def pool_group(self, queries: list[QueryTokens], start: int, device: torch.device) -> AttentionGroup:
+    def cache_groups(self, groups: Mapping[str, list[QueryTokens]], windowed: bool) -> CacheGroups:
+        """windowed: of layers that keep only their window."""
+        gpu, staged, cpu = groups["gpu"], groups["staged"], groups["cpu"]
+        staged_start = sum(query.num_tokens for query in gpu)
+        cpu_start = staged_start + sum(query.num_tokens for query in staged)
+        host = torch.device("cpu")
+        return CacheGroups(
+            gpu=self.pool_group(gpu, 0, self.device, windowed) if gpu else None,
+            staged=self.staged_group(staged, staged_start, windowed) if staged else None,
+            cpu=self.pool_group(cpu, cpu_start, host, windowed) if cpu else None,
+        )
+
+    def pool_group(
+        self, queries: list[QueryTokens], start: int, device: torch.device, windowed: bool
+    ) -> AttentionGroup:
         """Sequences attended in their own pool."""
-        return self.group(queries, [query.pages.page_ids for query in queries], start, device)
+        located = [query.pages.of(windowed) for query in queries]
+        return self.group(queries, [pages.page_ids for pages in located], located, start, device)
 
     def group(
-        self, queries: list[QueryTokens], tables: list[np.ndarray], start: int, device: torch.device
+        self,
+        queries: list[QueryTokens],
+        tables: list[np.ndarray],
+        located: list[SequencePages],
+        start: int,
+        device: torch.device,
     ) -> AttentionGroup:
+        """Of sequences whose pages are ``tables``, the first of them those of ``located``: attention counts positions
+        from there."""
         lengths = np.array([len(query.token_ids) for query in queries], dtype=np.int32)
-        before = np.array([query.start for query in queries], dtype=np.int32)
+        passed = self.page_tokens * np.array([pages.first for pages in located], dtype=np.int32)
+        before = np.array([query.start for query in queries], dtype=np.int32) - passed
         contexts = before + lengths
         used = -(-contexts // self.page_tokens)
         table = np.zeros((len(queries), used.max()), dtype=np.int32)
@@ -192,6 +235,7 @@ class InputBuilder:
         owner = np.repeat(np.arange(len(queries)), lengths)
         where = np.arange(starts[-1]) + (before - starts[:-1])[owner]
         slots = table[owner, where // self.page_tokens].astype(np.int64) * self.page_tokens + where % self.page_tokens
+        masks = self.masks(queries, device)
         return AttentionGroup(
             start=start,
             end=start + int(starts[-1]),
@@ -199,9 +243,10 @@ class InputBuilder:
             query_starts=self.upload(starts, device),
             context_lens=self.upload(contexts, device),
             slots=self.upload(slots, device),
-            tree_masks=self.masks(queries, device),
+            tree_masks=masks,
             max_query_len=int(lengths.max()),
             max_context_len=int(contexts.max()),
+            positions=None if masks is None else self.upload(positions_of(queries) - passed[owner], device),
         )
 
     def masks(self, queries: list[QueryTokens], device: torch.device) -> Tensor | None:
@@ -213,12 +258,14 @@ class InputBuilder:
             np.concatenate([np.pad(mask, ((0, 0), (0, words - mask.shape[1]))) for mask in masks]), device
         )
 
-    def staged_group(self, queries: list[QueryTokens], start: int) -> StagedGroup:
+    def staged_group(self, queries: list[QueryTokens], start: int, windowed: bool = False) -> StagedGroup:
         """Staging holds the existing pages first, one sequence after another, then the pages that only this pass's
         tokens fill."""
         page_tokens = self.page_tokens
-        existing = [-(-query.start // page_tokens) for query in queries]
-        total = [-(-(query.start + query.num_tokens) // page_tokens) for query in queries]
+        located = [query.pages.of(windowed) for query in queries]
+        pairs = list(zip(queries, located, strict=True))
+        existing = [-(-query.start // page_tokens) - pages.first for query, pages in pairs]
+        total = [-(-(query.start + query.num_tokens) // page_tokens) - pages.first for query, pages in pairs]
         starts = np.concatenate([[0], np.cumsum(existing)])
         cursor, tables = int(starts[-1]), []
         for first, old, count in zip(starts, existing, total, strict=False):
@@ -228,20 +275,25 @@ class InputBuilder:
                 )
             )
             cursor += count - old
-        on_cpu = [query for query in queries if query.pages.tier == "cpu"]
-        on_disk = queries[len(on_cpu) :]
-        cpu_pages = [query.pages.page_ids[:old] for query, old in zip(on_cpu, existing, strict=False)]
-        cpu_slots = [query.pages.slots(query.start, query.start + query.num_tokens, page_tokens) for query in on_cpu]
+        on_cpu = [(query, pages) for query, pages in pairs if pages.tier == "cpu"]
+        on_disk = pairs[len(on_cpu) :]
+        cpu_pages = [pages.page_ids[:old] for (_, pages), old in zip(on_cpu, existing, strict=False)]
+        cpu_slots = [pages.slots(query.start, query.start + query.num_tokens, page_tokens) for query, pages in on_cpu]
         gather = Gather(
             cpu_pages=self.upload(np.concatenate([np.zeros(0, dtype=np.int32), *cpu_pages])),
-            disk_pages=tuple((query.pages, query.start) for query in on_disk),
+            disk_pages=tuple((pages, query.start) for query, pages in on_disk),
             num_disk_pages=sum(existing[len(on_cpu) :]),
         )
         return StagedGroup(
-            attention=self.group(queries, tables, start, self.device),
+            attention=self.group(queries, tables, located, start, self.device),
             gather=gather,
             num_cpu_tokens=sum(len(slots) for slots in cpu_slots),
             cpu_slots=self.upload(np.asarray([slot for slots in cpu_slots for slot in slots], dtype=np.int64)),
-            disk_pages=tuple((query.pages, query.start, query.num_tokens, query.num_tentative) for query in on_disk),
+            disk_pages=tuple((pages, query.start, query.num_tokens, query.num_tentative) for query, pages in on_disk),
             num_pages=cursor,
         )
+
+
+def positions_of(queries: list[QueryTokens]) -> np.ndarray:
+    """Of all query tokens: [num_tokens] int32."""
+    return np.fromiter(chain.from_iterable(query.positions for query in queries), dtype=np.int32)

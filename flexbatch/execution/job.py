@@ -75,7 +75,8 @@ class Job:
         return self._chosen(range(count, self.num_requests))
 
     def of_every(self, count: int) -> Job:
-        """The job of every ``count``-th request: what one of as many parts of a pipeline's block runs."""
+        """The job of every ``count``-th request: what one of as many engines may expect to get of it, or one of as many
+        parts of a pipeline's block."""
         return self if count == 1 else self._chosen(range(0, self.num_requests, count))
 
     def repeated(self, count: int) -> Job:

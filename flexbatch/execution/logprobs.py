@@ -41,8 +41,8 @@ class Scored:
                     continue
                 entry = {token_id: TokenLogprob(token_id, logprob, rank)}
                 top = zip(top_ids[: self._counts[i]], top_values, strict=False)
-                for place, (token, value) in enumerate(top, 1):
-                    entry.setdefault(token, TokenLogprob(token, value, place))
+                for rank, (token, value) in enumerate(top, 1):
+                    entry.setdefault(token, TokenLogprob(token, value, rank))
                 results.append(entry)
         return results
 

@@ -46,7 +46,7 @@ class GrammarFollower:
         """A bit for every token that may follow the answer and ``path``, lowest first, uint8. All may where the path
         leaves the grammar, or goes on behind an end: the row before bars the one, and what follows the other is not
         kept. None may once there is a `problem`."""
-        self._settle()
+        self._wait()
         state = self._at(path)
         if self.problem:
             return np.zeros_like(state.mask)
@@ -62,7 +62,7 @@ class GrammarFollower:
 
     def begin(self, pending: Future[None]) -> None:
         """``pending`` calls `prepare` in another thread; until it has, nothing else touches the matcher."""
-        self._settle()
+        self._wait()
         self._pending = pending
 
     def prepare(self, paths: Iterable[tuple[int, ...]]) -> None:
@@ -72,7 +72,7 @@ class GrammarFollower:
 
     def advance(self, token: int) -> None:
         """Take in one more token of the answer."""
-        self._settle()
+        self._wait()
         self._num_taken += 1
         if token in self._ends and (self._state.accepting or not self._is_text):
             return
@@ -84,7 +84,7 @@ class GrammarFollower:
     def forced(self) -> list[int]:
         """Tokens of which each is the only one that can come, in their order; [] where there is a choice, or the answer
         may end."""
-        self._settle()
+        self._wait()
         if self.problem or not self._matcher.compute_ff_bytes():  # 1 us, where the tokens cost 60
             return []
         return list(self._matcher.compute_ff_tokens())
@@ -92,10 +92,10 @@ class GrammarFollower:
     @property
     def complete(self) -> bool:
         """Whether the answer is whole and nothing more can follow."""
-        self._settle()
+        self._wait()
         return not self.problem and self._matcher.is_stopped()
 
-    def _settle(self) -> None:
+    def _wait(self) -> None:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -172,7 +172,7 @@ def masked(logits: Tensor, masks: Mapping[int, np.ndarray]) -> Tensor:
         return logits
     vocab = logits.shape[1]
     packed = torch.from_numpy(np.stack(list(masks.values()))).to(logits.device)
-    bits = torch.tensor([1 << place for place in range(8)], dtype=torch.uint8, device=logits.device)
+    bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=logits.device)
     barred = (packed[:, :, None] & bits).eq(0).view(len(masks), -1)[:, :vocab]
     if len(masks) == len(logits):
         return logits.masked_fill(barred, -torch.inf)

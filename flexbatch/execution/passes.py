@@ -20,7 +20,7 @@ from itertools import chain, islice
 from flexbatch.execution.executor import Executor
 from flexbatch.execution.masks import MaskWorkers
 from flexbatch.execution.pass_batch import LogitsChunk, NewestTokens, PassBatch
-from flexbatch.execution.sampler import Drawn, sample_tokens
+from flexbatch.execution.sampler import SampledPass, sample_tokens
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.trace import Tracer
 
@@ -38,7 +38,7 @@ class Flight:
     """A pass that is launched whole, and whose tokens the host has not read."""
 
     batch: PassBatch
-    drawn: Drawn
+    drawn: SampledPass
 
 
 class Passes:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
-from flexbatch.execution.pass_batch import UNREAD, QueryTokens
+from flexbatch.execution.pass_batch import UNREAD, PassBatch, QueryTokens
 from flexbatch.execution.proposals import Proposer, Tree
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.sequence import Sequence
@@ -57,6 +58,36 @@ def proposed_trees(proposer: Proposer | None, counts: Iterable[Mapping[Sequence,
     depths = [sequence.output.max_tokens - sequence.num_output_tokens - 1 for sequence in decoding]
     num_prompt_tokens = sum(count for _, count in chosen if count > 1)
     return dict(zip(decoding, proposer.propose(decoding, depths, num_prompt_tokens), strict=True))
+
+
+def without_prefix(running: Iterable[Sequence], cache: KVCache) -> list[Sequence]:
+    """Those that have to begin anew: the prefix that they share has been read, and what they see of it is gone. The
+    others hold it from now on."""
+    waiting = [each for each in running if each.pages.waits and cache.prefix_ready(each.pages)]
+    return [each for each in waiting if not cache.attach_prefix(each.pages)]
+
+
+def hold_windows(cache: KVCache, counts: Iterable[Mapping[Sequence, int]], tree_nodes: int) -> None:
+    """Take the pages of a pass in layers that keep only their window. Who brings one token may bring a tree below
+    it."""
+    if cache.windows is None:
+        return
+    for sequence, count in chain.from_iterable(batch.items() for batch in counts):
+        cache.hold(sequence.pages, sequence.num_cached + count + (tree_nodes if count == 1 else 0))
+
+
+def composed(counts: Iterable[Mapping[Sequence, int]], trees: Mapping[Sequence, Tree]) -> PassBatch:
+    """The pass to which sequences bring so many tokens of their text, or trees."""
+    batches = (
+        tuple(
+            tree_query(sequence, tree)
+            if (tree := trees.get(sequence)) is not None and tree.token_ids
+            else text_query(sequence, count)
+            for sequence, count in batch.items()
+        )
+        for batch in counts
+    )
+    return PassBatch(tuple(queries for queries in batches if queries))
 
 
 def tree_query(sequence: Sequence, tree: Tree) -> QueryTokens:

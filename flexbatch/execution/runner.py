@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 from flexbatch.execution.block_sizes import BlockSizes
 from flexbatch.execution.executor import Executor
 from flexbatch.execution.pass_batch import Lead
+from flexbatch.execution.routed_rows import RoutedRows, buffer_tokens
 from flexbatch.memory.activations import ActivationStore
 from flexbatch.memory.cache_orders import CacheOrders
 from flexbatch.memory.host_buffers import HostBuffers
@@ -42,15 +44,15 @@ class Runner:
     host_buffers: HostBuffers
     rotary: Rotary
     executor: Executor
+    routed: RoutedRows | None
     give_back: Callable[[], None]
     """Frees whatever it has in the tiers."""
 
     def holds(self, policy: Policy, sizes: BlockSizes) -> bool:
         """Whether a block of these sizes can run here."""
-        mine, wanted = asdict(self.sizes.cache), asdict(sizes.cache)
         return (
             self.policy == policy
-            and all(mine[name] >= wanted[name] for name in wanted)
+            and self.sizes.cache.covers(sizes.cache)
             and self.sizes.max_cpu_attention_tokens >= sizes.max_cpu_attention_tokens
         )
 
@@ -60,15 +62,20 @@ class Runner:
         self.sizes = sizes
 
     def check(self) -> None:
-        for part in (self.cache, self.activations, self.host_buffers, self.rotary, self.executor):
+        for part in self.parts:
             part.check()
+
+    @property
+    def parts(self) -> list[Any]:
+        parts = self.rotary, self.host_buffers, self.activations, self.cache, self.routed, self.executor
+        return [part for part in parts if part is not None]
 
     def close(self) -> None:
         """Also where one of its parts fails to close: the others are closed, and nothing stays in the tiers'
         accounts."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.give_back)
-            for part in (self.rotary, self.host_buffers, self.activations, self.cache, self.executor):
+            for part in self.parts:
                 stack.callback(part.close)
 
 
@@ -107,6 +114,8 @@ def open_runner(
         )
         heads = arch.num_heads, arch.num_kv_heads, arch.head_dim
         host_buffers = HostBuffers(sizes.max_cpu_attention_tokens, *heads, dtype, tiers.cpu, queues)
+        weights.leave_to_cpu(policy.cpu_experts)
+        routed = routed_rows(weights, sizes, tiers, queues)
         rotary = Rotary(arch, sizes.longest, dtype, tiers.gpu)
         executor = Executor(
             arch,
@@ -124,5 +133,15 @@ def open_runner(
             routing,
             links,
             lead,
+            routed,
         )
-    return Runner(policy, sizes, cache, activations, host_buffers, rotary, executor, give_back)
+    return Runner(policy, sizes, cache, activations, host_buffers, rotary, executor, routed, give_back)
+
+
+def routed_rows(weights: WeightStore, sizes: BlockSizes, tiers: Tiers, queues: TransferQueues) -> RoutedRows | None:
+    """The way to the CPU's experts; None where it has none."""
+    arch, experts = weights.plan.arch, weights.plan.arch.experts
+    if experts is None or weights.cpu_experts is None:
+        return None
+    tokens = buffer_tokens(experts.count, experts.top_k, sizes.max_micro_batch_tokens)
+    return RoutedRows(tokens, arch.hidden_size, experts.top_k, weights.dtype, tiers.cpu, queues)

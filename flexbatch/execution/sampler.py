@@ -90,7 +90,7 @@ class PromptScores:
     finite: Readback
 
 
-class Drawn:
+class SampledPass:
     """What a pass has drawn. It is on the device until somebody reads it: the next pass may take its newest tokens
     there."""
 
@@ -150,7 +150,7 @@ class Drawn:
 
 def sample_tokens(
     chunks: Iterable[LogitsChunk], sequences: Mapping[int, Sequence], verifier: Verifier | None = None
-) -> Drawn:
+) -> SampledPass:
     """Sample the next token of every sequence whose newest token was in the pass, and score prompt tokens where that
     was asked for. Sequences go by their ids; rows of those that are not there any more are left out.
 
@@ -159,7 +159,7 @@ def sample_tokens(
     the path of matching tokens is the result; trees that need ``verifier`` are handed to it whole.
     """
     # By now, not a live view: who ends before the tokens are read is still counted by what it had.
-    drawn = Drawn(dict(sequences), verifier)
+    drawn = SampledPass(dict(sequences), verifier)
     verified: set[int] = set()
     incomplete: dict[int, Tensor] = {}
     for chunk in chunks:
@@ -220,7 +220,7 @@ def draws(query: QueryTokens, token: int, sequence: Sequence) -> bool:
     return newest and sequence.output.finish is None
 
 
-def score_prompts(chunk: LogitsChunk, sequences: Mapping[int, Sequence], drawn: Drawn) -> None:
+def score_prompts(chunk: LogitsChunk, sequences: Mapping[int, Sequence], drawn: SampledPass) -> None:
     """Log-probabilities of the prompt tokens that follow the rows of sequences with ``prompt_logprobs``."""
     if not any(sequence.params.prompt_logprobs is not None for sequence in sequences.values()):
         return

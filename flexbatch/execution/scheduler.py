@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from flexbatch.execution import queries
 from flexbatch.execution.answer_lengths import AnswerLengths
 from flexbatch.execution.aside import Aside
 from flexbatch.execution.block import Block
 from flexbatch.execution.pass_batch import PassBatch, QueryTokens
 from flexbatch.execution.proposals import Proposer
-from flexbatch.execution.queries import PassLimits, accepted_paths, proposed_trees, text_query, token_counts, tree_query
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.kvcache import KVCache
@@ -52,7 +52,7 @@ class Scheduler:
         self.policy, self.cache, self.arrivals, self.proposer = policy, cache, arrivals, proposer
         self.lengths = lengths or AnswerLengths(reserve="all")
         self.block = Block(policy, cache, 0 if proposer is None else proposer.max_nodes, self.lengths)
-        self.aside = Aside(cache, costs or StepAsideCosts(), self.block.promised, self.begin_anew)
+        self.aside = Aside(cache, costs or StepAsideCosts(), self.block.promises, self.begin_anew)
         self.refusal = refusal or self.block.too_long
         self.overtakes, self.reach = overtakes, reach
         """Whether the runner takes a sequence of so many tokens, for which it may grow; not asked for where None."""
@@ -154,20 +154,16 @@ class Scheduler:
     def next_pass(self, part: int = 0, parts: int = 1) -> PassBatch:
         """The query tokens of one of so many parts of the block: a token or a token tree of every sequence that
         decodes, and chunks of prompts as far as a micro-batch's budget goes."""
+        for sequence in queries.without_prefix(list(self.running.values()), self.cache):
+            if sequence.sequence_id in self.running:
+                self.step_aside(sequence)
         self.give_pages()
-        limits = PassLimits(self.micro_batch_tokens, self.prefill_budget, self.prefill_chunk, self.block.spare_tokens)
-        counts = [token_counts(batch, self.cache, limits) for batch in self.block.micro_batches[part::parts]]
-        trees = proposed_trees(self.proposer, counts)
-        composed = (
-            tuple(
-                tree_query(sequence, tree)
-                if (tree := trees.get(sequence)) is not None and tree.token_ids
-                else text_query(sequence, count)
-                for sequence, count in batch.items()
-            )
-            for batch in counts
+        limits = queries.PassLimits(
+            self.micro_batch_tokens, self.prefill_budget, self.prefill_chunk, self.block.spare_tokens
         )
-        return PassBatch(tuple(queries for queries in composed if queries))
+        counts = [queries.token_counts(batch, self.cache, limits) for batch in self.block.micro_batches[part::parts]]
+        queries.hold_windows(self.cache, counts, self.block.spare_tokens)
+        return queries.composed(counts, queries.proposed_trees(self.proposer, counts))
 
     def give_pages(self) -> None:
         """Let every sequence take the pages of its next tokens, the oldest first."""
@@ -218,13 +214,17 @@ class Scheduler:
         sequences that are done. What has left since the pass was composed is left out."""
         advanced, self.advanced, self.settled = self.advanced, None, True
         sequences = dict(self.running) if advanced is None else advanced
-        queries = [query for query in batch if query.sequence_id in sequences]
-        keep_paths(self.cache, accepted_paths(queries, sequences, sampled))
+        committed = [query for query in batch if query.sequence_id in sequences]
+        keep_paths(self.cache, queries.accepted_paths(committed, sequences, sampled))
         if self.proposer is not None:
             self.proposer.observe(
-                {id: sampled[id] for query in queries if (id := query.sequence_id) in sampled and sampled[id].token_ids}
+                {
+                    id: sampled[id]
+                    for query in committed
+                    if (id := query.sequence_id) in sampled and sampled[id].token_ids
+                }
             )
-        for query in queries:
+        for query in committed:
             sequence, result = sequences[query.sequence_id], sampled.get(query.sequence_id) or SampledTokens()
             self.commit_one(query, sequence, result, cached=advanced is not None)
 

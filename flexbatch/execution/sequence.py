@@ -155,7 +155,7 @@ class Sequence:
         """Leading tokens whose keys and values are in the cache."""
         return 0 if self.table is None else self.table.num_tokens
 
-    def num_room(self, page_tokens: int) -> int:
+    def num_free(self, page_tokens: int) -> int:
         """Token rows that its pages have beyond its tokens; negative where they have too few."""
         return len(self.pages.pages) * page_tokens - len(self.token_ids) - self.num_unread
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 
 from flexbatch.request import Request
 
@@ -42,6 +42,17 @@ class WaitingLine:
         if not self._lines[priority]:
             del self._lines[priority]
         return request
+
+    def done(self, index: int, sample: int) -> None:
+        """A request that has waited here has ended."""
+
+    def ahead(self, limit: int | None) -> list[Request]:
+        """The first requests; None: all."""
+        return list(islice(self, limit))
+
+    def away(self) -> set[int]:
+        """Indices of the prompts that run elsewhere."""
+        return set()
 
     def keep(self, wanted: Callable[[Request], bool]) -> None:
         """Let the others go."""

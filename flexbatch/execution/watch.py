@@ -11,6 +11,8 @@ from flexbatch.execution.pass_batch import PassBatch
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
 
+OnText = Callable[[str], None]
+OnPass = Callable[[Sequence], None]
 SNAPSHOT_SECONDS = 1.0
 """Between two looks at every sequence in flight: a look takes about 0.2 ms of a block of 1,000."""
 
@@ -40,6 +42,8 @@ class PassSeen:
     chunk: int
     """Prompt tokens that a sequence may bring to a pass."""
     in_flight: tuple[InFlight, ...] | None = None
+    engine: int = 0
+    """Of those that share the job."""
     parts: int = 1
     """Passes in which all sequences run once: one for each stage of a pipeline."""
 
@@ -68,6 +72,13 @@ class Watch(RunObserver):
         self.looked = float("-inf")
         self.output_tokens: dict[int, int] = {}
         """By id of a sequence in flight, where drafts make the tokens of a pass no number of its queries."""
+
+    def told(self, seen: PassSeen | SequenceSeen) -> None:
+        """What happened in another engine of the same job."""
+        if isinstance(seen, PassSeen):
+            self.on_pass(seen)
+        else:
+            self.on_sequence(seen)
 
     def after_pass(self, scheduler: Scheduler, batch: PassBatch, seconds: float) -> None:
         now, snapshot = self.clock(), None
@@ -105,6 +116,16 @@ class Watch(RunObserver):
         limit = sequence.num_output_tokens >= sequence.output.max_tokens
         failed = bool(sequence.error)
         self.on_sequence(SequenceSeen(sequence.num_prompt_tokens, sequence.num_output_tokens, limit, failed))
+
+
+def first_text(on_text: OnText) -> OnPass:
+    """What hands on the new text of a prompt's first sample."""
+
+    def on_pass(sequence: Sequence) -> None:
+        if sequence.request.sample == 0 and (text := sequence.output.take()):
+            on_text(text)
+
+    return on_pass
 
 
 def in_flight(sequence: Sequence) -> InFlight:

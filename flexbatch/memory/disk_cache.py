@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,10 +27,12 @@ class DiskCache:
     def __init__(self, layout: CacheLayout, sizes: CacheSizes, tiers: Tiers, orders: CacheOrders | None = None) -> None:
         """Raises DoesNotFitError, OffloadError."""
         self.orders = orders
-        self.layout, self.num_pages, self.tail_tokens = layout, sizes.disk_pages, sizes.tail_tokens
+        self.layout, self.tail_tokens = layout, sizes.tail_tokens
         self.disk, self.host = tiers.disk, tiers.cpu
-        num_bytes = layout.num_layers * sizes.disk_pages * layout.disk_page_bytes
-        self.file = self.disk.open_file("cache", tiers.offload_dir, num_bytes)
+        pages = (sizes.window_pages("disk") if windowed else sizes.disk_pages for windowed in layout.windowed(sizes))
+        self.first_pages = list(itertools.accumulate(pages, initial=0))
+        """Pages in the file before those of each layer."""
+        self.file = self.disk.open_file("cache", tiers.offload_dir, layout.cache_bytes(sizes, "disk"))
         num_sequences, tail_tokens = sizes.disk_sequences, sizes.tail_tokens
         tail = self.host.allocate("cache tails", layout.num_layers * num_sequences * tail_tokens * layout.token_bytes)
         self.tails = tail.view(layout.num_layers, num_sequences, tail_tokens, layout.token_bytes)
@@ -57,7 +60,17 @@ class DiskCache:
         self.free_tails.append(slot)
 
     def offset(self, layer: int, page: int) -> int:
-        return (layer * self.num_pages + page) * self.layout.disk_page_bytes
+        return (self.first_pages[layer] + page) * self.layout.disk_page_bytes
+
+    def catch_up(self, location: SequencePages, layer: int) -> int:
+        """Tokens of a sequence that are on disk, or are not kept any more: those before its pages leave the tail."""
+        tail, flushed = self.tails[layer, location.tail_slot], self.flushed[location.tail_slot]
+        passed = location.first * self.layout.page_tokens - flushed[layer]
+        if passed > 0:
+            left = tail[passed:].clone()
+            tail[: len(left)] = left
+            flushed[layer] += passed
+        return flushed[layer]
 
     def append(self, location: SequencePages, layer: int, start: int, rows: Tensor, keep: int) -> None:
         """Append token rows [n, token_bytes] (uint8, host) of tokens from ``start`` on.
@@ -65,7 +78,7 @@ class DiskCache:
         The last ``keep`` of them may be rejected (nodes of a tree): they stay in the tail, as does the open page.
         """
         layout, tail = self.layout, self.tails[layer, location.tail_slot]
-        flushed = self.flushed[location.tail_slot][layer]
+        flushed = self.catch_up(location, layer)
         end, open_rows = start + len(rows), start - flushed
         full_until = max(flushed, (end - keep) // layout.page_tokens * layout.page_tokens)
         assert end - full_until <= self.tail_tokens, (
@@ -77,9 +90,8 @@ class DiskCache:
             return
         known = torch.cat([tail[:open_rows], rows])
         complete = known[: full_until - flushed].view(-1, layout.page_bytes)
-        self.write_pages(
-            location.pages[flushed // layout.page_tokens : full_until // layout.page_tokens], layer, complete
-        )
+        first, last = (tokens // layout.page_tokens - location.first for tokens in (flushed, full_until))
+        self.write_pages(location.pages[first:last], layer, complete)
         rest = known[full_until - flushed :]
         tail[: len(rest)].copy_(rest)
         self.flushed[location.tail_slot][layer] = full_until
@@ -104,10 +116,10 @@ class DiskCache:
         layout = self.layout
         jobs, cursor = [], 0
         for location, num_tokens in sequences:
-            flushed = self.flushed[location.tail_slot][layer]
-            full_pages = flushed // layout.page_tokens
+            flushed = self.catch_up(location, layer)
+            full_pages = flushed // layout.page_tokens - location.first
             jobs += [(cursor + index, page, count) for index, page, count in self.runs(location.pages[:full_pages])]
-            count = layout.num_pages(num_tokens)
+            count = layout.num_pages(num_tokens) - location.first
             open_rows = num_tokens - flushed
             if open_rows > 0:
                 flat = pages_out[cursor + full_pages : cursor + count].view(-1, layout.token_bytes)
@@ -147,7 +159,7 @@ class DiskCache:
     def move(self, location: SequencePages, layer: int, sources: Sequence[int], destination: int) -> None:
         """Copy, within the tail, the rows of tokens ``sources`` to tokens ``destination``, ``destination`` + 1, ...
         (the accepted path of a tree)."""
-        flushed = self.flushed[location.tail_slot][layer]
+        flushed = self.catch_up(location, layer)
         tail = self.tails[layer, location.tail_slot]
         rows = tail[torch.tensor([source - flushed for source in sources])]
         tail[destination - flushed : destination - flushed + len(rows)].copy_(rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flexbatch.kernels import ops, reference
+from flexbatch.kernels import ops
 from flexbatch.memory.layer_files import empty_buffer, open_layer_file, write_layer_file
 from flexbatch.memory.tensor_views import TensorView, view_of
 from flexbatch.memory.weight_plan import PlacedTensor
@@ -202,7 +202,7 @@ class Loader:
         for start in range(0, tensor.shape[0], step):
             chunk = tensor[start : start + step].to(device=device, dtype=self.store.dtype)
             codes, parameters = (
-                reference.fit(chunk, placed.bits, placed.group)
+                ops.fit(chunk, placed.bits, placed.group)
                 if placed.bits == 4
                 else ops.quantize(chunk, placed.bits, placed.group)
             )

@@ -3,6 +3,7 @@ sequences that step aside and come back. Codes are copied as they are, so that n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -40,20 +41,22 @@ def move_rows(cache: KVCache, moves: Sequence[Move]) -> None:
     if cache.orders is not None:
         cache.orders.note("move_rows", moves)
     layout = cache.layout
-    for tier in ("gpu", "cpu"):
+    for tier, windowed in itertools.product(("gpu", "cpu"), sorted(set(cache.windowed))):
         slots, targets = list[int](), list[int]()
         for location, start, sources in moves:
             if location.tier == tier:
-                slots += [slot for t in sources for slot in location.slots(t, t + 1, layout.page_tokens)]
-                targets += location.slots(start, start + len(sources), layout.page_tokens)
+                pages = location.of(windowed)
+                slots += [slot for t in sources for slot in pages.slots(t, t + 1, layout.page_tokens)]
+                targets += pages.slots(start, start + len(sources), layout.page_tokens)
         if slots:
-            data = cache.storage[tier].view(layout.num_layers, -1, layout.token_bytes)
+            stored = cache.storage[tier][windowed]
+            data = stored.view(len(stored), -1, layout.token_bytes)
             data[:, torch.tensor(targets, device=data.device)] = data[:, torch.tensor(slots, device=data.device)]
     for location, start, sources in moves:
         if location.tier == "disk":
             assert cache.disk is not None
             for layer in range(layout.num_layers):
-                cache.disk.move(location, layer, sources, start)
+                cache.disk.move(location.of(cache.windowed[layer]), layer, sources, start)
 
 
 def park(cache: KVCache, table: PageTable, tier: str) -> PageTable:
@@ -66,10 +69,12 @@ def park(cache: KVCache, table: PageTable, tier: str) -> PageTable:
         if not table.parked:
             cache.close_tail(table)
             cache.num_open[tier] -= 1
-        pages, table.pages = table.pages, []
-        return PageTable(tier, pages, table.num_tokens, table.num_shared, parked=True)
+        return handed_over(table, PageTable(tier, [], table.num_tokens, table.num_shared, parked=True))
     pages = cache.pools[tier].allocate(cache.layout.num_pages(table.num_tokens))
     parked = PageTable(tier, pages, table.num_tokens, parked=True)
+    if cache.windows is not None:
+        cache.windows.open(parked, ())
+        cache.windows.begin(parked, table.num_tokens)
     copy_pages(cache, table, parked)
     cache.free(table)
     return parked
@@ -79,8 +84,8 @@ def restore(cache: KVCache, parked: PageTable, tier: str, cpu_attention: bool = 
     """The table of a sequence that goes on running, on ``tier``; the caller has seen that there are pages for what is
     parked. The table given is empty afterward."""
     if tier == parked.tier:
-        table = PageTable(tier, parked.pages, parked.num_tokens, parked.num_shared, cpu_attention=cpu_attention)
-        parked.pages = []
+        table = PageTable(tier, [], parked.num_tokens, parked.num_shared, cpu_attention=cpu_attention)
+        handed_over(parked, table)
         if tier == "disk":
             assert cache.disk is not None
             table.tail_slot = cache.disk.open()
@@ -88,10 +93,19 @@ def restore(cache: KVCache, parked: PageTable, tier: str, cpu_attention: bool = 
         cache.count_open(tier)
         return table
     table = cache.open(tier, parked.num_tokens, cpu_attention=cpu_attention)
+    if cache.windows is not None:
+        cache.windows.begin(table, parked.num_tokens)
     copy_pages(cache, parked, table)
     table.num_tokens = parked.num_tokens
     cache.free(parked)
     return table
+
+
+def handed_over(source: PageTable, target: PageTable) -> PageTable:
+    """A table with the pages of another, which is empty afterward."""
+    target.pages, target.windows, target.first_window = source.pages, source.windows, source.first_window
+    target.twins, source.pages, source.windows = source.twins, [], []
+    return target
 
 
 def copy_pages(cache: KVCache, source: PageTable, target: PageTable) -> None:
@@ -104,7 +118,7 @@ def copy_pages(cache: KVCache, source: PageTable, target: PageTable) -> None:
 
 def as_it_is(table: PageTable) -> PageTable:
     """A copy that stays, whatever becomes of the table."""
-    return replace(table, pages=list(table.pages))
+    return replace(table, pages=list(table.pages), windows=list(table.windows), twins={})
 
 
 def follow(cache: KVCache, orders: Iterable[Order]) -> None:
@@ -119,32 +133,35 @@ def follow(cache: KVCache, orders: Iterable[Order]) -> None:
 
 def read(cache: KVCache, table: PageTable, layer: int) -> Tensor:
     """The pages of a sequence in one layer: uint8 [pages, page_bytes], where they lie or on the host."""
-    layout, count = cache.layout, cache.layout.num_pages(table.num_tokens)
+    layout, location = cache.layout, table.place.of(cache.windowed[layer])
+    count = layout.num_pages(table.num_tokens) - location.first
     if table.tier != "disk":
-        data = cache.storage[table.tier][layer].view(-1, layout.page_bytes)
-        return data[torch.tensor(table.pages[:count], dtype=torch.int64, device=data.device)]
+        data = cache.layer_pages(table.tier, layer)
+        return data[torch.tensor(location.pages[:count], dtype=torch.int64, device=data.device)]
     assert cache.disk is not None
     pages = torch.empty(count, layout.page_bytes, dtype=torch.uint8)
     if table.parked:
-        cache.disk.read_pages(table.pages[:count], layer, pages)
+        cache.disk.read_pages(location.pages[:count], layer, pages)
     else:
-        cache.disk.read([(table.location, table.num_tokens)], layer, pages, cache.queues.disk_chunks)
+        cache.disk.read([(location, table.num_tokens)], layer, pages, cache.queues.disk_chunks)
     return pages
 
 
 def write(cache: KVCache, table: PageTable, layer: int, pages: Tensor, num_tokens: int) -> None:
     """Fill the pages of a sequence of so many tokens in one layer."""
+    location, layout = table.place.of(cache.windowed[layer]), cache.layout
     if table.tier != "disk":
-        data = cache.storage[table.tier][layer].view(-1, cache.layout.page_bytes)
-        indices = torch.tensor(table.pages[: len(pages)], dtype=torch.int64, device=data.device)
+        data = cache.layer_pages(table.tier, layer)
+        indices = torch.tensor(location.pages[: len(pages)], dtype=torch.int64, device=data.device)
         data[indices] = pages.to(data.device)
         return
     assert cache.disk is not None
     host = pages.cpu()
     if table.parked:
-        cache.disk.write_pages(table.pages[: len(host)], layer, host)
+        cache.disk.write_pages(location.pages[: len(host)], layer, host)
     else:
-        cache.disk.append(table.location, layer, 0, host.view(-1, cache.layout.token_bytes)[:num_tokens], 0)
+        start = location.first * layout.page_tokens
+        cache.disk.append(location, layer, start, host.view(-1, layout.token_bytes)[: num_tokens - start], 0)
 
 
 def write_open_page(cache: KVCache, table: PageTable) -> None:
@@ -154,12 +171,13 @@ def write_open_page(cache: KVCache, table: PageTable) -> None:
     disk, layout, slot = cache.disk, cache.layout, table.tail_slot
     assert disk is not None
     for layer in range(layout.num_layers):
-        flushed = disk.flushed[slot][layer]
-        first, count = flushed // layout.page_tokens, table.num_tokens - flushed
+        location = table.place.of(cache.windowed[layer])
+        flushed = disk.catch_up(location, layer)
+        first, count = flushed // layout.page_tokens - location.first, table.num_tokens - flushed
         rows = torch.zeros(layout.num_pages(count) * layout.page_tokens, layout.token_bytes, dtype=torch.uint8)
         rows[:count] = disk.tails[layer, slot, :count]
         pages = rows.view(-1, layout.page_bytes)
-        disk.write_pages(table.pages[first : first + len(pages)], layer, pages)
+        disk.write_pages(location.pages[first : first + len(pages)], layer, pages)
 
 
 def read_open_page(cache: KVCache, table: PageTable) -> None:
@@ -172,7 +190,8 @@ def read_open_page(cache: KVCache, table: PageTable) -> None:
     disk.mark_flushed(table.tail_slot, index * layout.page_tokens)
     page = torch.empty(1, layout.page_bytes, dtype=torch.uint8)
     for layer in range(layout.num_layers if rows else 0):
-        disk.read_pages([table.pages[index]], layer, page)
+        location = table.place.of(cache.windowed[layer])
+        disk.read_pages([location.pages[index - location.first]], layer, page)
         disk.tails[layer, table.tail_slot, :rows] = page.view(-1, layout.token_bytes)[:rows]
 
 

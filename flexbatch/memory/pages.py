@@ -3,6 +3,7 @@ sequence."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from flexbatch.kernels import reference
 from flexbatch.memory.files import align
-from flexbatch.memory.prefix import PrefixIndex
+from flexbatch.memory.prefix import Key, PrefixIndex
+from flexbatch.policy.admission import CacheSizes
+from flexbatch.policy.layer_window import LayerWindow
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,25 @@ class CacheLayout:
     dtype: torch.dtype
     sides: int = 2
     """Keys and values; 1 for latent attention, whose keys are the values as well."""
+    window: LayerWindow | None = None
+    """Of the layers that have one."""
+    window_layers: tuple[bool, ...] = ()
+    """Which layers these are; empty where none is."""
+
+    def windowed(self, sizes: CacheSizes) -> tuple[bool, ...]:
+        """Of every layer, whether it keeps only its window in a cache of these sizes."""
+        return self.window_layers if sizes.windows and self.window_layers else (False,) * self.num_layers
+
+    def cache_bytes(self, sizes: CacheSizes, tier: str) -> int:
+        """Bytes of the pages of all layers on a tier."""
+        short = sum(self.windowed(sizes))
+        pages = (self.num_layers - short) * sizes.pages(tier) + short * sizes.window_pages(tier)
+        return pages * (self.disk_page_bytes if tier == "disk" else self.page_bytes)
+
+    def staging_bytes(self, sizes: CacheSizes) -> int:
+        """Bytes of one staging buffer."""
+        short = sizes.windows if all(self.windowed(sizes)) else None
+        return (min(sizes.staging_pages, short.staging) if short else sizes.staging_pages) * self.page_bytes
 
     @property
     def token_bytes(self) -> int:
@@ -72,6 +94,13 @@ class PagePool:
         self.prefixes = PrefixIndex(page_tokens)
         self.evictable: dict[int, None] = {}
         """Indexed pages without a holder, in the order of their release."""
+        self.forgotten: Callable[[int], None] = lambda page: None
+        """Is told of pages that leave the prefix index."""
+
+    def forget(self, page: int) -> None:
+        """Take a page out of the prefix index."""
+        self.prefixes.forget(page)
+        self.forgotten(page)
 
     @property
     def num_available(self) -> int:
@@ -88,7 +117,7 @@ class PagePool:
         while len(self.free_pages) < count:
             page = next(iter(self.evictable))
             del self.evictable[page]
-            self.prefixes.forget(page)
+            self.forget(page)
             self.free_pages.append(page)
         pages = [self.free_pages.pop() for _ in range(count)]
         for page in pages:
@@ -114,7 +143,7 @@ class PagePool:
             if self.prefixes.is_ready(page):
                 self.evictable[page] = None
             else:
-                self.prefixes.forget(page)
+                self.forget(page)
                 self.free_pages.append(page)
 
     def unready(self, pages: list[int]) -> set[int]:
@@ -124,7 +153,7 @@ class PagePool:
     def evict_all(self) -> None:
         """Free the pages that nobody holds: a prompt that comes again is computed again."""
         for page in self.evictable:
-            self.prefixes.forget(page)
+            self.forget(page)
         self.free_pages += self.evictable
         self.evictable.clear()
 
@@ -164,6 +193,14 @@ class SequencePages:
     """Index of a disk sequence's open page in host memory (-1 on other tiers)."""
     cpu_attention: bool = False
     """Whether decode tokens of this cpu sequence are attended by the CPU, where the cache lies."""
+    first: int = 0
+    """Pages before these, which are not kept."""
+    windows: SequencePages | None = None
+    """The pages of layers that keep only their window; None where these have the same pages as the others."""
+
+    def of(self, windowed: bool) -> SequencePages:
+        """The pages of a layer. windowed: which keeps only its window."""
+        return self.windows if windowed and self.windows is not None else self
 
     @cached_property
     def page_ids(self) -> np.ndarray:
@@ -172,7 +209,7 @@ class SequencePages:
 
     def slots(self, start: int, end: int, page_tokens: int) -> list[int]:
         """Token-row slots of tokens [start, end)."""
-        return [self.pages[t // page_tokens] * page_tokens + t % page_tokens for t in range(start, end)]
+        return [self.pages[t // page_tokens - self.first] * page_tokens + t % page_tokens for t in range(start, end)]
 
 
 @dataclass(frozen=True)
@@ -208,16 +245,39 @@ class PageTable:
     """Whether decode tokens of this cpu sequence are attended by the CPU, where the cache lies."""
     parked: bool = False
     """Whether the sequence does not run: no pass may read or write these pages."""
+    windows: list[int] = field(default_factory=list)
+    """Pages in the layers that keep only their window, for the tokens of ``pages[first_window:]`` that are seen."""
+    first_window: int = 0
+    waits: bool = False
+    """Whether it shares a prefix whose pages in those layers it does not hold yet."""
+    twins: dict[int, tuple[int, Key]] = field(default_factory=dict)
+    """Pages of the prefix index with the tokens of its own, by their place, and their keys."""
 
     @cached_property
     def location(self) -> SequencePages:
         """The pages as plain data: they are the same until the sequence needs more."""
         assert not self.parked, "a parked sequence takes part in no pass"
-        return SequencePages(self.tier, tuple(self.pages), self.tail_slot, self.cpu_attention)
+        return self.place
+
+    @property
+    def place(self) -> SequencePages:
+        """The same of one that may be parked."""
+        windows = (
+            SequencePages(self.tier, tuple(self.windows), self.tail_slot, self.cpu_attention, self.first_window)
+            if self.windows or self.first_window
+            else None
+        )
+        return SequencePages(self.tier, tuple(self.pages), self.tail_slot, self.cpu_attention, windows=windows)
 
     def extend(self, pages: list[int]) -> None:
         """Add pages for tokens to come."""
         self.pages += pages
+        self.__dict__.pop("location", None)
+
+    def moved(self, windows: list[int], first_window: int | None = None) -> None:
+        """Other pages in the layers that keep only their window."""
+        self.windows = windows
+        self.first_window = self.first_window if first_window is None else first_window
         self.__dict__.pop("location", None)
 
     def check(self, page_tokens: int) -> None:

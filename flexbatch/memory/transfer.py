@@ -115,11 +115,18 @@ class ThreadQueue:
     """A worker thread for one resource: jobs run in the order in which they were submitted. ``num_bytes`` counts
     what they moved."""
 
-    def __init__(self, resource: str, tracer: Tracer, stream: torch.cuda.Stream | None = None) -> None:
+    def __init__(
+        self,
+        resource: str,
+        tracer: Tracer,
+        stream: torch.cuda.Stream | None = None,
+        pool: ThreadPoolExecutor | None = None,
+    ) -> None:
+        """pool: the worker of another queue, whose jobs and these take turns."""
         self.resource, self.tracer, self.stream = resource, tracer, stream
         self.num_bytes = 0
         self.num_submitted = self.num_ended = 0
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix=f"flexbatch {resource}")
+        self.pool = pool or ThreadPoolExecutor(1, thread_name_prefix=f"flexbatch {resource}")
 
     def submit(self, job: Callable[[], Any], after: Handle = READY, name: str = "", num_bytes: int = 0) -> FutureHandle:
         """Run ``job`` on the worker once ``after`` is done."""
@@ -230,6 +237,8 @@ class TransferQueues:
         self.disk_write = ThreadQueue("disk_write", tracer)
         self.disk_chunks = ThreadPoolExecutor(disk_threads, thread_name_prefix="flexbatch-disk-chunk")
         self.cpu_attention = ThreadQueue("cpu_attention", tracer)
+        # Both want all cores.
+        self.cpu_experts = ThreadQueue("cpu_experts", tracer, pool=self.cpu_attention.pool)
         self.row_ids = torch.arange(MAX_ROWS, dtype=torch.int32, device=device) if cuda else torch.empty(0)
 
     def mark(self) -> Handle:
@@ -257,7 +266,8 @@ class TransferQueues:
 
     @property
     def all_queues(self) -> tuple[TransferQueue, ...]:
-        return (self.h2d, self.pages, self.staged, self.d2h, self.disk_read, self.disk_write, self.cpu_attention)
+        links = self.h2d, self.pages, self.staged, self.d2h
+        return (*links, self.disk_read, self.disk_write, self.cpu_attention, self.cpu_experts)
 
     def moved_bytes(self) -> dict[str, int]:
         """Bytes per resource since the start."""

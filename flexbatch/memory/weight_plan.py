@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -22,6 +22,7 @@ SLAB_ALIGNMENT = 256
 QUANTIZED_ROLES = re.compile(r"(qkv|q|q_a|q_b|kv_a|k_up|v_up|o|(shared\.|experts\.\d+\.)?(gate_up|up|down))\.weight")
 """The matrices of a decoder layer. Norms, biases, routers, embedding and head keep the compute dtype: they are under
 3 % of a large model and the most sensitive part."""
+EXPERT_ROLES = re.compile(r"(experts\.\d+)\.(gate_up|down)\.weight")
 PRE_ROLES = frozenset(f"{name}.weight" for name in ("qkv", "q", "q_a", "q_b", "kv_a", "k_up"))
 """Those that are multiplied with before attention."""
 GATHERED_ROLES = frozenset({"embed.weight", "pos_embed.weight", "adapters.embed.rows"})
@@ -216,7 +217,7 @@ def plan_weights(
     formats = {spec: tensor_format(spec, bits, group, prequantized or {}) for spec in specs}
     floating = [spec for spec in specs if spec.layer >= 0 or spec.role in GATHERED_ROLES]
     unplaced = [placed_tensor(spec, "gpu", formats[spec], element_bytes) for spec in floating]
-    tiers = spread((tensor.num_bytes for tensor in unplaced), split)
+    tiers = spread_tensors(unplaced, split)
     head = arch.num_layers
     groups: dict[int, list[PlacedTensor]] = {layer: [] for layer in range(-1, head + 1)}
     offsets: dict[tuple[int, str], int] = {}
@@ -241,6 +242,27 @@ def plan_weights(
     return WeightPlan(
         arch, split, tuple(tuple(groups[layer]) for layer in range(head + 1)), tuple(groups[-1]), resident, num_slabs
     )
+
+
+def spread_tensors(tensors: Sequence[PlacedTensor], split: Split) -> list[str]:
+    """The tier of every tensor. Both matrices of experts go to one, where whoever computes them finds them together."""
+    sizes = by_piece((tensor.spec, tensor.num_bytes) for tensor in tensors)
+    tiers = dict(zip(sizes, spread(sizes.values(), split), strict=True))
+    return [tiers[piece_of(tensor.spec)] for tensor in tensors]
+
+
+def piece_of(spec: WeightSpec) -> tuple[int, str]:
+    """What a tensor is placed with, and its layer."""
+    found = EXPERT_ROLES.fullmatch(spec.role)
+    return spec.layer, found[1] if found else spec.role
+
+
+def by_piece(sizes: Iterable[tuple[WeightSpec, int]]) -> dict[tuple[int, str], int]:
+    """The sizes of what is placed together, in the order of the first tensor of each."""
+    found: dict[tuple[int, str], int] = {}
+    for spec, size in sizes:
+        found[piece_of(spec)] = found.get(piece_of(spec), 0) + size
+    return found
 
 
 def tensor_format(spec: WeightSpec, bits: int, group: int, prequantized: Mapping[str, Form]) -> Form:

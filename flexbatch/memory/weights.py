@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from flexbatch.kernels.expert_codes import CodeForm, ExpertCodes, ExpertStacks, Matrices, stacks_of
+from flexbatch.kernels.expert_codes import ExpertStacks
+from flexbatch.memory.cpu_experts import CpuExperts, LeftOut, Ranges, cut
+from flexbatch.memory.expert_stacks import layer_stacks
 from flexbatch.memory.files import DiskFile, align, chunks
 from flexbatch.memory.read_ahead import ReadAhead
+from flexbatch.memory.slab_lease import SlabLease, gaps, slices
 from flexbatch.memory.tensor_views import DequantizationBuffers, TensorView, view_of
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import READY, Handle, TransferQueues, together
 from flexbatch.memory.weight_plan import PlacedTensor, WeightPlan
 from flexbatch.memory.weight_tensors import WeightTensors
-from flexbatch.models.specs import expert_role
 
 BUFFERS = ("weight slab ", "disk staging ", "dequantization ")
-
-
-@dataclass
-class SlabLease:
-    """The lease of a working slab by one layer, from its first fetch to its release."""
-
-    slab: int
-    handles: list[Handle] = field(default_factory=list)
-    slices_fetched: int = 0
-    waits_for_disk: bool = False
-    """Whether its part from the disk has not been copied from staging to the slab yet."""
-
-
-def slices(num_bytes: int, index: int, count: int, alignment: int = 256) -> tuple[int, int]:
-    """The ``index``-th of ``count`` contiguous byte ranges, cut at multiples of ``alignment``."""
-    step = align(math.ceil(num_bytes / count), alignment)
-    return min(index * step, num_bytes), min((index + 1) * step, num_bytes)
 
 
 class WeightStore:
@@ -74,6 +57,9 @@ class WeightStore:
         self.next_slab = 0
         self.dequantization = DequantizationBuffers(plan, tiers.gpu, self.dtype)
         self.ready: dict[int, dict[str, Tensor]] = {}
+        self.cpu_experts: CpuExperts | None = None
+        self.leaves_experts = False
+        """Whether layers are fetched without the experts that the CPU computes."""
         self.dense_views: dict[tuple[int, int], dict[str, Tensor]] = {}
         """By layer and slab, kept because making the views of a layer takes 0.1 ms of Python."""
         self.stacks: dict[tuple[int, int], tuple[ExpertStacks, ExpertStacks]] = {}
@@ -87,6 +73,17 @@ class WeightStore:
     def has_free_slab(self) -> bool:
         """Whether the next layer can be fetched before another is released."""
         return len(self.leases) < len(self.slabs)
+
+    def leave_to_cpu(self, share: float) -> None:
+        """From the next fetch on: the CPU computes this share of the experts in host memory."""
+        self.cpu_experts = (
+            CpuExperts(self.plan, self.tensors, share, self.device) if share and self.plan.arch.experts else None
+        )
+
+    def left_out(self, layer: int) -> LeftOut | None:
+        """Experts of a layer that is leased which are not in its slab; None where all are."""
+        lease = self.leases.get(layer)
+        return lease.left_out if lease else None
 
     # Fetching
 
@@ -113,14 +110,30 @@ class WeightStore:
                 lease.waits_for_disk = True
         if self.read_ahead is not None and lease.waits_for_disk and self.read_ahead.arrived(layer):
             self.forward(layer, lease)
-        start, end = slices(self.plan.layer_bytes(layer, "cpu"), index, count)
+        start, end = slices(sum(last - first for first, last in lease.ranges), index, count)
         if end > start:
-            target, source = slab[disk_bytes + start : disk_bytes + end], self.cpu_slabs[layer][start:end]
-            lease.handles.append(
-                self.queues.h2d.submit(
-                    lambda: target.copy_(source, non_blocking=True), after, f"weights {layer}.{index}", end - start
-                )
-            )
+            self.send(layer, lease, cut(lease.ranges, start, end), f"weights {layer}.{index}")
+
+    def send(self, layer: int, lease: SlabLease, ranges: Ranges, name: str) -> None:
+        """Put stretches of what a layer has in host memory on the link."""
+        slab, source = self.slabs[lease.slab], self.cpu_slabs[layer]
+        disk_bytes = self.plan.layer_bytes(layer, "disk")
+
+        def copy() -> None:
+            for start, end in ranges:
+                slab[disk_bytes + start : disk_bytes + end].copy_(source[start:end], non_blocking=True)
+
+        num_bytes = sum(end - start for start, end in ranges)
+        lease.handles.append(self.queues.h2d.submit(copy, self.free_after[lease.slab], name, num_bytes))
+
+    def fetch_experts(self) -> None:
+        """Fetch also the experts that were left out of the layers on their way."""
+        assert not self.ready, f"layers {list(self.ready)} are in use"
+        for layer, lease in self.leases.items():
+            if lease.left_out:
+                missing = gaps(lease.ranges, self.plan.layer_bytes(layer, "cpu"))
+                self.send(layer, lease, missing, f"experts {layer}")
+                lease.left_out = None
 
     def forward(self, layer: int, lease: SlabLease) -> None:
         """Copy the part of a layer that the disk has from staging to its slab; waits for the disk."""
@@ -141,7 +154,11 @@ class WeightStore:
         count = len(self.slabs)
         free = [slab for i in range(count) if (slab := (self.next_slab + i) % count) not in owners]
         assert free, f"slab {self.next_slab} is still layer {owners.get(self.next_slab)}'s, layer {layer} wants it"
-        lease = self.leases[layer] = SlabLease(free[0])
+        ranges: Ranges = ((0, self.plan.layer_bytes(layer, "cpu")),)
+        left_out, elsewhere = None, self.cpu_experts if self.leaves_experts else None
+        if elsewhere is not None and layer in elsewhere.chosen and elsewhere.chosen[layer].experts:
+            left_out, ranges = elsewhere.chosen[layer], elsewhere.ranges[layer]
+        lease = self.leases[layer] = SlabLease(free[0], ranges, left_out)
         self.next_slab = (free[0] + 1) % count
         return lease
 
@@ -184,26 +201,8 @@ class WeightStore:
         if key not in self.stacks:
             placed = {each.spec.role: each for each in self.plan.layers[layer]}
             views = {role: self.compute_view(each, layer, lease) for role, each in placed.items()}
-            gate_up, down = (
-                stacks_of(
-                    [
-                        (first, self.matrices(layer, count, views[f"{expert_role(first, name)}.weight"]))
-                        for first, count in experts.units
-                    ]
-                )
-                for name in ("gate_up", "down")
-            )
-            self.stacks[key] = gate_up, down
+            self.stacks[key] = layer_stacks(experts, views, self.ready[layer], self.plan.in_codes)
         return self.stacks[key]
-
-    def matrices(self, layer: int, count: int, view: TensorView) -> Matrices:
-        """Those of so many experts that were placed as one tensor."""
-        spec, form = view.placed.spec, view.placed.form
-        if (layer, spec.role) not in self.plan.in_codes:
-            return self.ready[layer][spec.role].unflatten(0, (count, -1))
-        assert view.codes is not None and view.parameters is not None
-        parts = (each.unflatten(0, (count, -1)) for each in (view.codes, view.parameters))
-        return ExpertCodes(*parts, spec.shape[1], CodeForm(*form))
 
     def collect(self, layer: int) -> dict[str, Tensor]:
         """Role -> dense tensor of a layer, ordered after its fetches; quantized ones are left out."""
@@ -249,9 +248,9 @@ class WeightStore:
             self.ready.keys(),
             self.leases.keys(),
         )
-        if self.read_ahead is not None:
-            self.read_ahead.check()
-        self.tensors.check()
+        for part in (self.read_ahead, self.cpu_experts, self.tensors):
+            if part is not None:
+                part.check()
 
     def synchronize(self) -> None:
         """Block until everything that the leased slabs wait for has arrived. Re-raises the error of a fetch."""

@@ -230,6 +230,11 @@ class Arch:
         """Keys that a query of this layer sees, itself included; 0: all."""
         return self.sliding_window if not self.sliding_layers or self.sliding_layers[layer] else 0
 
+    @property
+    def window_layers(self) -> tuple[bool, ...]:
+        """Layers whose cache may keep the window alone: not with ALiBi, which counts positions from the first key."""
+        return tuple(self.window(layer) > 0 and self.position != "alibi" for layer in range(self.num_layers))
+
     def experts_of(self, layer: int) -> Experts | None:
         """The experts of this layer, None where it has a dense MLP."""
         return self.experts if not self.sparse_layers or self.sparse_layers[layer] else None

@@ -194,8 +194,8 @@ def _of_experts(assignment: Assignment, dense: Tensor) -> Iterator[Piece]:
         matrix = matrix.t() if row.says("turned") else matrix
         matrix = decoding.gates_first(matrix, 0) if row.says("pairs") else matrix
         first = 0 if assignment.rows is None else assignment.rows.start
-        place = slice(first + index * len(matrix), first + (index + 1) * len(matrix))
-        yield Piece(spec.layer, spec.role, place, matrix)
+        rows = slice(first + index * len(matrix), first + (index + 1) * len(matrix))
+        yield Piece(spec.layer, spec.role, rows, matrix)
 
 
 def _blocks(arch: Arch, assignment: Assignment, *tensors: Tensor) -> Iterator[tuple[slice | None, tuple[Tensor, ...]]]:

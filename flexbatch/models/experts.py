@@ -5,7 +5,8 @@ T: tokens, H: hidden size, E: experts, K: experts of a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from flexbatch.kernels import ops
 from flexbatch.kernels.expert_codes import ExpertStacks, GatedActivation, stacks_of
-from flexbatch.kernels.experts import expert_mlp, scaled_inputs
+from flexbatch.kernels.experts import expert_mlp, routed_rows, scaled_inputs, weighted
 from flexbatch.models.arch import Arch
 from flexbatch.models.expert_arch import Experts
 from flexbatch.models.routing import RoutingCounts
@@ -24,6 +25,25 @@ Stacks = tuple[ExpertStacks, ExpertStacks]
 """Of gate and up, and of down."""
 Linear = Callable[[str, Tensor], Tensor]
 """A role and x -> the product of x with the role's matrix, its bias and the updates of adapters."""
+Halves = Generator[None, None, Tensor]
+"""Work in two halves, and its result: between them nothing is left to do but to wait for the CPU's experts. Where it
+has none there is one half."""
+
+
+class RowsElsewhere(Protocol):
+    """Results of experts that are computed elsewhere."""
+
+    @property
+    def left_out(self) -> Tensor:
+        """Whether an expert is one of those: [E] on the device of the hidden states."""
+
+    def put_into(self, out: Tensor) -> None:
+        """Wait for them, and put them into the rows [T x K, H] of all choices."""
+
+
+Elsewhere = Callable[[Tensor, Tensor, Tensor | None], RowsElsewhere]
+"""Hidden states [T, H], experts [T, K] and, where these scale an expert's input, what they count [T, K]: sends for the
+results of the experts that are not computed here."""
 
 
 def feed_forward(
@@ -35,23 +55,37 @@ def feed_forward(
     layer: int = 0,
     routing: RoutingCounts | None = None,
     stacks: Stacks | None = None,
-) -> Tensor:
+    elsewhere: Elsewhere | None = None,
+) -> Halves:
     """[T, H] of the normed hidden states x [T, H]. linear: of the shared MLP. routing: where the choices of the layer
-    are counted. stacks: the experts; None: they are among the weights, in the dtype of x."""
+    are counted. stacks: the experts; None: they are among the weights, in the dtype of x. elsewhere: None where all of
+    them are here."""
     chosen, shares = route(experts, weights, x)
     if routing is not None:
         routing.add(layer, chosen)
     gate_up, down = stacks or (stacked(experts, weights, "gate_up"), stacked(experts, weights, "down"))
     gate = GatedActivation(activation, experts.gain, experts.clamp)
     biases = weights.get("expert_biases.gate_up"), weights.get("expert_biases.down")
-    way = scaled_inputs if experts.scales_input else expert_mlp
-    out = way(x, chosen, shares, gate_up, down, gate, biases)
-    if experts.shared_width:
-        shared = linear("shared.down", ops.gated_activation(linear("shared.gate_up", x), activation))
-        if experts.shared_gate:
-            shared *= F.linear(x, weights["shared_gate.weight"]).sigmoid()
-        out += shared
-    return out
+    others = None if elsewhere is None else elsewhere(x, chosen, shares if experts.scales_input else None)
+    shared = _shared_mlp(experts, weights, x, activation, linear) if experts.shared_width else None
+    if others is None:
+        way = scaled_inputs if experts.scales_input else expert_mlp
+        out = way(x, chosen, shares, gate_up, down, gate, biases)
+    else:
+        given, each = x, torch.where(others.left_out[chosen], gate_up.num_experts, chosen)
+        if experts.scales_input:
+            given, each = (x[:, None] * shares[:, :, None].to(x.dtype)).flatten(0, 1), each.reshape(-1, 1)
+            shares = torch.ones_like(shares)
+        rows = routed_rows(given, each, gate_up, down, gate, biases).view(*chosen.shape, -1)
+        yield
+        others.put_into(rows.flatten(0, 1))
+        out = weighted(rows, shares)
+    return out if shared is None else out.add_(shared)
+
+
+def _shared_mlp(experts: Experts, weights: Weights, x: Tensor, activation: str, linear: Linear) -> Tensor:
+    shared = linear("shared.down", ops.gated_activation(linear("shared.gate_up", x), activation))
+    return shared.mul_(F.linear(x, weights["shared_gate.weight"]).sigmoid()) if experts.shared_gate else shared
 
 
 def stacked(experts: Experts, weights: Weights, name: str) -> ExpertStacks:

@@ -17,6 +17,7 @@ from torch import Tensor
 from flexbatch.kernels import ops
 from flexbatch.models import experts, latent
 from flexbatch.models.arch import Arch
+from flexbatch.models.experts import Elsewhere, Halves
 from flexbatch.models.lora.applied import PassAdapters
 from flexbatch.models.rope import RopeTables
 from flexbatch.models.routing import RoutingCounts
@@ -112,24 +113,49 @@ def post_attention(
     """Hidden state [T, H] after the layer: output projection of ``attention`` [T, Hq, D], residuals and MLP.
     ``hidden`` [T, H] is the layer's input. routing: counts the tokens of its experts; stacks: these, where they are not
     among the weights."""
-    mlp = partial(_mlp, arch, layer, weights, adapters=adapters, routing=routing, stacks=stacks)
+    return end_of(post_attention_halves(arch, layer, weights, hidden, attention, adapters, routing, ranks, stacks))
+
+
+def end_of(halves: Halves) -> Tensor:
+    """The result of what has been begun or not."""
+    try:
+        while True:
+            next(halves)
+    except StopIteration as end:
+        return end.value
+
+
+def post_attention_halves(
+    arch: Arch,
+    layer: int,
+    weights: Weights,
+    hidden: Tensor,
+    attention: Tensor,
+    adapters: PassAdapters | None = None,
+    routing: RoutingCounts | None = None,
+    ranks: TensorRanks | None = None,
+    stacks: experts.Stacks | None = None,
+    elsewhere: Elsewhere | None = None,
+) -> Halves:
+    """`post_attention` with experts some of which are computed ``elsewhere``: the second half needs them."""
+    mlp = partial(_mlp, arch, layer, weights, adapters=adapters, routing=routing, stacks=stacks, elsewhere=elsewhere)
     flat = attention.flatten(1) if arch.latent is None else latent.expand(arch, weights, attention)
     update = _linear(weights, "o", flat, layer, adapters)
     if arch.parallel_residual:
         normed = _norm(arch, weights, "attn_norm" if arch.shared_norm else "mlp_norm", hidden)
-        return _total(mlp(normed) + update, ranks) + hidden
+        return _total((yield from mlp(normed)) + update, ranks) + hidden
     update = _total(update, ranks)
     if arch.sublayer_norm:
         update = _norm(arch, weights, "post_attn_norm", update)
     if arch.post_norm:
         hidden = _norm(arch, weights, "attn_norm", hidden, update)
-        update = _total(mlp(hidden), ranks)
+        update = _total((yield from mlp(hidden)), ranks)
         return _norm(arch, weights, "mlp_norm", hidden, update)
     if arch.residual_scale != 1.0:
         update = update * arch.residual_scale
     # The layer's input stays as it is: it is added to ``update``, which is ours.
     normed = _norm(arch, weights, "mlp_norm", hidden, update)
-    hidden, update = update, _total(mlp(normed), ranks)
+    hidden, update = update, _total((yield from mlp(normed)), ranks)
     if arch.sublayer_norm:
         update = _norm(arch, weights, "post_mlp_norm", update)
     if arch.residual_scale != 1.0:
@@ -203,11 +229,13 @@ def _mlp(
     adapters: PassAdapters | None,
     routing: RoutingCounts | None,
     stacks: experts.Stacks | None,
-) -> Tensor:
+    elsewhere: Elsewhere | None,
+) -> Halves:
     routed = arch.experts_of(layer)
     if routed is not None:
         linear = partial(_linear_of, weights, layer, adapters)
-        return experts.feed_forward(routed, weights, x, arch.activation, linear, layer, routing, stacks)
+        where = layer, routing, stacks, elsewhere
+        return (yield from experts.feed_forward(routed, weights, x, arch.activation, linear, *where))
     if arch.mlp == "gated":
         inner = ops.gated_activation(_linear(weights, "gate_up", x, layer, adapters), arch.activation)
     else:

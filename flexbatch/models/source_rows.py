@@ -57,8 +57,8 @@ def parts_of_expert(row: ModuleMapping) -> int:
 
 def sections_of_expert(spec: WeightSpec, row: ModuleMapping) -> slice:
     """Those of the first expert that a tensor of all experts fills: gate and up, or one of both."""
-    place = next((place for place, part in enumerate(("gate", "up")) if row.says(part)), None)
-    return slice(0, parts_of_expert(row)) if place is None else slice(place, place + 1)
+    offset = next((offset for offset, part in enumerate(("gate", "up")) if row.says(part)), None)
+    return slice(0, parts_of_expert(row)) if offset is None else slice(offset, offset + 1)
 
 
 def source_shape(spec: WeightSpec, row: ModuleMapping, arch: Arch) -> tuple[int, ...]:
@@ -98,8 +98,8 @@ def stored_rows(spec: WeightSpec, row: ModuleMapping) -> int:
 
 def section(spec: WeightSpec, row: ModuleMapping) -> slice | None:
     """Destination rows of a part, or of one expert's."""
-    places = {"q": 0, "k": 1, "v": 2, "gate": 0, "up": 1, "expert": 0}
-    index = next((place for part, place in places.items() if row.says(part)), None)
+    offsets = {"q": 0, "k": 1, "v": 2, "gate": 0, "up": 1, "expert": 0}
+    index = next((offset for part, offset in offsets.items() if row.says(part)), None)
     if index is None:
         return None
     index += row.expert * parts_of_expert(row)

@@ -16,8 +16,8 @@ class RankLinks:
     tensor: TensorRanks | None = None
     stages: StageRanks | None = None
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Let everything arrive that passes have sent, all of which have come to their ends."""
         if self.stages is not None:
-            self.stages.settle()
+            self.stages.synchronize()
             self.stages.check()

@@ -79,7 +79,7 @@ class StageRanks:
     def send(self, micro_batch: int, hidden: Tensor) -> None:
         self.after.send(micro_batch, hidden)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait for what was sent, once every pass has come to its end."""
         for micro_batch in list(self.after.pending):
             self.after.finish(micro_batch)

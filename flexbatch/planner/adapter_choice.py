@@ -23,6 +23,11 @@ class AdapterChoice:
         request, deployment = as_lora_request(value, what), self.planner.deployment
         number, adapters = with_request(deployment.adapters, request, deployment.model, self.may_load())
         if adapters is not deployment.adapters:
+            if (engines := self.planner.config.data_parallel_size) > 1:
+                raise ConfigurationError(
+                    f"{what}: with data_parallel_size={engines} adapters have to be known when the engines are made: "
+                    "name them with lora="
+                )
             self.planner.adopt(adapters)
         return number
 

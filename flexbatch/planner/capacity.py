@@ -48,6 +48,8 @@ class Capacity:
         """place: loads the weights as planned, or moves those that are loaded; returns them, and the drafts. leader: of
         the other ranks, where there are some."""
         self.planner, self.tiers, self.queues, self._place, self.leader = planner, tiers, queues, place, leader
+        self.on_plan: Callable[[], None] = lambda: None
+        """Called when it is decided how a job will run, and before anything is made for it."""
         self.runner: Runner | None = None
         self.weights: WeightStore | None = None
         """None before the first job."""
@@ -97,6 +99,7 @@ class Capacity:
     def prepare(self, job: Job) -> Runner:
         """A runner whose sizes suit the job. Raises DoesNotFitError."""
         engine_plan = self.planner.replan(job)
+        self.on_plan()
         sizes = engine_plan.sizes(job)
         if not self.holds_weights(engine_plan) or engine_plan.speculation is not None:
             check_budgets(engine_plan.requirements(sizes), engine_plan.budgets)

@@ -23,6 +23,7 @@ from flexbatch.planner.placements import (
     resident,
 )
 from flexbatch.planner.problem import Problem, constraints_of
+from flexbatch.policy.candidates import Known
 from flexbatch.policy.decode_graphs import planned_bytes
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import MAX_MICRO_BATCH_TOKENS, PAGE_TOKENS
@@ -112,7 +113,8 @@ def on_slowest(problem: Problem, arches: Iterable[Arch], choice: Choice, hardwar
     if choice.plan is None or problem.arch.stage is None:
         return choice
     machine, others = without_reserves(hardware()), (arch for arch in arches if arch != problem.arch)
-    plans = [priced(dataclasses.replace(problem, arch=arch), machine, choice.policy, choice.plan) for arch in others]
+    problems = (dataclasses.replace(problem, arch=arch, known=Known()) for arch in others)
+    plans = [priced(each, machine, choice.policy, choice.plan) for each in problems]
     return Choice(choice.policy, min([choice.plan, *plans], key=lambda plan: plan.predicted_tokens_per_second))
 
 
@@ -137,7 +139,7 @@ def searched(problem: Problem, hardware: Hardware, requirements: Requirements) -
     shape, workload = problem.shape, problem.workload
     for left in reversed(range(ROUNDS)):
         try:
-            plan = choose(shape, hardware, workload, constraints_of(problem, capacity, block))
+            plan = choose(shape, hardware, workload, constraints_of(problem, capacity, block), problem.known)
         except DoesNotFit:
             if block is None or not left:
                 raise
@@ -145,7 +147,7 @@ def searched(problem: Problem, hardware: Hardware, requirements: Requirements) -
             continue
         if block is not None and plan.predicted_tokens_per_second < KEPT_BLOCK_SHARE * before:
             # The block lost more than rounding: another one suits the smaller capacity better.
-            plan, block = choose(shape, hardware, workload, constraints_of(problem, capacity)), None
+            plan, block = choose(shape, hardware, workload, constraints_of(problem, capacity), problem.known), None
         before = plan.predicted_tokens_per_second
         found = choice_of(plan, problem, hardware)
         policy = found.policy
@@ -184,7 +186,7 @@ def faster(
 ) -> Choice:
     """``found``, or what the optimizer chooses in ``capacity`` with any block where that fits and is faster."""
     try:
-        plan = choose(problem.shape, hardware, problem.workload, constraints_of(problem, capacity))
+        plan = choose(problem.shape, hardware, problem.workload, constraints_of(problem, capacity), problem.known)
     except DoesNotFit:
         return found
     other = choice_of(plan, problem, hardware)
@@ -228,7 +230,8 @@ def priced(problem: Problem, hardware: Hardware, policy: Policy, searched_plan: 
     """What a policy costs for the problem's job within its budgets. searched_plan: of the search that found it."""
     budgets = problem.budgets
     machine = hardware.with_memory(budgets["gpu"], budgets["cpu"], budgets["disk"])
-    plan = price(problem.shape, machine, problem.workload, policy)
+    passes = problem.known.passes(problem.workload, policy, window=problem.shape.layer_window)
+    plan = price(problem.shape, machine, problem.workload, policy, passes)
     return plan if searched_plan is None else with_search(plan, searched_plan)
 
 

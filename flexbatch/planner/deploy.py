@@ -13,6 +13,7 @@ from flexbatch.models.shard import RankShard
 from flexbatch.models.sharding import scale_groups, shards
 from flexbatch.models.stage import RankStage
 from flexbatch.parallel.channel import RankChannel
+from flexbatch.parallel.links import EngineGroup
 from flexbatch.planner import adapters, budgets
 from flexbatch.planner.engine_plan import Deployment
 from flexbatch.planner.stages import stages_of
@@ -22,7 +23,12 @@ from flexbatch.validation.errors import ConfigurationError
 
 
 def deploy(
-    config: EngineConfig, model: OpenModel | None, machine: Hardware | None, dry: bool, channel: RankChannel | None
+    config: EngineConfig,
+    model: OpenModel | None,
+    machine: Hardware | None,
+    dry: bool,
+    channel: RankChannel | None,
+    group: EngineGroup | None = None,
 ) -> Deployment:
     """model: the configured one, where it is open already; machine: one that is planned for and need not be this one.
     Raises ConfigurationError, CheckpointError."""
@@ -30,6 +36,8 @@ def deploy(
     model, loras = adapters.configured(config, model)
     device = torch.device(machine.device) if machine is not None else budgets.resolve_device(config.device)
     dtype = budgets.resolve_dtype(config.dtype, model.arch, device)
+    if config.data_parallel_size > 1:
+        refuse_for_engines(config, device)
     parts = shards_of(config, model) if config.tensor_parallel_size > 1 else ()
     stages: tuple[RankStage, ...] = ()
     if (count := config.pipeline_parallel_size) > 1:
@@ -40,7 +48,10 @@ def deploy(
         refuse_adapters(bool(loras.adapters))
     layout = cache_layout(model.arch, config.cache_bits, dtype)
     speculation = plan_speculation(config, model.arch, model.tokenizer, layout)
-    whole = Deployment(config, model, device, dtype, {}, speculation, loras, parts, stages, channel=channel)
+    group = group or EngineGroup(config.data_parallel_size)
+    whole = Deployment(
+        config, model, device, dtype, {}, speculation, loras, parts, stages, channel=channel, group=group
+    )
     return replace(whole, budgets=budgets.resolve_budgets(config, device, machine, dry, whole.local_ranks))
 
 
@@ -64,6 +75,25 @@ def shards_of(config: EngineConfig, model: OpenModel) -> tuple[RankShard, ...]:
     ranks = config.tensor_parallel_size
     groups = scale_groups(model.arch, (config.weight_bits, *(config.allow_bits or ())), model.formats)
     return tuple(shards(model.arch, ranks, groups))
+
+
+def refuse_for_engines(config: EngineConfig, device: torch.device) -> None:
+    """What several engines that share a line of requests cannot do. Raises ConfigurationError."""
+    several = f"data_parallel_size={config.data_parallel_size}"
+    if config.recalibrate:
+        raise ConfigurationError(
+            f"recalibrate refines the profile of the machine by what one process measures: with {several} leave it out"
+        )
+    if config.compare_plain:
+        raise ConfigurationError(
+            f"compare_plain runs the same requests twice in one engine: with {several} leave it out, and compare on "
+            "one GPU"
+        )
+    if device.type == "cuda" and device.index:
+        raise ConfigurationError(
+            f"device={config.device!r} is one GPU: with {several} leave it out, and choose the GPUs with "
+            "CUDA_VISIBLE_DEVICES"
+        )
 
 
 def refuse_adapters(there_are_some: bool) -> None:

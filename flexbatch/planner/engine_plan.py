@@ -22,6 +22,7 @@ from flexbatch.models.shard import RankShard
 from flexbatch.models.sharding import shard_of
 from flexbatch.models.stage import RankStage, stage_of
 from flexbatch.parallel.channel import RankChannel
+from flexbatch.parallel.links import ONE_ENGINE, EngineGroup
 from flexbatch.parallel.mesh import MeshShape
 from flexbatch.planner import budgets, requirements
 from flexbatch.policy.limits import weight_group
@@ -48,6 +49,8 @@ class Deployment:
     rank: int = 0
     channel: RankChannel | None = None
     """To ranks that somebody else has started; None: where there are some, they are started with the engine."""
+    group: EngineGroup = ONE_ENGINE
+    """The engines that share the line of requests with this one."""
 
     @property
     def mesh(self) -> MeshShape:
@@ -71,8 +74,9 @@ class Deployment:
 
     @property
     def local_ranks(self) -> int:
-        """Ranks on this host, which share what is not their GPUs'."""
-        return self.mesh.size if self.channel is None else self.channel.mesh.local_size
+        """Ranks on this host, of all engines, which share what is not their GPUs'."""
+        own = self.mesh.size if self.channel is None else self.channel.mesh.local_size
+        return own * self.group.local_engines
 
     @cached_property
     def arch(self) -> Arch:
@@ -271,4 +275,5 @@ def described(policy: Policy) -> str:
     return (
         f"--percent {percent}, {policy.num_gpu_batches} micro-batches of {policy.gpu_batch_size}, "
         f"{policy.cpu_attention:.0%} CPU attention"
+        + (f", {policy.cpu_experts:.0%} CPU experts" if policy.cpu_experts else "")
     )

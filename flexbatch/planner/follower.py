@@ -145,7 +145,7 @@ def follow(channel: RankChannel) -> None:
                 follower = stack.enter_context(contextlib.closing(open_follower(channel, command)))
             elif isinstance(command, CloseEngine):
                 assert follower is not None
-                follower.links.settle()
+                follower.links.synchronize()
                 follower = None
                 stack.close()
             else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from flexbatch.execution.block_sizes import BlockSizes
@@ -16,7 +16,6 @@ from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.problem import model_shape, workload_of
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.plan import price
-from flexbatch.policy.policy import TIERS
 from flexbatch.policy.trajectory import passes_of
 
 
@@ -33,11 +32,8 @@ class Forecast:
         known."""
         found = self.engine_plan
         parts = found.deployment.passes_in_flight
-        workload, cache = workload_of(self.job.of_every(parts)), self.sizes.cache
-        if parts > 1:
-            pages = {f"{tier}_pages": -(-cache.pages(tier) // parts) for tier in TIERS}
-            cache = replace(cache, **pages, disk_sequences=-(-cache.disk_sequences // parts))
-        passes = passes_of(workload, found.policy, sizes=cache)
+        workload = workload_of(self.job.of_every(parts))
+        passes = passes_of(workload, found.policy, sizes=self.sizes.cache.part(parts))
         facts = {
             "sequences": self.job.num_requests,
             "waves": -(-self.job.num_requests // max(1, parts * round(float(passes.in_flight.max())))),

@@ -138,7 +138,7 @@ class Leader:
             with contextlib.suppress(LostRankError):
                 self.finish()
                 self.send(CloseEngine())
-                self.links.settle()
+                self.links.synchronize()
                 if self.processes is not None:
                     self.channel.send(Leave())
         finally:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,8 +23,10 @@ from flexbatch.models.quantized.scheme import QuantizedPiece
 from flexbatch.models.sharding import sharded
 from flexbatch.models.specs import Piece, weight_specs
 from flexbatch.models.stage import staged
+from flexbatch.parallel import numa
 from flexbatch.planner.engine_plan import Deployment, EnginePlan
 from flexbatch.planner.leader import lead
+from flexbatch.planner.start_engines import open_engines
 from flexbatch.policy.policy import TIERS
 from flexbatch.policy.units import duration_text, size_text
 from flexbatch.speculative.speculator import Speculator
@@ -59,6 +61,12 @@ class PlacedModel:
             stack.callback(self.tiers.close)
             self.queues = TransferQueues(device, tracer)
             stack.callback(self.queues.close)
+            if deployment.local_ranks > 1 and device.type == "cuda":
+                stack.callback(run_near(device))
+            self.others = open_engines(deployment) if deployment.rank == 0 else None
+            """Engines that share the line of requests with this one."""
+            if self.others is not None:
+                stack.callback(self.others.close)
             self.leader = lead(deployment) if deployment.rank == 0 else None
             """Of the other ranks; None on one of them, and where there are none."""
             if self.leader is not None:
@@ -143,6 +151,17 @@ class PlacedModel:
     def close(self) -> None:
         with self._stack:
             self._unload()
+
+
+def run_near(device: torch.device) -> Callable[[], None]:
+    """Have this process run, and get its memory, where its GPU is attached; returns what undoes it."""
+    found = torch.cuda.get_device_properties(device)
+    # Older versions of torch do not say where a GPU is.
+    domain, bus, slot = (getattr(found, f"pci_{part}_id", -1) for part in ("domain", "bus", "device"))
+    cores = numa.cores_near(numa.pci_name(domain, bus, slot)) if bus >= 0 else frozenset()
+    if cores:
+        torch.set_num_threads(min(torch.get_num_threads(), len(cores)))
+    return numa.run_on(cores)
 
 
 def pieces_of(engine_plan: EnginePlan, skip: set[Key]) -> Iterator[Piece | QuantizedPiece]:

@@ -30,9 +30,8 @@ from flexbatch.trace import DeviceSpan, RecordingTracer, ResourceUse, Span, Trac
 
 logger = logging.getLogger("flexbatch")
 
-RESOURCE_OF_SPAN = {name: name for name in ("h2d", "d2h", "disk_read", "disk_write", "cpu_attention")} | {
-    "compute": "gpu_compute"
-}
+BY_NAME = ("h2d", "d2h", "disk_read", "disk_write", "cpu_attention", "cpu_experts")
+RESOURCE_OF_SPAN = {name: name for name in BY_NAME} | {"compute": "gpu_compute"}
 MEASURED = tuple(RESOURCE_OF_SPAN.values())
 """Resources that spans exist for; the memories are used by these."""
 WINDOW = 8

@@ -59,6 +59,7 @@ def baseline_policy(
         weight_bits=max(constraints.weight_bits),
         cache_bits=max(constraints.cache_bits),
         cpu_attention=config.cpu_attention or 0.0,
+        cpu_experts=problem.cpu_experts or 0.0,
         prefill_chunk=config.prefill_chunk
         or min(MAX_PREFILL_CHUNK, -(-job.longest_prompt // PAGE_TOKENS) * PAGE_TOKENS),
         overlap=config.overlap,
@@ -112,13 +113,13 @@ def fallbacks(problem: Problem, requirements: Requirements) -> Iterator[Policy]:
     """Simple placements that fit, each with its largest block, and with few prompt tokens a pass where more do not
     fit."""
     for placement in FALLBACK_PLACEMENTS[: 1 if problem.config.percent is not None else None]:
-        for policy in ladder(problem, placement):
+        for policy in smaller_blocks(problem, placement):
             if not overshoot(requirements(policy), problem.budgets):
                 yield policy
                 break
 
 
-def ladder(problem: Problem, placement: tuple[Split, Split]) -> Iterator[Policy]:
+def smaller_blocks(problem: Problem, placement: tuple[Split, Split]) -> Iterator[Policy]:
     """Ever smaller blocks of one placement."""
     for budget in [problem.config.prefill_budget] if problem.config.prefill_budget else [512, SMALLEST_PREFILL_BUDGET]:
         sequences = min(WHOLE_BLOCK, problem.job.num_requests)

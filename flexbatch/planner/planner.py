@@ -19,6 +19,7 @@ from flexbatch.models.generation_config import generation_of
 from flexbatch.models.lora.adapter_set import AdapterSet
 from flexbatch.models.opened import OpenModel
 from flexbatch.parallel.channel import RankChannel
+from flexbatch.parallel.links import EngineGroup
 from flexbatch.planner import budgets
 from flexbatch.planner.choose import Choice, choose_policy, differs, on_slowest, priced, without_reserves
 from flexbatch.planner.deploy import deploy, refuse_adapters
@@ -47,9 +48,9 @@ class Planner:
 
     With ``dry`` nothing is measured, and a named machine (--hardware) with the default device is planned for as it
     is described; ``hardware`` is such a machine that no name stands for. ``model``: the configured one, where it is
-    open already. ``channel``: to the other ranks, where torchrun has started them. Without a job nothing is decided
-    yet. Raises DoesNotFitError when the job, or without one the smallest request, does not fit the budgets,
-    CheckpointError for a bad model.
+    open already. ``channel``, ``group``: to other ranks and engines, where torchrun has started them. Without a job
+    nothing is decided yet; of several engines each is planned for its part of a job. Raises DoesNotFitError when the
+    job, or without one the smallest request, does not fit the budgets, CheckpointError for a bad model.
     """
 
     def __init__(
@@ -60,12 +61,13 @@ class Planner:
         model: OpenModel | None = None,
         hardware: Hardware | None = None,
         channel: RankChannel | None = None,
+        group: EngineGroup | None = None,
     ) -> None:
         self.config, self.dry = config, dry
         self.generation = generation_of(config, model.folder if model else None)
         named = hardware or named_machine(config.hardware)
         elsewhere = named if dry and config.device == "auto" else None
-        self.deployment = deploy(config, model, elsewhere, dry, channel)
+        self.deployment = deploy(config, model, elsewhere, dry, channel, group)
         model, device = self.deployment.model, self.deployment.device
         self._hardware, self.offload_dir = named and self._of_a_rank(named), budgets.offload_dir(config)
         profile = partial(machine.profile_path, config.hardware, device, self.offload_dir)
@@ -83,7 +85,7 @@ class Planner:
             self._check_smallest()
             model.check()
         else:
-            found = self._engine_plan = self._decide(job)
+            found = self._engine_plan = self._decide(job.of_every(config.data_parallel_size))
             check_budgets(found.requirements(found.sizes(job.first(1))), self.deployment.budgets)
 
     def _check_smallest(self) -> None:
@@ -92,9 +94,7 @@ class Planner:
         problem = self._problem(smallest := Job((1,), (1,)))
         baseline = baseline_policy(problem)
 
-        def needs(policy: Policy) -> list[MemoryRequirement]:
-            return self.requirements_of(policy, smallest)
-
+        needs = partial(self.requirements_of, job=smallest)
         if problem.is_fixed:
             check_budgets(needs(baseline), self.deployment.budgets)
         elif overshoot(needs(baseline), self.deployment.budgets) and not any(True for _ in fallbacks(problem, needs)):
@@ -119,13 +119,12 @@ class Planner:
     def hardware(self) -> Hardware:
         """The machine that plans are made for; measured at first use."""
         if self._hardware is None:
-            place = self.deployment.device, self.offload_dir, machine.default_profile_dir()
-            self._hardware = self._of_a_rank(machine.this_machine(*place, measure=not self.dry))
+            machine_key = self.deployment.device, self.offload_dir, machine.default_profile_dir()
+            self._hardware = self._of_a_rank(machine.this_machine(*machine_key, measure=not self.dry))
         return self._hardware
 
     def _of_a_rank(self, found: Hardware) -> Hardware:
-        local_ranks = self.deployment.local_ranks
-        return found if local_ranks == 1 else shared_by(found, local_ranks)
+        return shared_by(found, self.deployment.local_ranks, self.config.tensor_parallel_size)
 
     @property
     def known_hardware(self) -> Hardware | None:
@@ -194,10 +193,11 @@ class Planner:
         return job.of_every(self.deployment.passes_in_flight)
 
     def _chosen(self, problem: Problem, job: Job, num_slabs: int | None = None) -> Choice:
-        choice = choose_policy(
-            problem, lambda: self.hardware, lambda policy: self.requirements_of(policy, job, num_slabs)
-        )
+        needs = partial(self.requirements_of, job=job, num_slabs=num_slabs)
+        choice = choose_policy(problem, lambda: self.hardware, needs)
         choice = on_slowest(problem, self.deployment.stage_arches, choice, lambda: self.hardware)
+        if not self.dry:
+            problem.known.sizes.clear()  # tens of MB, and only another search for this job would use them
         if choice.plan is not None:
             rate, limit = choice.plan.predicted_tokens_per_second, choice.plan.limiting_resource
             logger.info("chose %s: %.4g tok/s predicted, limited by %s", described(choice.policy), rate, limit)
@@ -289,7 +289,7 @@ class Planner:
 
     def describe(self, job: Job) -> dict[str, Any]:
         """What running the job would put where; the plan itself is "plan". Raises DoesNotFitError."""
-        rows = (found := self.engine_plan).requirements(found.sizes(job))
+        rows = (found := self.engine_plan).requirements(found.sizes(job.of_every(self.config.data_parallel_size)))
         check_budgets(rows, self.deployment.budgets)
         plan = found.plan or priced(self.problem, without_reserves(self.hardware), found.policy)
         return {

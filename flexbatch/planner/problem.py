@@ -7,16 +7,18 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from flexbatch.config import EngineConfig
 from flexbatch.execution.job import Job
-from flexbatch.memory.weight_plan import placed_tensor, tensor_format
+from flexbatch.memory.weight_plan import by_piece, placed_tensor, tensor_format
 from flexbatch.models.arch import Arch
 from flexbatch.models.lora.adapter_set import AdapterSet
 from flexbatch.models.quantized.scheme import Form
 from flexbatch.models.specs import weight_specs
+from flexbatch.policy.candidates import Known
 from flexbatch.policy.expert_shape import ExpertShape
 from flexbatch.policy.limits import weight_group
 from flexbatch.policy.model_shape import ModelShape
@@ -42,6 +44,9 @@ class Problem:
     adapters: AdapterSet | None = None
     whole_requests: int | None = None
     """Of the job of which this is one part's."""
+    known: Known = field(default_factory=Known, compare=False)
+    """What searches for it have computed; a problem that differs in its budgets or in the bits of its cache alone may
+    have it, too."""
 
     def __post_init__(self) -> None:
         if self.arch.latent is not None and self.config.cpu_attention:
@@ -51,12 +56,28 @@ class Problem:
                 f"{width} numbers are multiplied with {heads} heads each: that is work for the compute device; leave "
                 "cpu_attention out"
             )
+        if self.config.cpu_experts and (self.arch.shard or self.arch.stage):
+            raise ConfigurationError(
+                f"cpu_experts={self.config.cpu_experts:g}: several ranks share the cores, and only an engine of one "
+                "GPU leaves experts to them; leave cpu_experts out, or tensor_parallel_size and pipeline_parallel_size"
+            )
+        if self.config.cpu_experts and self.arch.experts is None:
+            raise ConfigurationError(
+                f"cpu_experts={self.config.cpu_experts:g}: {self.arch.family} has no experts; leave cpu_experts out"
+            )
 
     @property
     def cpu_attention(self) -> float | None:
         """The share that is fixed. None of latent attention: a byte of its cache takes as many operations as there are
         heads, and the link carries it sooner than the CPU attends it."""
         return self.config.cpu_attention if self.arch.latent is None else 0.0
+
+    @property
+    def cpu_experts(self) -> float | None:
+        """The share that is fixed. None for a model without experts, and where several processes share the cores."""
+        if self.arch.experts is None or self.arch.shard is not None or self.arch.stage is not None:
+            return 0.0
+        return None if self.config.cpu_experts is None else self.config.cpu_experts / 100
 
     @cached_property
     def workload(self) -> Workload:
@@ -115,18 +136,17 @@ def model_shape(
     typical, other = (sparse or dense)[0], dense[0] if sparse and dense else None
 
     def stored(layer: int | None) -> tuple[int, ...]:
-        return tuple(
-            placed_tensor(spec, "gpu", tensor_format(spec, bits, group, prequantized or {}), element_bytes).num_bytes
-            for spec in specs
-            if prequantized and spec.layer == layer
-        )
+        forms = {spec: tensor_format(spec, bits, group, prequantized or {}) for spec in specs if spec.layer == layer}
+        sizes = ((spec, placed_tensor(spec, "gpu", form, element_bytes).num_bytes) for spec, form in forms.items())
+        return tuple(by_piece(sizes).values()) if prequantized else ()
 
     def elements(layers: Iterable[int | None]) -> tuple[int, ...]:
-        return tuple(
-            math.prod(spec.shape)
+        sizes = (
+            (spec, math.prod(spec.shape))
             for spec in specs
             if spec.layer in layers and not (spec.role == "embed.weight" and arch.tie_word_embeddings)
         )
+        return tuple(by_piece(sizes).values())
 
     table = tuple(math.prod(spec.shape) for spec in specs if spec.role == "embed.weight" and arch.tie_word_embeddings)
     adapted = {layer: adapters.elements_outside(layer) if adapters else () for layer in (-1, arch.num_layers)}
@@ -153,7 +173,17 @@ def model_shape(
         head_width=0 if arch.latent is None else arch.latent.head_width,
         adapter_tensors=() if adapters is None else adapters.elements_of_a_layer(),
         stages=1 if arch.stage is None else arch.stage.stages,
+        **_window_of(arch),
     )
+
+
+def _window_of(arch: Arch) -> dict[str, Any]:
+    layers = sum(arch.window_layers)
+    return {
+        "window": arch.sliding_window if layers else 0,
+        "window_layers": layers,
+        "window_chunked": arch.chunked_window,
+    }
 
 
 def _expert_shape(arch: Arch) -> ExpertShape | None:
@@ -186,6 +216,7 @@ def constraints_of(problem: Problem, capacity: dict[str, int], block: tuple[int,
         gpu_batch_size=block[0] if block else config.gpu_batch_size,
         num_gpu_batches=block[1] if block else config.num_gpu_batches,
         cpu_attention=problem.cpu_attention,
+        cpu_experts=problem.cpu_experts,
         prefill_chunk=config.prefill_chunk,
         prefill_budget=config.prefill_budget,
         weight_bits=bits("weight_bits", problem.stored_bits),

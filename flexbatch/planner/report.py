@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from collections.abc import Sequence as Sequenced
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,6 +22,12 @@ from flexbatch.speculative.speculator import Speculator
 logger = logging.getLogger("flexbatch")
 
 LOGGED_FAILURES = 3
+LOADED = ("loaded_bytes", "reused_bytes")
+OF_AN_ENGINE = (
+    *("device", "budgets", "policy", "peak_bytes", "load_seconds", "seconds", "passes", "requests", "prompt_tokens"),
+    *("generated_tokens", "generated_tokens_per_second", "resources"),
+)
+"""What the report of several engines has of each."""
 
 
 class Report(dict[str, Any]):
@@ -76,6 +84,25 @@ class Statistics(RunObserver):
         }
 
 
+def of_engines(own: Report, others: Sequenced[Mapping[str, Any]]) -> Report:
+    """The report of several engines: what rank 0's says of itself holds for each of them, counts are sums over all, and
+    the seconds are rank 0's, which waits for the others."""
+    reports = [dict(own), *others]
+    whole = Report(own)
+    for name in ("requests", "passes", "prompt_tokens", "prefilled_tokens", "generated_tokens", *LOADED):
+        whole[name] = sum(report[name] for report in reports)
+    for name in ("preemptions", "moved_bytes"):
+        kinds = dict.fromkeys(kind for report in reports for kind in report[name])
+        whole[name] = {kind: sum(report[name].get(kind, 0) for report in reports) for kind in kinds}
+    whole["load_seconds"] = max(report["load_seconds"] for report in reports)
+    seconds = whole["seconds"]
+    whole["generated_tokens_per_second"] = whole["generated_tokens"] / seconds if seconds else 0.0
+    tokens = whole["prompt_tokens"] + whole["generated_tokens"]
+    whole["total_tokens_per_second"] = tokens / seconds if seconds else 0.0
+    whole["engines"] = [{name: report[name] for name in OF_AN_ENGINE} for report in reports]
+    return whole
+
+
 def describe_memory(
     engine_plan: EnginePlan, runner: Runner | None, tiers: Tiers, speculator: Speculator | None
 ) -> dict[str, Any]:
@@ -86,12 +113,26 @@ def describe_memory(
             "cache": runner.cache.realized_percent if runner else {},
             "activations": runner.activations.realized_percent if runner else {},
         },
+        "cache": cache_of_a_sequence(runner) if runner else {},
         "memory": [asdict(row) for row in engine_plan.requirements(runner.sizes)] if runner else [],
         "peak_bytes": {
             "gpu": tiers.gpu.peak_bytes + (speculator.peak_bytes if speculator is not None else 0),
             "cpu": tiers.cpu.peak_bytes,
             "disk": tiers.disk.peak_bytes,
         },
+    }
+
+
+def cache_of_a_sequence(runner: Runner) -> dict[str, Any]:
+    """What the longest sequence takes of the cache between two passes, and which layers keep only their window."""
+    cache, layout = runner.cache, runner.cache.layout
+    short, pages = sum(cache.windowed), layout.num_pages(max(1, runner.sizes.longest))
+    kept = (layout.num_layers - short) * pages + short * cache.sizes.in_windows(pages)
+    return {
+        "sequence_tokens": pages * layout.page_tokens,
+        "bytes_per_token": kept * layout.page_bytes / (pages * layout.page_tokens),
+        "window_layers": short,
+        "window_tokens": layout.window.tokens if layout.window and short else None,
     }
 
 

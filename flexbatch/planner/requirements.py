@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from flexbatch.execution.block_sizes import BlockSizes, logits_chunk_bytes
+from flexbatch.execution.routed_rows import buffer_tokens
 from flexbatch.kernels.latent_reference import latent_workspace_bytes
 from flexbatch.kernels.native_sizes import workspace_bytes
 from flexbatch.memory.files import align
@@ -19,7 +20,13 @@ from flexbatch.models.experts import recordable
 from flexbatch.policy.admission import micro_batch_tokens
 from flexbatch.policy.decode_graphs import MAX_GRAPHS, graph_bytes, graph_pool_bytes, runs_graphs
 from flexbatch.policy.footprint import logits_bytes
-from flexbatch.policy.limits import CPU_ATTENTION_MAX_TREE_TOKENS, INPUT_BUFFER_BYTES
+from flexbatch.policy.limits import (
+    CPU_ATTENTION_MAX_TREE_TOKENS,
+    INPUT_BUFFER_BYTES,
+    NUM_EXPERT_BUFFERS,
+    expert_buffer_bytes,
+    expert_scratch_bytes,
+)
 from flexbatch.policy.policy import Policy
 
 
@@ -71,10 +78,10 @@ def block_requirements(
         MemoryRequirement("weights", "disk", plan.tier_bytes("disk")),
         MemoryRequirement(f"weight slabs ({plan.num_slabs})", "gpu", plan.num_slabs * plan.slab_bytes),
         MemoryRequirement("dequantization buffers", "gpu", dequantized),
-        MemoryRequirement("cache", "gpu", layout.num_layers * cache.gpu_pages * layout.page_bytes),
-        MemoryRequirement("cache", "cpu", layout.num_layers * cache.cpu_pages * layout.page_bytes),
-        MemoryRequirement("cache", "disk", layout.num_layers * cache.disk_pages * layout.disk_page_bytes),
-        MemoryRequirement("cache staging (2)", "gpu", 2 * cache.staging_pages * layout.page_bytes),
+        MemoryRequirement("cache", "gpu", layout.cache_bytes(cache, "gpu")),
+        MemoryRequirement("cache", "cpu", layout.cache_bytes(cache, "cpu")),
+        MemoryRequirement("cache", "disk", layout.cache_bytes(cache, "disk")),
+        MemoryRequirement("cache staging (2)", "gpu", 2 * layout.staging_bytes(cache)),
         MemoryRequirement(
             "cache tails", "cpu", layout.num_layers * cache.disk_sequences * cache.tail_tokens * layout.token_bytes
         ),
@@ -90,17 +97,42 @@ def block_requirements(
         ),
         MemoryRequirement("attention workspace", "cpu", attention_workspace_bytes(arch, policy, sizes, threads, "cpu")),
     ]
+    rows += expert_requirements(plan, policy, sizes, dtype, cuda)
     if cuda:
         rows += [
             MemoryRequirement(
                 "disk staging",
                 "cpu",
-                plan.num_slabs * disk_slab + (2 * cache.staging_pages * layout.page_bytes if cache.disk_pages else 0),
+                plan.num_slabs * disk_slab + (2 * layout.staging_bytes(cache) if cache.disk_pages else 0),
             ),
             MemoryRequirement("inputs", "cpu", 2 * INPUT_BUFFER_BYTES),
             MemoryRequirement("attention buffers (4)", "cpu", 4 * sizes.max_cpu_attention_tokens * head),
         ]
     return [row for row in rows if row.num_bytes]
+
+
+def expert_requirements(
+    plan: WeightPlan, policy: Policy, sizes: BlockSizes, dtype: torch.dtype, cuda: bool
+) -> list[MemoryRequirement]:
+    """What the CPU's experts take: routed rows on their way, scratch, and copies of biases that lie elsewhere."""
+    arch, experts = plan.arch, plan.arch.experts
+    if experts is None or not policy.cpu_experts:
+        return []
+    hidden, top_k = arch.hidden_size, experts.top_k
+    tokens = buffer_tokens(experts.count, top_k, sizes.max_micro_batch_tokens)
+    buffers = NUM_EXPERT_BUFFERS if cuda else 0
+    rows = buffers * expert_buffer_bytes(tokens, hidden, top_k, dtype.itemsize)
+    biases = sum(
+        tensor.num_bytes
+        for layer in plan.layers
+        for tensor in layer
+        if tensor.spec.role.startswith("expert_biases.") and tensor.tier != "cpu"
+    )
+    return [
+        MemoryRequirement(f"expert buffers ({NUM_EXPERT_BUFFERS})", "cpu", rows),
+        MemoryRequirement("expert workspace", "cpu", tokens * expert_scratch_bytes(hidden, top_k, experts.width)),
+        MemoryRequirement("expert biases", "cpu", biases),
+    ]
 
 
 def one_graph_bytes(arch: Arch, policy: Policy, layout: CacheLayout, sizes: BlockSizes) -> int:
@@ -111,6 +143,7 @@ def one_graph_bytes(arch: Arch, policy: Policy, layout: CacheLayout, sizes: Bloc
         sizes.longest,
         layout.page_tokens,
         arch.experts is not None,
+        sizes.cache.windows.ring if sizes.cache.windows else 0,
     )
 
 

@@ -9,6 +9,7 @@ from flexbatch.execution.block_sizes import BlockSizes
 from flexbatch.execution.job import Job
 from flexbatch.memory.tiers import MemoryRequirement
 from flexbatch.planner.engine_plan import EnginePlan
+from flexbatch.policy.policy import TIERS
 
 
 def left_of(plan: EnginePlan, rows: Iterable[MemoryRequirement]) -> dict[str, int]:
@@ -38,14 +39,16 @@ def with_spare_pages(plan: EnginePlan, sizes: BlockSizes, job: Job) -> BlockSize
         0, min(full.staging_pages - cache.staging_pages, min(left["gpu"], left["cpu"]) // (2 * layout.page_bytes))
     )
     cache = replace(cache, staging_pages=cache.staging_pages + staging)
-    for tier in ("gpu", "cpu", "disk"):
+    for tier in TIERS:
         left = left_of(plan, plan.requirements(replace(sizes, cache=cache)))
         more = max(0, min(full.pages(tier) - cache.pages(tier), left[tier] // page[tier]))
-        cache = replace(cache, **{f"{tier}_pages": cache.pages(tier) + more})
+        windows = cache.windows and cache.windows.with_more(TIERS.index(tier), more, full.windows)
+        cache = replace(cache, windows=windows, **{f"{tier}_pages": cache.pages(tier) + more})
     if layout.bits < 16 and plan.policy.cache.gpu == 1 and cache.gpu_pages < full.gpu_pages:
         left = left_of(plan, plan.requirements(replace(sizes, cache=cache)))
         # Of the longest sequence once for each tier: see `Block.is_safe`.
         missing = full.gpu_pages - cache.gpu_pages + 2 * layout.num_pages(sizes.longest + sizes.max_query_nodes)
         parking = min(missing, left["cpu"] // page["cpu"])
-        cache = replace(cache, cpu_pages=parking, parking_pages=parking)
+        windows = cache.windows and cache.windows.with_more(TIERS.index("cpu"), parking, None)
+        cache = replace(cache, cpu_pages=parking, parking_pages=parking, windows=windows)
     return replace(sizes, cache=cache)

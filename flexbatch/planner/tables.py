@@ -44,7 +44,18 @@ def placement(report: Mapping[str, Any]) -> str:
     policy = report["policy"]
     sizes = ("gpu_batch_size", "num_gpu_batches", "weight_bits", "cache_bits", "prefill_chunk", "overlap")
     settings = ", ".join(f"{name.replace('_', ' ')} {policy[name]}" for name in sizes)
-    return f"placement ({settings}, cpu attention {policy['cpu_attention']:.0%})\n{shares(report)}\n{memory(report)}"
+    head = f"placement ({settings}, cpu attention {policy['cpu_attention']:.0%})"
+    return "\n".join(part for part in (head, shares(report), memory(report), cache_of_a_token(report)) if part)
+
+
+def cache_of_a_token(report: Mapping[str, Any]) -> str:
+    """Of the longest sequence; empty before a run."""
+    found = report.get("cache")
+    if not found:
+        return ""
+    kept = f", {found['window_layers']} layers keep {found['window_tokens']:,} tokens" if found["window_layers"] else ""
+    size = f"{found['bytes_per_token'] / 1024:,.2f} KiB"
+    return f"  cache: {size} a token of a sequence of {found['sequence_tokens']:,}{kept}"
 
 
 def shares(report: Mapping[str, Any]) -> str:
@@ -113,7 +124,19 @@ def throughput(report: Mapping[str, Any]) -> str:
             for name, count in moved.items()
         ]
         text += "\n" + table(["traffic", unit, f"{unit}/s of the run"], traffic)
-    return text
+    return f"{text}\n{engines(report)}" if report.get("engines") else text
+
+
+def engines(report: Mapping[str, Any]) -> str:
+    """What each of several engines did of it."""
+    rows = []
+    for number, run in enumerate(report["engines"]):
+        rate = run["generated_tokens"] / report["seconds"] if report["seconds"] else 0.0
+        passes, busy = f"{run['passes']:,}", f"{run['seconds']:,.3g}"
+        rows.append(
+            [f"engine {number}", f"{run['requests']:,}", f"{run['generated_tokens']:,}", f"{rate:,.2f}", passes, busy]
+        )
+    return table(["", "requests", "new tokens", "per second", "passes", "s in passes"], rows)
 
 
 def job(report: Mapping[str, Any]) -> str:
@@ -240,6 +263,14 @@ def speculation(report: Mapping[str, Any]) -> str:
 
 def resources(report: Mapping[str, Any]) -> str:
     """What every resource did, by the passes that were timed; empty without a trace."""
+    if report.get("engines"):
+        found = [(number, resources_of(run)) for number, run in enumerate(report["engines"])]
+        return "\n".join(f"engine {number}: {text}" for number, text in found if text)
+    return resources_of(report)
+
+
+def resources_of(report: Mapping[str, Any]) -> str:
+    """Of one engine."""
     uses = report.get("resources") or {}
     unit, size = fitting_unit(max((use["num_bytes"] for use in uses.values()), default=0), DECIMAL)
     rows = []

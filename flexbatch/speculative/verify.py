@@ -108,17 +108,17 @@ def rejection(
     """
     p = target.to(torch.float64)
     taken: list[int] = []
-    chances: list[Tensor] = []
+    ratios: list[Tensor] = []
     for token, source in zip(tokens, draft, strict=True):
         q = source.to(torch.float64)
         if drawn is Drawing.WITHOUT_REPLACEMENT and taken:
             q = q.clone()
             q[taken] = 0.0
         q = q / q.sum()
-        chances.append(p[token] / q[token])
+        ratios.append(p[token] / q[token])
         p = _residual(p, q)
         taken.append(token)
-    accept = torch.stack(chances).tolist()
+    accept = torch.stack(ratios).tolist()
     for token, probability in zip(tokens, accept, strict=True):
         if not probability < float("inf"):
             raise ValueError(f"token {token} cannot have been drawn {drawn.value}: the draft gives it no probability")

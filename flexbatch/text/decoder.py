@@ -220,15 +220,15 @@ class Detokenizer:
             if not self._run:
                 self._before_run = self._whole
             self._run.append(byte)
-            self._settle(self._before_run + run_text(self._run), None)
+            self._hand_out(self._before_run + run_text(self._run), None)
             return
         self._run.clear()
         whole = self._decode(self._window)
-        self._settle(whole, decoder.unsettled(whole))
+        self._hand_out(whole, decoder.unsettled(whole))
         if len(self._window) > 2 * WINDOW:
             self._move()
 
-    def _settle(self, whole: str, unsettled: int | None) -> None:
+    def _hand_out(self, whole: str, unsettled: int | None) -> None:
         """Hand out what is new in the window's text, but for its last characters; nothing with None."""
         known = common_length(self._known, whole)
         settled = known if unsettled is None else max(known, len(whole) - unsettled)

@@ -31,7 +31,7 @@ def byte_letters() -> dict[str, int]:
     U+0100 on, in their order."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {chr(256 + offset): byte for offset, byte in enumerate(others)}
 
 
 class Escapes:
@@ -155,14 +155,14 @@ class Vocabulary:
 
     def longest_first(self, wanted: bytes) -> list[int]:
         tokens: list[int] = []
-        place = 0
-        while place < len(wanted):
-            ends = range(min(len(wanted), place + self._longest), place, -1)
-            found = next((end for end in ends if wanted[place:end] in self._by_bytes), None)
+        offset = 0
+        while offset < len(wanted):
+            ends = range(min(len(wanted), offset + self._longest), offset, -1)
+            found = next((end for end in ends if wanted[offset:end] in self._by_bytes), None)
             if found is None:
                 return tokens  # the vocabulary has no token for the next byte
-            tokens.append(self._by_bytes[wanted[place:found]])
-            place = found
+            tokens.append(self._by_bytes[wanted[offset:found]])
+            offset = found
         return tokens
 
     def join(self, tokens: Sequence[int]) -> bytes:

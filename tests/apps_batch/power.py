@@ -144,11 +144,11 @@ def _lose_bytes(path: Path, synced: int, chance: random.Random, done: list[str])
     size = path.stat().st_size
     if synced >= size:
         return
-    place = chance.randint(synced, size)
+    position = chance.randint(synced, size)
     kind = chance.choice(("cut", "zeros", "zeros and longer", "pages", "nothing"))
     with path.open("r+b") as file:
         if kind == "cut":
-            file.truncate(place)
+            file.truncate(position)
         elif kind == "pages":
             page = chance.choice(PAGES)
             for start in range(synced // page * page, size, page):
@@ -157,6 +157,6 @@ def _lose_bytes(path: Path, synced: int, chance: random.Random, done: list[str])
                     file.seek(first)
                     file.write(bytes(min(start + page, size) - first))
         elif kind != "nothing":
-            file.seek(place)
-            file.write(bytes(size - place + (chance.randrange(5000) if kind == "zeros and longer" else 0)))
+            file.seek(position)
+            file.write(bytes(size - position + (chance.randrange(5000) if kind == "zeros and longer" else 0)))
     done.append(f"{path.name}: {kind}, {synced:,} of {size:,} bytes were durable")

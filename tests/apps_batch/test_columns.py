@@ -364,7 +364,7 @@ def test_a_line_that_is_too_long_is_skipped_and_its_row_has_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "flexbatch.apps.jobs.text_source.chunks_of", lambda stream, path: chunks_of(stream, path, 100, 1000)
+        "flexbatch.apps.jobs.text_source.chunks_of", lambda stream, path, max_line: chunks_of(stream, path, 100, 1000)
     )
     rows = [json.dumps({"id": i, "prompt": "x" * (5000 if i in (3, 9) else i)}) for i in range(10)]
     (tmp_path / "in.jsonl").write_text("\n".join(rows))

@@ -260,8 +260,8 @@ def lines(draw: st.DrawFn) -> bytes:
     found = request(body, "/v1/chat/completions" if chat else "/v1/completions")
     found.update(draw(st.dictionaries(st.sampled_from(["custom_id", "method", "url", "body"]), values, max_size=1)))
     data = bytearray(line_of(found))
-    for place, byte in draw(st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255)), max_size=2)):
-        data[place] = byte
+    for position, byte in draw(st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255)), max_size=2)):
+        data[position] = byte
     return bytes(data)
 
 
@@ -305,7 +305,7 @@ def check_job(folder: Path, data: bytes, form: str, number: int) -> None:
 def damaged(data: bytes, chance: random.Random) -> bytes:
     found = bytearray(data)
     for _ in range(chance.choice([1, 1, 2, 5, 20])):
-        place = chance.randrange(len(found))
+        position = chance.randrange(len(found))
         piece = chance.choice(
             [
                 b"\x00",
@@ -324,7 +324,7 @@ def damaged(data: bytes, chance: random.Random) -> bytes:
             ]
         )
         size = chance.choice([0, 1, len(piece), 7])
-        found[place : place + size] = piece
+        found[position : position + size] = piece
     return bytes(found)
 
 

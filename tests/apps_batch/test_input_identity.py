@@ -85,7 +85,7 @@ def test_other_inputs_of_equal_size_are_refused(tmp_path: Path, kind: str) -> No
             source.write_text("".join(f'{{"prompt": "{prompt}"}}\n' for prompt in prompts))
         elif kind == "openai":
             line = '{{"custom_id": "{0}", "method": "POST", "url": "/v1/completions", "body": {{"prompt": "{1}"}}}}\n'
-            source.write_text("".join(line.format(place, prompt) for place, prompt in enumerate(prompts)))
+            source.write_text("".join(line.format(placement, prompt) for placement, prompt in enumerate(prompts)))
         else:
             datasets = pytest.importorskip("datasets")
             state = (source / "state.json").read_bytes() if source.exists() else None
@@ -213,13 +213,13 @@ def test_every_setting_is_either_in_the_fingerprint_or_changes_no_answer() -> No
         assert (changed.identity(), changed.given()) != (unchanged.identity(), unchanged.given()), field.name
 
 
-@pytest.mark.parametrize("place", ["flexbatch.apps.jobs.plan.SAMPLING_RULES", "flexbatch.apps.jobs.plan.FORMAT"])
+@pytest.mark.parametrize("placement", ["flexbatch.apps.jobs.plan.SAMPLING_RULES", "flexbatch.apps.jobs.plan.FORMAT"])
 def test_versions_of_rules_and_files_are_part_of_a_job(
-    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, placement: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_parquet(tmp_path / "in.parquet", prompts_of()[:5])
     assert run_here(tmp_path / "in.parquet", tmp_path / "out") == 0
-    monkeypatch.setattr(place, 1000)
+    monkeypatch.setattr(placement, 1000)
     assert run_here(tmp_path / "in.parquet", tmp_path / "out") == 2
-    name = "sampling" if "SAMPLING" in place else "output folder"
+    name = "sampling" if "SAMPLING" in placement else "output folder"
     assert f"versions.{name}: " in capsys.readouterr().err

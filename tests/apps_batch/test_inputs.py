@@ -32,9 +32,11 @@ def json_lines() -> bytes:
 
 def folder_of_parquet(path: Path) -> Path:
     path.mkdir()
-    for place in range(3):
+    for position in range(3):
         pq.write_table(
-            pa.Table.from_pylist(ROWS[place * 20 : place * 20 + 20]), path / f"{place}.parquet", row_group_size=7
+            pa.Table.from_pylist(ROWS[position * 20 : position * 20 + 20]),
+            path / f"{position}.parquet",
+            row_group_size=7,
         )
     (path / "notes.txt").write_text("not data")
     return path

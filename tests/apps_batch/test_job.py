@@ -260,8 +260,8 @@ def test_the_first_interrupt_stops_reading(tmp_path: Path, monkeypatch: pytest.M
 
     class Interrupted(FakeLLM):
         def stream(self, items, on_tokens=None):  # type: ignore[no-untyped-def]
-            for place, pair in enumerate(super().stream(items)):
-                if place == 5:
+            for position, pair in enumerate(super().stream(items)):
+                if position == 5:
                     os.kill(os.getpid(), signal.SIGINT)
                 yield pair
 

@@ -79,13 +79,13 @@ def test_every_truncation_and_every_zero_tail_is_a_torn_tail(tmp_path: Path) -> 
 def test_every_flipped_bit_costs_its_record_alone_and_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "x.log"
     data, ends, values = small_log(path)
-    for place, bit in itertools.product(range(len(data)), range(8)):
+    for position, bit in itertools.product(range(len(data)), range(8)):
         flipped = bytearray(data)
-        flipped[place] ^= 1 << bit
-        lost = sum(end <= place for end in ends) - 1
+        flipped[position] ^= 1 << bit
+        lost = sum(end <= position for end in ends) - 1
         found, damage = damaged(path, bytes(flipped))
-        assert found == [value for row, value in enumerate(values) if row != lost], (place, bit)
-        assert damage == [(ends[lost] if lost >= 0 else 0, ends[lost + 1])], (place, bit)
+        assert found == [value for row, value in enumerate(values) if row != lost], (position, bit)
+        assert damage == [(ends[lost] if lost >= 0 else 0, ends[lost + 1])], (position, bit)
 
 
 @pytest.mark.parametrize("page", [512, 4096])

@@ -126,8 +126,8 @@ def test_the_completions_of_a_row_come_together_in_any_order() -> None:
     rows = RowCompletions()
     requests = [RowRequest(0, i, i, f"{i}.{j}", number=j, prompts=3) for i in range(2) for j in range(3)]
     done = []
-    for place in (4, 0, 2, 3, 1, 5):
-        found = rows.add(requests[place], Completion([place]))
+    for placement in (4, 0, 2, 3, 1, 5):
+        found = rows.add(requests[placement], Completion([placement]))
         done.append(None if found is None else (found[0].index, [each.prompt_token_ids for each in found[1]]))
         assert found is None or [request.prompt for request in found[0].requests] == [
             f"{found[0].index}.{j}" for j in range(3)
@@ -157,13 +157,17 @@ def test_echo_puts_the_prompt_before_the_answer_with_its_log_probabilities(
     wanted = [*answer.prompt_logprobs, *answer.logprobs]
     everything = [*ids, *answer.token_ids]
     assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
-    for place, entries in list(enumerate(wanted))[1:]:
-        assert found["token_logprobs"][place] == pytest.approx(entries[everything[place]].logprob, abs=1e-4)
-        assert len(found["top_logprobs"][place]) == len(entries)
+    for placement, entries in list(enumerate(wanted))[1:]:
+        assert found["token_logprobs"][placement] == pytest.approx(entries[everything[placement]].logprob, abs=1e-4)
+        assert len(found["top_logprobs"][placement]) == len(entries)
     text, offsets = texts(scored)[0], found["text_offset"]
     assert offsets == sorted(offsets) and offsets[0] == 0 and offsets[len(ids)] == len("the größer")
-    plainly = [place for place, name in enumerate(found["tokens"]) if not name.startswith("bytes:")]
-    assert all(text[offsets[place] :].startswith(found["tokens"][place]) for place in plainly if place < len(ids))
+    plainly = [placement for placement, name in enumerate(found["tokens"]) if not name.startswith("bytes:")]
+    assert all(
+        text[offsets[placement] :].startswith(found["tokens"][placement])
+        for placement in plainly
+        if placement < len(ids)
+    )
     assert len(only["choices"][0]["logprobs"]["tokens"]) == len(ids)
     assert texts(cut)[0].startswith(tokenizer.decode(ids[-3:])) and cut["usage"]["prompt_tokens"] == 3
 

@@ -39,10 +39,10 @@ def completion(
     )
     output.extend(answer)
     steps = []
-    for place, token in enumerate(output.token_ids):
-        best = list(dict.fromkeys([*also[place % 3 :], *range(count + 1)]))[:count]
-        if place % 2 and count:
-            best[place % count] = token
+    for position, token in enumerate(output.token_ids):
+        best = list(dict.fromkeys([*also[position % 3 :], *range(count + 1)]))[:count]
+        if position % 2 and count:
+            best[position % count] = token
         best = list(dict.fromkeys(best))
         best += [other for other in range(count + 3) if other not in best][: count - len(best)]
         entry = {token: TokenLogprob(token, -50.0, 99)}
@@ -61,11 +61,15 @@ def choice(kind: str, done: Completion, url: str, count: int) -> dict:
 
 def answers(kind: str) -> st.SearchStrategy[list[int]]:
     tokenizer, _, decoder = tools(kind)
-    places = {byte: token for token, byte in decoder.byte_pieces.items()}
+    positions = {byte: token for token, byte in decoder.byte_pieces.items()}
     texts = st.text(st.sampled_from("theca ts.漢字é🙂\n"), max_size=12)
 
     def encode(text: str) -> list[int]:
-        return [places[byte] for byte in text.encode()] if places else tokenizer.encode(text, add_special_tokens=False)
+        return (
+            [positions[byte] for byte in text.encode()]
+            if positions
+            else tokenizer.encode(text, add_special_tokens=False)
+        )
 
     return texts.map(encode) | st.lists(st.integers(0, len(tokenizer) - 1), max_size=12)
 
@@ -111,16 +115,16 @@ def test_bytes_join_to_the_text_and_no_candidate_is_lost(kind: str) -> None:
 @pytest.mark.parametrize("text", ["漢", "a漢字b", "🙂🙂", "é"])
 def test_parts_of_characters_are_bytes_with_names_of_their_own(kind: str, text: str) -> None:
     tokenizer, texts, decoder = tools(kind)
-    places = {byte: token for token, byte in decoder.byte_pieces.items()}
-    if not places:
-        places = {texts._letters[letter]: tokenizer.convert_tokens_to_ids(letter) for letter in texts._letters}
-    answer = [places[byte] for byte in text.encode()]
-    done = completion(kind, [places[ord("x")]], answer, 3, [places[0xE6], places[0xE7], places[0xE8]])
+    positions = {byte: token for token, byte in decoder.byte_pieces.items()}
+    if not positions:
+        positions = {texts._letters[letter]: tokenizer.convert_tokens_to_ids(letter) for letter in texts._letters}
+    answer = [positions[byte] for byte in text.encode()]
+    done = completion(kind, [positions[ord("x")]], answer, 3, [positions[0xE6], positions[0xE7], positions[0xE8]])
     assert done.text == text
     content = choice(kind, done, CHAT, 3)["logprobs"]["content"]
     assert [entry["bytes"] for entry in content] == [[byte] for byte in text.encode()]
     legacy = choice(kind, done, COMPLETIONS, 3)["logprobs"]
-    assert legacy["text_offset"] == [place for place, letter in enumerate(text) for _ in letter.encode()]
+    assert legacy["text_offset"] == [position for position, letter in enumerate(text) for _ in letter.encode()]
     assert "bytes:\\xe6" in legacy["top_logprobs"][0] and "bytes:\\xe8" in legacy["top_logprobs"][0]
 
 

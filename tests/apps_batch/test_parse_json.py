@@ -199,8 +199,8 @@ def test_the_log_says_what_is_json_text_and_what_is_left_out() -> None:
     assert len(list(told_types(typed(WHOLE)[1], typed(WHOLE)[0]))) == 1
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if place % 20 == 5 else pytest.mark.slow)
-                                  for place, name in enumerate(PUBLIC)])  # fmt: skip
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if placement % 20 == 5 else pytest.mark.slow)
+                                  for placement, name in enumerate(PUBLIC)])  # fmt: skip
 def test_every_random_answer_has_a_value_that_says_the_same(name: str, tmp_path: Path) -> None:
     """Of public-style schemas: back from Parquet, it is what a reader of the text has."""
     pytest.importorskip("llguidance")

@@ -23,8 +23,8 @@ def kill_lose_and_resume(tmp_path: Path, rows: int, kills: int, seed: int) -> No
     folders."""
     chance, languages = random.Random(seed), 3
     prompts = [f"{row}: " + "word " * chance.randrange(18) for row in range(rows)]
-    for place in range(languages):
-        write_input(tmp_path / "in" / f"lang={place}" / "x.parquet", prompts[place::languages])
+    for position in range(languages):
+        write_input(tmp_path / "in" / f"lang={position}" / "x.parquet", prompts[position::languages])
     source, out, side, counted = tmp_path / "in", tmp_path / "out", tmp_path / "syncs", tmp_path / "tokens"
     flags = ("--part-rows", 25, "--window-rows", 60)
     assert run_here(source, tmp_path / "whole", *flags) == 0

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,13 +14,14 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from flexbatch.apps.jobs.cluster import PartQueue, Worker, check_cluster
+from flexbatch.apps.jobs.cluster import Worker, check_cluster, run_on_ray
+from flexbatch.apps.jobs.part_queue import PartQueue
 from flexbatch.apps.jobs.plan import BatchJob, plan_job
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.apps.jobs.store import OutputStore
 from flexbatch.apps.ray import GenerateText
 from flexbatch.config import EngineConfig
-from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.errors import DONE, INTERRUPTED, ConfigurationError
 from tests.apps_batch.fake import FakeLLM
 from tests.apps_batch.helpers import (
     RESULTS,
@@ -49,8 +53,8 @@ def test_the_engine_is_refilled_across_the_borders_of_batches() -> None:
     drawn: list[int] = []
 
     def source():  # type: ignore[no-untyped-def]
-        for place, batch in enumerate(batches):
-            drawn.append(place)
+        for position, batch in enumerate(batches):
+            drawn.append(position)
             yield batch
 
     out = []
@@ -138,8 +142,8 @@ def test_a_worker_that_was_thought_dead_counts_nothing_twice(
 
     class HeldUp(FakeLLM):
         def stream(self, items, on_tokens=None):  # type: ignore[no-untyped-def]
-            for place, pair in enumerate(super().stream(items)):
-                if place == 3:
+            for position, pair in enumerate(super().stream(items)):
+                if position == 3:
                     held.set()
                     assert go_on.wait(60)
                 yield pair
@@ -164,6 +168,110 @@ def test_a_worker_that_was_thought_dead_counts_nothing_twice(
     again.sweep()
     again.close()
     assert not list(tmp_path.rglob("journal-*")) and not list(tmp_path.rglob(".part-*"))
+
+
+class ThreadedRay(SimpleNamespace):
+    """What a driver needs of Ray, with actors in this process and a thread for every call of `Worker.run`."""
+
+    exceptions = SimpleNamespace(RayTaskError=type("RayTaskError", (Exception,), {}))
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 8.0}
+
+    available_resources = cluster_resources
+
+    def remote(self, **resources: object):  # type: ignore[no-untyped-def]
+        def made(kind: type) -> SimpleNamespace:
+            return SimpleNamespace(remote=lambda *words: self.handle(kind(*words)))
+
+        return made
+
+    def handle(self, actor: object) -> object:
+        if not isinstance(actor, Worker):
+            return Remote(actor)
+        return SimpleNamespace(run=SimpleNamespace(remote=lambda queue: self.pool.submit(actor.run, queue)))
+
+    def wait(self, pending: list[Future], timeout: float) -> tuple[list[Future], list[Future]]:
+        self.polled()
+        done, left = wait(pending, timeout / 50, FIRST_COMPLETED)
+        return list(done), list(left)
+
+    def get(self, value: object) -> object:
+        if isinstance(value, list):
+            return [each.result() if isinstance(each, Future) else each for each in value]
+        return value
+
+
+@pytest.fixture
+def ray_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadedRay]:
+    with ThreadPoolExecutor() as pool:
+        ray = ThreadedRay(pool=pool, polled=lambda: None, killed=threading.Event())
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        monkeypatch.setattr("flexbatch.apps.jobs.cluster.POLL_S", 0.01)
+        yield ray
+
+
+class Interrupted(FakeLLM):
+    """Holds up its fourth answer until it is told to begin nothing more, or for ever."""
+
+    def __init__(self, ray: ThreadedRay, goes_on: bool) -> None:
+        super().__init__(block=3)
+        self.drained, self.ray, self.goes_on = threading.Event(), ray, goes_on
+        self.seen: int | None = None
+
+    def drain(self) -> int:
+        self.drained.set()
+        return super().drain()
+
+    def stream(self, items, on_tokens=None):  # type: ignore[no-untyped-def]
+        for count, pair in enumerate(super().stream(items)):
+            if count == 3:
+                self.seen = self.prompts_seen
+                assert self.drained.wait(60)
+                assert self.goes_on or self.ray.killed.wait(60)
+            yield pair
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interrupt_ends_a_ray_job(
+    tmp_path: Path,
+    ray_here: ThreadedRay,
+    times: int,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """After the first the sequences in flight are finished, and no others begin, not even of the part that an actor
+    has; the second does not wait for them. The same command goes on."""
+    first, second = Interrupted(ray_here, goes_on=times == 1), FakeLLM()
+    engines: list[FakeLLM] = [first, second]
+    given = iter(engines)
+    sent: list[int] = []
+
+    def interrupt() -> None:
+        if first.seen is not None and len(sent) < times:
+            sent.append(1)
+            signal.raise_signal(signal.SIGINT)
+
+    ray_here.polled = interrupt
+    caplog.set_level("INFO")
+    job = planned(tmp_path, ray_actors=1, max_tokens=20)
+    if times == 1:
+        assert run_on_ray(job, lambda engine, seen: next(given), "RESUME") == INTERRUPTED
+        assert first.prompts_seen == first.seen < 10
+        assert f"interrupted: {first.seen} of 40 rows are done and kept; resume with: RESUME" in caplog.text
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            run_on_ray(job, lambda engine, seen: next(given), "RESUME")
+        ray_here.killed.set()
+    assert "sequences that they have in flight" in (said := capfd.readouterr().err) and "RESUME" in said
+    ray_here.pool.shutdown(wait=True)
+    ray_here.pool = ThreadPoolExecutor()
+    assert run_on_ray(job, lambda engine, seen: next(given), "RESUME") == DONE
+    assert first.prompts_seen + second.prompts_seen == 40
+    assert read_output(tmp_path / "out")["id"].to_pylist() == list(range(40))
 
 
 def test_a_stopped_part_queue_hands_out_nothing(tmp_path: Path) -> None:

@@ -155,8 +155,8 @@ def test_the_job_gives_what_the_engine_gives(tmp_path: Path) -> None:
     with LLM("demo", device="cpu", gpu_batch_size=8, num_gpu_batches=2) as llm:
         good = [0, 1, 3]
         completions = llm.generate([prompts[i] for i in good], SamplingParams(temperature=0, max_tokens=5))
-    for place, completion in zip(good, completions, strict=True):
-        row = rows[place]
+    for position, completion in zip(good, completions, strict=True):
+        row = rows[position]
         assert (row["generated_text"], row["generated_tokens"]) == (completion.text, completion.token_ids)
         assert row["logprobs"][0][0]["rank"] == 1 and row["logprobs"][0][0]["token_id"] == row["generated_tokens"][0]
 

@@ -234,8 +234,8 @@ def test_a_job_that_fails_and_resumes_leaves_no_credentials(
 
     class Telling(FakeLLM):
         def stream(self, items, on_tokens=None):  # type: ignore[no-untyped-def]
-            for place, pair in enumerate(super().stream(items)):
-                if place == 5:
+            for position, pair in enumerate(super().stream(items)):
+                if position == 5:
                     raise RuntimeError(f"lost while reading {uri} ({MARKER}=)")
                 yield pair
 

@@ -20,7 +20,7 @@ def test_every_row_is_issued_once_with_shared_beginnings_together(
     order = order_rows(prompts, max_tokens, shared_tokens=3)
     assert sorted(order) == list(range(len(prompts)))
     heads = [tuple(prompts[row][:3]) for row in order if len(prompts[row]) >= 3]
-    seen = [head for place, head in enumerate(heads) if place == 0 or heads[place - 1] != head]
+    seen = [head for position, head in enumerate(heads) if position == 0 or heads[position - 1] != head]
     assert len(seen) == len(set(seen))
 
 

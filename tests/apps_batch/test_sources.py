@@ -159,8 +159,8 @@ def test_a_damaged_row_group_and_a_file_that_is_gone_are_named(tmp_path: Path) -
     )
     source = source_of(path)
     data = bytearray(path.read_bytes())
-    place = data.index(b"row 150")
-    data[place : place + 7] = b"ROW 150"
+    position = data.index(b"row 150")
+    data[position : position + 7] = b"ROW 150"
     path.write_bytes(data)
     stream = read_parts(source, plan_parts(source.row_groups, 100))
     assert next(stream)[1]["a"][0].as_py() == "row 0"
@@ -191,7 +191,9 @@ def test_csv_cells_are_text_unless_the_user_types_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_json_lines_in_chunks(tmp_path: Path, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexbatch.apps.jobs.text_source.chunks_of", lambda stream, path: chunks_of(stream, path, 100))
+    monkeypatch.setattr(
+        "flexbatch.apps.jobs.text_source.chunks_of", lambda stream, path, max_line: chunks_of(stream, path, 100)
+    )
     rows = [
         {"n": i, "when": "2024-01-01T00:00:00", "m": [{"role": "user", "content": "ü" * (i % 5)}]} for i in range(40)
     ]

@@ -63,8 +63,8 @@ def race(tmp_path: Path, rounds: int) -> None:
     context = multiprocessing.get_context("spawn")
     folders = [tmp_path / str(number) for number in range(rounds)]
     starting, tried, won = context.Barrier(4), context.Barrier(4), context.Queue()
-    pairs = [[SHARDS[(number + place) % 6] for number in range(rounds)] for place in (0, 1, 2, 3)]
-    shards = [list(zip(*pairs[place : place + 2], strict=True)) for place in (0, 2)]
+    pairs = [[SHARDS[(number + placement) % 6] for number in range(rounds)] for placement in (0, 1, 2, 3)]
+    shards = [list(zip(*pairs[placement : placement + 2], strict=True)) for placement in (0, 2)]
     racers = [
         context.Process(target=open_at_once, args=(folders, pair, starting, tried, won), daemon=True) for pair in shards
     ]
@@ -133,7 +133,7 @@ def test_the_first_commit_of_a_part_counts(tmp_path: Path, links: bool, monkeypa
     for lease, store in enumerate(stores):
         store.begin(part, job.output, lease)
     table = table_of(job, part)
-    late, early = (stores[place].commit(part, table, records("ab"[place]), job.output) for place in (1, 0))
+    late, early = (stores[placement].commit(part, table, records("ab"[placement]), job.output) for placement in (1, 0))
     assert texts(tmp_path / "out" / "part-00001.parquet") == {"b"} and late == early
     for store in stores:
         check_store(store, [part], job.output)
@@ -229,9 +229,9 @@ def test_a_lock_that_stays_taken_is_an_error_that_names_it(tmp_path: Path) -> No
         pass
 
 
-@pytest.mark.parametrize("place", ["record", "publish"])
+@pytest.mark.parametrize("placement", ["record", "publish"])
 def test_a_crash_in_the_middle_of_a_retry_hides_no_error(
-    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, placement: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The log of commits says what was to come, the file what is."""
     prompts = ["x" * 600, *(f"p{i}" for i in range(19))]
@@ -242,7 +242,7 @@ def test_a_crash_in_the_middle_of_a_retry_hides_no_error(
         def die(*words: object) -> bool:
             raise OSError(errno.EIO, "the machine went away")
 
-        patch.setattr(OutputStore, "_publish" if place == "publish" else "_record", die)
+        patch.setattr(OutputStore, "_publish" if placement == "publish" else "_record", die)
         assert run_here(source, out, "--part-rows", 20, "--retry-failed", max_positions=2000) == 1
     assert journal_bytes(out) > 0, "the row that was done again is not lost"
     assert run_here(source, out, "--part-rows", 20) == 3
@@ -341,9 +341,9 @@ def test_finished_rows_are_durable_soon_though_no_other_comes(
 
     class Slow(FakeLLM):
         def stream(self, items, on_tokens=None):  # type: ignore[no-untyped-def]
-            for place, pair in enumerate(super().stream(items)):
+            for placement, pair in enumerate(super().stream(items)):
                 yield pair
-                if place == pending:
+                if placement == pending:
                     synced.clear()
                     lasts.append(synced.wait(20))
 

@@ -23,10 +23,11 @@ def test_scored_continuations_share_the_pages_of_their_context(tiny, chunk):
     is asked for is scored."""
     draw = torch.Generator().manual_seed(5)
     context = torch.randint(2, 300, (200,), generator=draw).tolist()
-    prompts = [context + torch.randint(2, 300, (1 + place % 4,), generator=draw).tolist() for place in range(40)]
+    prompts = [context + torch.randint(2, 300, (1 + position % 4,), generator=draw).tolist() for position in range(40)]
     prompts += [context + context[:50]] * 2
     params = [
-        SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=200 - place % 3) for place in range(42)
+        SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=200 - position % 3)
+        for position in range(42)
     ]
     with LLM(str(tiny), device="cpu", dtype="float32", gpu_batch_size=4, num_gpu_batches=2, prefill_chunk=chunk) as llm:
         found = llm.generate(prompts, params)

@@ -125,12 +125,13 @@ def state_of(server: Server) -> Path:
 
 
 def test_a_file_may_hold_lines_that_are_too_long(server: Server) -> None:
-    """They are read, and are no prompt: no tokenizer is asked about eight million letters."""
+    """Longer than the context, or than a request may be, which is not parsed either."""
     client = server.client()
-    lines = [line("long", "x" * 8_000_000, max_tokens=1), *some_lines(2, 4)]
+    lines = [line("long", "x" * 900_000, max_tokens=1), line("longer", "x" * 8_000_000), *some_lines(2, 4)]
     batch = ended(client, begin_batch(client, lines))
-    assert batch.request_counts.model_dump() == {"total": 3, "completed": 2, "failed": 1}
-    assert "tokens" in records(content(client, batch.error_file_id))[0]["error"]["message"]
+    assert batch.request_counts.model_dump() == {"total": 4, "completed": 2, "failed": 2}
+    told = [record["error"]["message"] for record in records(content(client, batch.error_file_id))]
+    assert "tokens" in told[0] and "line 2 is 7.629 MiB long, more than the 1 MiB that are read" in told[1], told
     with pytest.raises(openai.APIStatusError) as caught:
         client.files.create(file=("x", b"x" * (17 * 2**20)), purpose="batch")
     assert caught.value.status_code == 413
@@ -239,6 +240,31 @@ def concurrently(count: int, at_once: int, ask: Callable[[int], None]) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+
+
+@pytest.mark.slow
+def test_a_line_of_a_hundred_megabytes_costs_no_memory(tmp_path: Path) -> None:
+    """Of one string, and of twenty million lists, which would take 2 GB as objects of Python."""
+    server = Server(tmp_path / "state", *PLACED)
+
+    def peak() -> int:
+        words = Path(f"/proc/{server.process.pid}/status").read_text().split("VmHWM:")[1].split()
+        return int(words[0]) * 1024
+
+    try:
+        client = server.client(timeout=600)
+        text = '{"custom_id": "a", "body": {"prompt": "' + "x" * 100 * 2**20 + '"}}'
+        lists = '{"custom_id": "b", "body": {"prompt": [' + "[]," * (20 * 2**20) + "[]]}}"
+        ended(client, begin_batch(client, some_lines(2, 4)), 600)
+        before, (first, last) = peak(), some_lines(2, 4)
+        batch = ended(client, begin_batch(client, [first, text, lists, last]), 600)
+        assert batch.request_counts.model_dump() == {"total": 4, "completed": 2, "failed": 2}
+        told = [record["error"]["message"] for record in records(content(client, batch.error_file_id))]
+        assert all("more than the 16 MiB that are read" in each for each in told), told
+        print(f"peak {before / 2**20:.0f} -> {peak() / 2**20:.0f} MiB", flush=True)
+        assert peak() - before < 80 * 2**20
+    finally:
+        server.stop()
 
 
 @pytest.mark.slow

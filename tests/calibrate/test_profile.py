@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from flexbatch.calibrate import cache
 from flexbatch.calibrate.fits import fit_curve, fit_rate
-from flexbatch.policy.hardware import Curve, Hardware, load_hardware
+from flexbatch.policy.curve import Curve
+from flexbatch.policy.hardware import Hardware, load_hardware
 
 
 @settings(deadline=None)

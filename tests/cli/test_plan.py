@@ -43,8 +43,10 @@ def test_words_then_tables_each_once(capsys: pytest.CaptureFixture) -> None:
         "1 GiB more",
         "policy:",
     ]
-    places = [text.index(words) for words in [*order, "\n  % of", "\n  budget", "average pass", "bound of this policy"]]
-    assert places == sorted(places)
+    placements = [
+        text.index(words) for words in [*order, "\n  % of", "\n  budget", "average pass", "bound of this policy"]
+    ]
+    assert placements == sorted(placements)
     assert text.count("\n  budget") == 1 and "peak memory" not in text
 
 

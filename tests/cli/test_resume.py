@@ -144,14 +144,14 @@ def test_a_finished_file_is_replaced_and_a_failure_leaves_it_alone(command, tmp_
     assert len(rows_of(out)) == len(PROMPTS) and not (tmp_path / "out.jsonl.resume").exists()
 
 
-@pytest.mark.parametrize("place", ["nowhere/out.jsonl", ".", "file/out.jsonl", "locked.jsonl"])
+@pytest.mark.parametrize("placement", ["nowhere/out.jsonl", ".", "file/out.jsonl", "locked.jsonl"])
 def test_where_nothing_can_be_written_is_told_before_anything_is_read(
-    command, place: str, tmp_path: Path, capsys
+    command, placement: str, tmp_path: Path, capsys
 ) -> None:
     (tmp_path / "file").write_text("")
     held = ResultFile(tmp_path / "locked.jsonl")
     with held:
-        assert command("--prompts", "/nowhere.jsonl", "--output", str(tmp_path / place)) == 2
+        assert command("--prompts", "/nowhere.jsonl", "--output", str(tmp_path / placement)) == 2
         said = capsys.readouterr().err
         assert ("cannot be written" in said or "another run" in said) and "/nowhere.jsonl" not in said
     assert not list(tmp_path.glob("*.resume"))
@@ -219,12 +219,12 @@ def test_rows_in_any_order_and_ends_at_any_time_give_the_same_file(tmp_path: Pat
             try:
                 with ResultFile(path) as out:
                     first = out.begin(FACTS, PROMPTS)
-                    places = list(range(first, len(PROMPTS)))
-                    chance.shuffle(places)
-                    for place in places:
+                    placements = list(range(first, len(PROMPTS)))
+                    chance.shuffle(placements)
+                    for placement in placements:
                         if chance.random() < 0.2:
                             raise KeyboardInterrupt
-                        out.add(place, row(place))
+                        out.add(placement, row(placement))
                         out.check()
             except KeyboardInterrupt:
                 if path.exists() and chance.random() < 0.7:

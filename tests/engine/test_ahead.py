@@ -18,7 +18,7 @@ from flexbatch.execution.passes import Passes
 from tests.engine.test_stepping_aside import told
 from tests.tiny_models import VOCAB, random_prompts
 
-PLACES: dict[str, dict[str, Any]] = {
+PLACEMENTS: dict[str, dict[str, Any]] = {
     "gpu": {"percent": (100, 0, 100, 0, 100, 0)},
     "mixed": {"percent": (50, 30, 30, 40, 50, 20), "cpu_attention": 0.5},
     "disk": {"percent": (0, 0, 0, 0, 0, 0)},
@@ -89,18 +89,23 @@ def completed(llm: LLM, job: tuple[list[list[int]], list[SamplingParams]], strea
     return told([done[i] for i in range(len(prompts))])
 
 
-@pytest.mark.parametrize("place", [pytest.param(each, marks=SLOW if each in MORE else ()) for each in PLACES])
-def test_completions_are_those_of_passes_one_by_one(place, reference, tmp_path, turns):
+@pytest.mark.parametrize("placement", [pytest.param(each, marks=SLOW if each in MORE else ()) for each in PLACEMENTS])
+def test_completions_are_those_of_passes_one_by_one(placement, reference, tmp_path, turns):
     job = requests([*KINDS, "greedy", "stop tokens", "penalties"])
     found = []
     for ahead in (False, True):
-        common = {**SETTINGS, **PLACES[place], "async_scheduling": ahead, "offload_dir": str(tmp_path / str(ahead))}
+        common = {
+            **SETTINGS,
+            **PLACEMENTS[placement],
+            "async_scheduling": ahead,
+            "offload_dir": str(tmp_path / str(ahead)),
+        }
         turns.clear()
         with LLM(str(reference("llama").folder), **common) as llm:
             found.append([completed(llm, job, streamed) for streamed in (False, True)])
             llm.runner.check()
             llm.runner.cache.check([])
-        assert any(turns) == (ahead and place != "drafts")
+        assert any(turns) == (ahead and placement != "drafts")
     assert found[0] == found[1]
     assert any(completion[3] for completions in found[0][0] for completion in completions), "nothing was barred"
 

@@ -58,9 +58,9 @@ def test_quantized_experts_give_the_same_tokens_wherever_they_lie(family, weight
     model = reference(family)
     settings = {"gpu_batch_size": 3, "gpu_memory": "1GiB", "cpu_memory": "1GiB", "weight_bits": bits, "device": "cpu"}
     found = []
-    for place in ("gpu", weights):
-        percent = WEIGHTS[place] + (100, 0, 100, 0)
-        with LLM(str(model.folder), percent=percent, offload_dir=str(tmp_path / place), **settings) as llm:
+    for placement in ("gpu", weights):
+        percent = WEIGHTS[placement] + (100, 0, 100, 0)
+        with LLM(str(model.folder), percent=percent, offload_dir=str(tmp_path / placement), **settings) as llm:
             found.append(tokens(llm, model.prompts))
             placed = llm.weights.plan.all_tensors
             assert {t.bits for t in placed if t.spec.role.startswith(("experts.", "shared."))} == {bits}
@@ -82,14 +82,14 @@ def test_tokens_do_not_depend_on_company(family, reference, tmp_path):
 def test_16_bits_run_from_every_tier_alike(reference, tmp_path):
     """bfloat16 is no oracle for another implementation, but the tiers must agree."""
     model, found = reference("mixtral"), []
-    for place in ("gpu", "mixed"):
-        with engine(model, tmp_path / place, place, dtype="bfloat16") as llm:
+    for placement in ("gpu", "mixed"):
+        with engine(model, tmp_path / placement, placement, dtype="bfloat16") as llm:
             found.append(tokens(llm, model.prompts))
     assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(
-    ("family", "draft", "place", "tree"),
+    ("family", "draft", "placement", "tree"),
     grid(
         ("qwen3_moe", "mixtral", "gpt_oss"),
         ("itself", "llama", "ngram"),
@@ -98,12 +98,12 @@ def test_16_bits_run_from_every_tier_alike(reference, tmp_path):
         together=1,
     ),
 )
-def test_speculation_has_the_tokens_of_plain_decoding(family, draft, place, tree, reference, tmp_path):
+def test_speculation_has_the_tokens_of_plain_decoding(family, draft, placement, tree, reference, tmp_path):
     """Experts verify trees, and draft."""
     model = reference(family)
     drafts = {"itself": str(model.folder), "ngram": "ngram"}
     drafts["llama"] = str(reference("llama").folder)
-    with engine(model, tmp_path, place, draft=(drafts[draft],), tree=tree) as llm:
+    with engine(model, tmp_path, placement, draft=(drafts[draft],), tree=tree) as llm:
         assert tokens(llm, model.prompts) == model.token_ids
         report = llm.report()["speculation"]
     if draft == "itself" and tree != "auto":
@@ -162,11 +162,11 @@ def mxfp4(tmp_path_factory):
     return Reference(folder, prompts, [greedy_tokens(model, prompt, NEW_TOKENS) for prompt in prompts])
 
 
-@pytest.mark.parametrize(("place", "overlap"), [("mixed", True), ("disk", True), ("cpu", False), ("gpu", True)])
-def test_mxfp4_stays_packed_and_runs_from_every_tier(place, overlap, mxfp4, tmp_path):
+@pytest.mark.parametrize(("placement", "overlap"), [("mixed", True), ("disk", True), ("cpu", False), ("gpu", True)])
+def test_mxfp4_stays_packed_and_runs_from_every_tier(placement, overlap, mxfp4, tmp_path):
     """Everything else keeps its bits, and a later start finds the files of an earlier one."""
-    for start in (1, 2) if place == "disk" else (1,):
-        with engine(mxfp4.folder, tmp_path, place, overlap=overlap) as llm:
+    for start in (1, 2) if placement == "disk" else (1,):
+        with engine(mxfp4.folder, tmp_path, placement, overlap=overlap) as llm:
             assert tokens(llm, mxfp4.prompts) == mxfp4.token_ids
             tensors = llm.weights.plan.all_tensors
             packed = [tensor for tensor in tensors if tensor.quantized]

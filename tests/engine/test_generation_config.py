@@ -104,8 +104,8 @@ def check(model, engines, content: dict, chosen: tuple[int, ...] = (0, 1, 2)) ->
         return TokenTree((wrong, rest[0], rest[0], rest[1]), TreeShape((ROOT, ROOT, 0, 1)))
 
     engines[2].speculator.sources = [Scripted(tree)]
-    for place in chosen:
-        assert tokens(engines[place], params) == wanted, content
+    for placement in chosen:
+        assert tokens(engines[placement], params) == wanted, content
     return wanted
 
 
@@ -369,11 +369,11 @@ def test_samples_seeds_and_logprobs_keep_to_the_rules(model, engines):
     ]
     found = [llm.generate(PROMPTS, params) for llm in engines]
     for plain, *others in zip(*found, strict=True):
-        for place, sample in enumerate(plain.samples):
+        for placement, sample in enumerate(plain.samples):
             assert all(token % 2 for token in sample.token_ids if token < 300) and len(set(sample.token_ids)) == len(
                 sample.token_ids
             )
             assert any(set(entry) & set(barred) for entry in sample.logprobs), (
                 "log-probabilities are those of the model"
             )
-            assert all(other.samples[place].token_ids == sample.token_ids for other in others)
+            assert all(other.samples[placement].token_ids == sample.token_ids for other in others)

@@ -52,7 +52,7 @@ MIXES: dict[str, tuple[dict[str, str], dict[str, Form]]] = {
     ),
 }
 """Name -> types of matrices, and the (bits, group) of the roles that are kept."""
-PLACES = {"gpu": (100, 0), "cpu": (0, 100), "disk": (0, 0), "mixed": (30, 40)}
+PLACEMENTS = {"gpu": (100, 0), "cpu": (0, 100), "disk": (0, 0), "mixed": (30, 40)}
 GREEDY = SamplingParams(max_tokens=10, temperature=0)
 CHAT = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
 MESSAGES = [{"role": "user", "content": "hello there"}]
@@ -83,22 +83,22 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]
     return {name: make_file(tmp_path_factory.mktemp("gguf"), kinds) for name, (kinds, _) in MIXES.items()}
 
 
-def engine(path: Path, folder: Path, place: str = "mixed", **settings: Any) -> LLM:
-    percent = PLACES[place] + (100, 0, 100, 0)
+def engine(path: Path, folder: Path, placement: str = "mixed", **settings: Any) -> LLM:
+    percent = PLACEMENTS[placement] + (100, 0, 100, 0)
     common = {"gpu_batch_size": 3, "num_gpu_batches": 2, "device": "cpu", "gpu_memory": "1GiB", "cpu_memory": "1GiB"}
     return LLM(str(path), percent=percent, offload_dir=str(folder), **{**common, **settings})
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("mix", MIXES)
 def test_tokens_equal_transformers(
-    mix: str, place: str, made: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    mix: str, placement: str, made: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, model = made[mix]
     prompts = random_prompts([3, 20, 1, 40, 7])
     wanted = [greedy_tokens(model, prompt, 10) for prompt in prompts]
     formats = {f"{role}.weight": form for role, form in MIXES[mix][1].items()}
-    with caplog.at_level(logging.INFO, "flexbatch"), engine(path, tmp_path, place) as llm:
+    with caplog.at_level(logging.INFO, "flexbatch"), engine(path, tmp_path, placement) as llm:
         assert llm.engine_plan.model.prequantized == formats
         for tensor in llm.engine_plan.weight_plan.all_tensors:
             assert tensor.form == formats.get(tensor.spec.role, Form(16, tensor.group))

@@ -41,7 +41,7 @@ FILES: dict[str, tuple[str, dict[str, Any], dict[str, str], dict[str, Form]]] = 
     ),
 }  # fmt: skip
 """Name -> case, sizes, types of matrices by the ends of their names, and the forms of the roles that are kept."""
-PLACES = {"gpu": (100, 0), "disk": (0, 0), "cpu": (0, 100), "mixed": (30, 40)}
+PLACEMENTS = {"gpu": (100, 0), "disk": (0, 0), "cpu": (0, 100), "mixed": (30, 40)}
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
 
 
@@ -74,20 +74,22 @@ def make_file(folder: Path, name: str, **options: Any) -> tuple[Path, Any]:
 
 
 @pytest.mark.parametrize(
-    "name, place",
+    "name, placement",
     [
-        pytest.param(name, place, marks=() if (name, place) in (("gpt-oss", "disk"), ("qwen3moe", "gpu")) else slow)
+        pytest.param(
+            name, placement, marks=() if (name, placement) in (("gpt-oss", "disk"), ("qwen3moe", "gpu")) else slow
+        )
         for slow in (pytest.mark.slow,)
         for name in FILES
-        for place in PLACES
+        for placement in PLACEMENTS
     ],
 )
-def test_tokens_equal_transformers(name: str, place: str, tmp_path: Path) -> None:
+def test_tokens_equal_transformers(name: str, placement: str, tmp_path: Path) -> None:
     path, model = make_file(tmp_path, name)
     prompts = random_prompts([3, 20, 1, 40])
     wanted = [greedy_tokens(model, prompt, 8) for prompt in prompts]
     engine = {"gpu_batch_size": 2, "num_gpu_batches": 2, "device": "cpu", "gpu_memory": "1GiB", "cpu_memory": "1GiB"}
-    percent = PLACES[place] + (100, 0, 100, 0)
+    percent = PLACEMENTS[placement] + (100, 0, 100, 0)
     with LLM(str(path), percent=percent, offload_dir=str(tmp_path / "off"), **engine) as llm:
         kept = {re.sub(r"experts\.\d+\.", "", role): form for role, form in llm.engine_plan.model.prequantized.items()}
         assert kept == {f"{role}.weight": form for role, form in FILES[name][3].items()}

@@ -47,13 +47,18 @@ def test_greedy_tokens_equal_transformers(family, weights, cache, micro_batches,
     assert run(model, tmp_path, cell) == model.token_ids
 
 
-@pytest.mark.parametrize(("bits", "place"), QUANTIZED)
-def test_a_quantized_cache_gives_the_same_tokens_wherever_it_lies(bits, place, reference, tmp_path):
+@pytest.mark.parametrize(("bits", "placement"), QUANTIZED)
+def test_a_quantized_cache_gives_the_same_tokens_wherever_it_lies(bits, placement, reference, tmp_path):
     """With chunks of a prompt and with speculation, too."""
     model, found = reference("deepseek_v3"), []
     prompts = model.prompts[2:7]
     for index, (where, settings) in enumerate(
-        (("gpu", {}), (place, {}), (place, {"prefill_chunk": 7}), ("gpu", {"draft": ("ngram",), "tree": "<2,1>"}))
+        (
+            ("gpu", {}),
+            (placement, {}),
+            (placement, {"prefill_chunk": 7}),
+            ("gpu", {"draft": ("ngram",), "tree": "<2,1>"}),
+        )
     ):
         with engine(model, tmp_path / str(index), where, cache_bits=bits, **settings) as llm:
             found.append(tokens(llm, prompts))
@@ -61,11 +66,11 @@ def test_a_quantized_cache_gives_the_same_tokens_wherever_it_lies(bits, place, r
     assert found[0] == found[1] == found[2] == found[3]
 
 
-@pytest.mark.parametrize(("bits", "place"), QUANTIZED)
-def test_quantized_weights_give_the_same_tokens_wherever_they_lie(bits, place, reference, tmp_path):
+@pytest.mark.parametrize(("bits", "placement"), QUANTIZED)
+def test_quantized_weights_give_the_same_tokens_wherever_they_lie(bits, placement, reference, tmp_path):
     """All matrices of attention have these bits, those that lead out of the latent's space as well."""
     model, found = reference("deepseek_v2"), []
-    for where in ("gpu", place):
+    for where in ("gpu", placement):
         with engine(model, tmp_path / where, where, weight_bits=bits) as llm:
             found.append(tokens(llm, model.prompts[2:7]))
             placed = {t.spec.role: t.bits for t in llm.weights.plan.all_tensors}
@@ -74,12 +79,12 @@ def test_quantized_weights_give_the_same_tokens_wherever_they_lie(bits, place, r
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(("family", "draft", "place", "tree"), SPECULATIVE)
-def test_speculation_has_the_tokens_of_plain_decoding(family, draft, place, tree, reference, tmp_path):
+@pytest.mark.parametrize(("family", "draft", "placement", "tree"), SPECULATIVE)
+def test_speculation_has_the_tokens_of_plain_decoding(family, draft, placement, tree, reference, tmp_path):
     """Latent attention verifies trees, and drafts."""
     model = reference(family)
     drafts = {"itself": str(model.folder), "ngram": "ngram", "llama": str(reference("llama").folder)}
-    with engine(model, tmp_path, place, draft=(drafts[draft],), tree=tree) as llm:
+    with engine(model, tmp_path, placement, draft=(drafts[draft],), tree=tree) as llm:
         assert tokens(llm, model.prompts[:7]) == model.token_ids[:7]
 
 

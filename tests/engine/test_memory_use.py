@@ -88,11 +88,11 @@ class Everywhere(LiveBytes):
 
 
 @pytest.mark.parametrize(
-    ("place", "draft"),
+    ("placement", "draft"),
     grid([RESIDENT, (100, 0, 0, 100, 100, 0)], [{}, {"draft": ("ngram",), "tree": "best-first:30"}]),
     ids=str,
 )
-def test_long_contexts_and_trees_stay_within_their_plan(place, draft, monkeypatch, tmp_path):
+def test_long_contexts_and_trees_stay_within_their_plan(placement, draft, monkeypatch, tmp_path):
     """Small heads in number, so that partial results and rotary tables are what a run takes most of."""
     make_model(
         "llama",
@@ -107,12 +107,12 @@ def test_long_contexts_and_trees_stay_within_their_plan(place, draft, monkeypatc
         "gpu_batch_size": 4,
         "num_gpu_batches": 2,
         "prefill_chunk": 64,
-        "cpu_attention": 0.0 if place is RESIDENT else 1.0,
+        "cpu_attention": 0.0 if placement is RESIDENT else 1.0,
     }
     budgets: dict[str, Any] = {"gpu_memory": "1GiB", "cpu_memory": "1GiB", "offload_dir": str(tmp_path)}
     bytes_ = Everywhere(monkeypatch)
     with LLM(
-        str(tmp_path / "model"), device="cpu", dtype="float32", percent=place, **settings, **budgets, **draft
+        str(tmp_path / "model"), device="cpu", dtype="float32", percent=placement, **settings, **budgets, **draft
     ) as llm:
         with bytes_:
             llm.generate(
@@ -229,7 +229,7 @@ def test_what_children_were_drawn_from_is_planned(monkeypatch, tmp_path):
     def watched(self: DraftModel, *arguments: Any) -> Any:
         trees = draft(self, *arguments)
         kept.append(
-            sum(x.untyped_storage().nbytes() for places in self.distributions.values() for x in places.values())
+            sum(x.untyped_storage().nbytes() for placements in self.distributions.values() for x in placements.values())
         )
         return trees
 

@@ -15,7 +15,7 @@ from flexbatch.execution import diagnosis
 from flexbatch.run import main as run
 from flexbatch.speculative.tree import ROOT, TokenTree, TreeShape
 from flexbatch.validation.errors import ConfigurationError
-from tests.speculative.engines import PLACES, Scripted, engine, flags_of, rest_of
+from tests.speculative.engines import PLACEMENTS, Scripted, engine, flags_of, rest_of
 from tests.tiny_models import VOCAB, make_model, random_prompts
 
 POISON = 77
@@ -60,8 +60,8 @@ def poison(model) -> None:
     model.model.embed_tokens.weight[POISON] = math.nan
 
 
-def start(folder, tmp_path, place: str = "gpu", **settings) -> LLM:
-    return engine(folder, tmp_path, place, **{"prefill_chunk": 24, **settings})
+def start(folder, tmp_path, placement: str = "gpu", **settings) -> LLM:
+    return engine(folder, tmp_path, placement, **{"prefill_chunk": 24, **settings})
 
 
 def outcome(completions) -> list:
@@ -69,25 +69,25 @@ def outcome(completions) -> list:
 
 
 @pytest.mark.parametrize(
-    ("place", "draft", "kinds"),
+    ("placement", "draft", "kinds"),
     [
         pytest.param("gpu", ("ngram",), ["greedy"]),
         pytest.param("cpu", None, ["sampled"]),
         pytest.param("disk", None, ["logprobs"]),
         pytest.param("mixed", ("ngram",), ["restricted"]),
         *(
-            pytest.param(place, draft, list(KINDS), marks=pytest.mark.slow)
-            for place in PLACES
+            pytest.param(placement, draft, list(KINDS), marks=pytest.mark.slow)
+            for placement in PLACEMENTS
             for draft in (None, ("ngram",))
         ),
     ],
     ids=str,
 )
-def test_only_the_request_that_meets_it_fails(place, draft, kinds, broken, tmp_path):
+def test_only_the_request_that_meets_it_fails(placement, draft, kinds, broken, tmp_path):
     """Prompts that begin alike share pages; the poison of one makes NaN of masked places before it, too, and so of what
     the others read."""
     folder = broken(poison, "embedding")
-    with start(folder, tmp_path, place, draft=draft) as llm:
+    with start(folder, tmp_path, placement, draft=draft) as llm:
         for kind in kinds:
             more = KINDS[kind]
             params = SamplingParams(max_tokens=6, ignore_eos=True, **more)
@@ -118,9 +118,9 @@ def test_only_the_request_that_meets_it_fails(place, draft, kinds, broken, tmp_p
         assert [streamed[index].finish_reason == "error" for index in range(len(PROMPTS))] == BAD
 
 
-@pytest.mark.parametrize("place", ["gpu", "mixed"])
-def test_scored_prompts(place, broken, tmp_path):
-    with start(broken(poison, "embedding"), tmp_path, place) as llm:
+@pytest.mark.parametrize("placement", ["gpu", "mixed"])
+def test_scored_prompts(placement, broken, tmp_path):
+    with start(broken(poison, "embedding"), tmp_path, placement) as llm:
         completions = llm.generate(PROMPTS, SamplingParams(max_tokens=0, prompt_logprobs=1))
         # The last token of a prompt is predicted and not read, so that its own embedding does not matter.
         assert [completion.finish_reason == "error" for completion in completions] == [
@@ -158,7 +158,7 @@ def test_the_layer_of_doubt_is_named(where, broken, tmp_path):
     change, said = LAYERS[where]
     for settings in (
         {},
-        {"place": "mixed", "weight_bits": 8 if where == "layer 1" else 16},
+        {"placement": "mixed", "weight_bits": 8 if where == "layer 1" else 16},
         {"draft": ("ngram",), "overlap": False},
     ):
         with start(broken(change, where), tmp_path, **settings) as llm:
@@ -188,13 +188,13 @@ def test_float16_overflow(broken, tmp_path):
         )
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_a_drafted_token_that_is_poison_breaks_nothing(place, broken, tmp_path):
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_drafted_token_that_is_poison_breaks_nothing(placement, broken, tmp_path):
     folder = broken(poison, "embedding")
     params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, suppress_tokens=[POISON])
-    with start(folder, tmp_path, place) as llm:
+    with start(folder, tmp_path, placement) as llm:
         plain = outcome(llm.generate(CLEAN, params))
-    with start(folder, tmp_path, place, draft=("ngram",), tree="<2,1,1>") as llm:
+    with start(folder, tmp_path, placement, draft=("ngram",), tree="<2,1,1>") as llm:
 
         def tree(sequence, depth):
             rest = rest_of(sequence, CLEAN, plain)
@@ -256,10 +256,10 @@ def test_barred_tokens_are_never_drawn(temperature, draft, broken, tmp_path):
         completions = llm.generate(CLEAN, params)
         llm.runner.check()
     assert [completion.finish_reason for completion in completions] == ["error", "error", "length", "error", "length"]
-    for index, place in ((0, 1), (1, 1), (3, 3)):
+    for index, placement in ((0, 1), (1, 1), (3, 3)):
         assert (
             completions[index].error == f"prompt {index}: bias, suppressed words and other constraints bar every token "
-            f"as generated token {place}"
+            f"as generated token {placement}"
         )
     assert set(completions[2].token_ids) <= set(two) and all(
         math.isfinite(e.logprob) for step in completions[2].logprobs for e in step.values()
@@ -297,7 +297,7 @@ def test_without_free_pages_the_layer_stays_unknown(broken, tmp_path, monkeypatc
 def test_the_command_ends_with_row_errors(broken, tmp_path, capsys):
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps(PROMPTS))
-    settings = {"device": "cpu", "gpu_memory": "1GiB", "cpu_memory": "1GiB", "percent": PLACES["gpu"]}
+    settings = {"device": "cpu", "gpu_memory": "1GiB", "cpu_memory": "1GiB", "percent": PLACEMENTS["gpu"]}
     flags = flags_of(broken(poison, "embedding"), {**settings, "gpu_batch_size": 3, "num_gpu_batches": 2})
     assert run([*flags, "--prompts", str(prompts), "--json", "--max-tokens", "2"]) == 3
     lines = json.loads(capsys.readouterr().out)["completions"]

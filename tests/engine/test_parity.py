@@ -79,7 +79,7 @@ def pairwise() -> list[tuple[str, tuple]]:
 
 
 PAIRWISE = pairwise()
-QUICK = [PAIRWISE[place] for place in covering([(family, *cell) for family, cell in PAIRWISE])]
+QUICK = [PAIRWISE[placement] for placement in covering([(family, *cell) for family, cell in PAIRWISE])]
 """Every value of every axis, and every family: the slow run has all the pairs."""
 
 

@@ -19,7 +19,7 @@ from tests.quantized_writer import KINDS, SIZES, write_model
 from tests.tiny_models import greedy_tokens, make_tokenizer, random_prompts
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
-PLACES = ((100, 0), (0, 100), (30, 40))
+PLACEMENTS = ((100, 0), (0, 100), (30, 40))
 
 
 def made(name: str, folder: Path) -> Any:
@@ -46,7 +46,9 @@ NAMES = (
 )
 
 
-@pytest.mark.parametrize(("name", "percent"), sampled([(name, PLACES[place]) for name in NAMES for place in range(3)]))
+@pytest.mark.parametrize(
+    ("name", "percent"), sampled([(name, PLACEMENTS[placement]) for name in NAMES for placement in range(3)])
+)
 @torch.no_grad()
 def test_tokens_are_those_of_the_weights_that_are_meant(name: str, percent: tuple[int, int], tmp_path: Path) -> None:
     """In float32, where scales are exact; a second start takes what the first one filed."""

@@ -75,27 +75,29 @@ def random_split(rng: random.Random) -> tuple[float, float]:
 def random_settings(rng: random.Random, folder: Path, latent: bool) -> dict[str, Any]:
     bits = {"weight_bits": rng.choice([16, 16, 8, 4]), "cache_bits": rng.choice([16, 16, 8, 4])}
     if rng.random() < 0.3:  # the policy is chosen, for little memory
-        places: dict[str, Any] = {
+        placements: dict[str, Any] = {
             "gpu_memory": f"{rng.choice([3, 4, 9, 200]) + 3 * latent}MiB",
             "cpu_memory": f"{rng.choice([1, 2, 4])}MiB",
         }
     else:
-        places = ROOMY | {
+        placements = ROOMY | {
             "percent": random_split(rng) + random_split(rng) + random_split(rng),
             "cpu_attention": rng.choice([0, 0, 0.3, 1.0]) * (not latent),
         }
-        places |= {
+        placements |= {
             "gpu_batch_size": rng.randint(1, 6),
             "num_gpu_batches": rng.randint(1, 4),
             "prefill_chunk": rng.choice([1, 16, 33, 512]),
         }
-        places |= {"prefill_budget": rng.choice([None, 7, 40]), "overlap": rng.random() < 0.8}
-    if places["gpu_memory"] in ("1GiB", "200MiB", "203MiB") and rng.random() < 0.5:
+        placements |= {"prefill_budget": rng.choice([None, 7, 40]), "overlap": rng.random() < 0.8}
+    if placements["gpu_memory"] in ("1GiB", "200MiB", "203MiB") and rng.random() < 0.5:
         draft = rng.choice([("ngram",), (str(folder),), (str(folder), "ngram")])
         return (
-            bits | places | {"draft": draft, "tree": rng.choice(["auto", "auto", "chain:3", "<2,1,1>", "best-first:6"])}
+            bits
+            | placements
+            | {"draft": draft, "tree": rng.choice(["auto", "auto", "chain:3", "<2,1,1>", "best-first:6"])}
         )
-    return bits | places
+    return bits | placements
 
 
 def tokens(completions: Any) -> list[Any]:

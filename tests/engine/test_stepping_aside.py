@@ -19,7 +19,7 @@ from flexbatch.validation.errors import ConfigurationError
 from tests.execution.test_answer_lengths import ended
 from tests.tiny_models import VOCAB, random_prompts
 
-PLACES: dict[str, dict[str, Any]] = {
+PLACEMENTS: dict[str, dict[str, Any]] = {
     "gpu": {"percent": (100, 0, 100, 0, 100, 0)},
     "mixed": {"percent": (50, 30, 30, 40, 50, 20), "cpu_attention": 0.5},
     "disk": {"percent": (100, 0, 0, 0, 100, 0), "num_gpu_batches": 1},
@@ -55,8 +55,11 @@ def requests() -> tuple[list[list[int]], list[SamplingParams]]:
 def told(completions: Any) -> list[Any]:
     def one(completion: Any) -> Any:
         scores = [
-            [None if place is None else {token: entry.rank for token, entry in place.items()} for place in places or []]
-            for places in (completion.logprobs, completion.prompt_logprobs)
+            [
+                None if placement is None else {token: entry.rank for token, entry in placement.items()}
+                for placement in placements or []
+            ]
+            for placements in (completion.logprobs, completion.prompt_logprobs)
         ]
         return completion.token_ids, completion.text, completion.finish_reason, completion.error, scores
 
@@ -95,11 +98,14 @@ def teach(llm: LLM, length: int = 3) -> None:
 
 
 @pytest.mark.parametrize(
-    "place",
-    [pytest.param(place, marks=[pytest.mark.slow] if place in ("disk", "4 bits gpu") else []) for place in PLACES],
+    "placement",
+    [
+        pytest.param(placement, marks=[pytest.mark.slow] if placement in ("disk", "4 bits gpu") else [])
+        for placement in PLACEMENTS
+    ],
 )
-def test_tokens_are_those_of_a_run_that_reserves_all(place, reference, tmp_path, forced):
-    folder, job, settings = str(reference("llama").folder), requests(), {**SETTINGS, **PLACES[place]}
+def test_tokens_are_those_of_a_run_that_reserves_all(placement, reference, tmp_path, forced):
+    folder, job, settings = str(reference("llama").folder), requests(), {**SETTINGS, **PLACEMENTS[placement]}
     roomy = {"gpu_memory": "1GiB", "cpu_memory": "1GiB"}
     with LLM(folder, **settings, **roomy, reserve="all", offload_dir=str(tmp_path / "all")) as llm:
         wanted = told(llm.generate(*job))
@@ -119,11 +125,12 @@ def test_tokens_are_those_of_a_run_that_reserves_all(place, reference, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "place", [pytest.param(place, marks=[pytest.mark.slow] if place in SLOW else []) for place in PLACES]
+    "placement",
+    [pytest.param(placement, marks=[pytest.mark.slow] if placement in SLOW else []) for placement in PLACEMENTS],
 )
-def test_a_cache_that_is_too_small_for_all_gives_the_same_tokens(place, reference, tmp_path):
+def test_a_cache_that_is_too_small_for_all_gives_the_same_tokens(placement, reference, tmp_path):
     """Pages for a third of what twelve may reach: sequences step aside because they have to, and the budgets hold."""
-    folder, settings = str(reference("llama").folder), {**SETTINGS, **PLACES[place]}
+    folder, settings = str(reference("llama").folder), {**SETTINGS, **PLACEMENTS[placement]}
     prompts, params = requests()
     # They might end early, for all that is known, and do not.
     job = (
@@ -159,7 +166,7 @@ def test_a_cache_that_is_too_small_for_all_gives_the_same_tokens(place, referenc
 def test_requests_come_and_go_while_others_are_aside(reference, tmp_path, forced):
     """With step(): some are given up while they run or are aside, their pages are free, and nobody else sees it."""
     folder, (prompts, params) = str(reference("llama").folder), requests()
-    settings = {**SETTINGS, **PLACES["mixed"], "gpu_memory": "1GiB", "cpu_memory": "1GiB"}
+    settings = {**SETTINGS, **PLACEMENTS["mixed"], "gpu_memory": "1GiB", "cpu_memory": "1GiB"}
     with LLM(folder, **settings, offload_dir=str(tmp_path)) as llm:
         llm._loop.lengths.reserve = "all"
         wanted = told(llm.generate(prompts, params))
@@ -189,7 +196,7 @@ def test_requests_come_and_go_while_others_are_aside(reference, tmp_path, forced
 def test_a_run_that_is_to_end_finishes_those_that_are_aside_too(reference, tmp_path, forced):
     """They have begun: the rest of a job would have to read and generate them once more."""
     folder, (prompts, params) = str(reference("llama").folder), requests()
-    settings = {**SETTINGS, **PLACES["mixed"], "gpu_batch_size": 2, "gpu_memory": "1GiB", "cpu_memory": "1GiB"}
+    settings = {**SETTINGS, **PLACEMENTS["mixed"], "gpu_batch_size": 2, "gpu_memory": "1GiB", "cpu_memory": "1GiB"}
     with LLM(folder, **settings, offload_dir=str(tmp_path)) as llm:
         teach(llm)
         keys = [llm.add_request(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
@@ -269,7 +276,7 @@ def test_what_a_smaller_block_does_not_take_waits_for_its_turn(reference, tmp_pa
     """Sequences that a block has left wait in the next one, and in the one after that: those that were still waiting
     when it was replaced were lost, and a job waited for them forever."""
     folder, (prompts, params) = str(reference("llama").folder), requests()
-    roomy = {**SETTINGS, **PLACES["gpu"], "gpu_memory": "1GiB", "cpu_memory": "1GiB", "offload_dir": str(tmp_path)}
+    roomy = {**SETTINGS, **PLACEMENTS["gpu"], "gpu_memory": "1GiB", "cpu_memory": "1GiB", "offload_dir": str(tmp_path)}
     with LLM(folder, **roomy, reserve="all") as llm:
         wanted = told(llm.generate(prompts, params))
     with LLM(folder, **roomy) as llm:

@@ -15,7 +15,7 @@ from flexbatch.planner.capacity import PEEKED_BLOCKS
 from flexbatch.text.prompts import PromptError
 from tests.tiny_models import make_model, random_prompts
 
-PLACES = {
+PLACEMENTS = {
     "gpu": (100, 0, 100, 0, 100, 0),
     "cpu": (100, 0, 0, 100, 100, 0),
     "disk": (100, 0, 0, 0, 100, 0),
@@ -43,9 +43,13 @@ def checked(monkeypatch) -> list[Scheduler]:
     return found
 
 
-def engine(folder, tmp_path, place: str = "gpu", **settings) -> LLM:
+def engine(folder, tmp_path, placement: str = "gpu", **settings) -> LLM:
     return LLM(
-        str(folder), percent=PLACES[place], device="cpu", offload_dir=str(tmp_path), **{**BLOCK, **BUDGETS, **settings}
+        str(folder),
+        percent=PLACEMENTS[placement],
+        device="cpu",
+        offload_dir=str(tmp_path),
+        **{**BLOCK, **BUDGETS, **settings},
     )
 
 
@@ -72,20 +76,20 @@ QUICK = [("gpu", 2), ("cpu", 0), ("disk", 3), ("mixed", 1)]
 
 
 @pytest.mark.parametrize(
-    ("place", "settings"),
+    ("placement", "settings"),
     [
-        pytest.param(place, settings, marks=() if (place, index) in QUICK else pytest.mark.slow)
-        for place in PLACES
+        pytest.param(placement, settings, marks=() if (placement, index) in QUICK else pytest.mark.slow)
+        for placement in PLACEMENTS
         for index, settings in enumerate(EXTRAS)
     ],
     ids=str,
 )
 def test_longer_requests_share_the_block_as_far_as_pages_and_staging_go(
-    place, settings, longer, reference, tmp_path, checked
+    placement, settings, longer, reference, tmp_path, checked
 ):
     """The pools hold them, and staging holds one or two in each micro-batch."""
     prompts, expected = longer
-    with engine(reference("llama").folder, tmp_path, place, **settings) as llm:
+    with engine(reference("llama").folder, tmp_path, placement, **settings) as llm:
         found = dict(llm.stream(items(prompts)))
         llm.runner.check()
     assert not any(completion.error for completion in found.values())
@@ -102,10 +106,10 @@ def outgrowing(reference, tmp_path_factory) -> tuple[list[list[int]], list[list[
         return prompts, [completion.token_ids for completion in llm.generate(prompts, PARAMS)]
 
 
-@pytest.mark.parametrize("place", [pytest.param("gpu", marks=pytest.mark.slow), "cpu", "disk", "mixed"])
-def test_a_request_that_outgrows_the_block_gets_a_larger_one(place, outgrowing, reference, tmp_path, checked):
+@pytest.mark.parametrize("placement", [pytest.param("gpu", marks=pytest.mark.slow), "cpu", "disk", "mixed"])
+def test_a_request_that_outgrows_the_block_gets_a_larger_one(placement, outgrowing, reference, tmp_path, checked):
     prompts, expected = outgrowing
-    with engine(reference("llama").folder, tmp_path, place) as llm:
+    with engine(reference("llama").folder, tmp_path, placement) as llm:
         found = dict(llm.stream(items(prompts)))
         llm.runner.check()
         assert llm.report()["requests"] == len(prompts)
@@ -127,7 +131,7 @@ def roomy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("roomy")
     make_model("llama", folder, max_position_embeddings=2048)
     memory = LLM.plan(
-        EngineConfig(model=str(folder), percent=PLACES["gpu"], device="cpu", **BLOCK, **SETTLED, **BUDGETS),
+        EngineConfig(model=str(folder), percent=PLACEMENTS["gpu"], device="cpu", **BLOCK, **SETTLED, **BUDGETS),
         Job((900,), (900,)),
     )["memory"]
     return folder, sum(need["num_bytes"] for need in memory if need["tier"] == "gpu")

@@ -15,7 +15,7 @@ import pytest
 from flexbatch import LLM, SamplingParams, StructuredOutputsParams
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.request import Completion
-from tests.engine.test_structured import BLOCK, PLACES, fits, form
+from tests.engine.test_structured import BLOCK, PLACEMENTS, fits, form
 
 pytest.importorskip("llguidance")
 pytest.importorskip("jsonschema")
@@ -40,14 +40,14 @@ OTHERS = (
 )
 """Beside them in the block: other kinds of forms, and an answer without one."""
 PREFIX = "def shared(prefix, of, some, pages):\n    return [prefix, of, some, pages]\n\n"
-DISK = {"percent": PLACES["disk"]}
+DISK = {"percent": PLACEMENTS["disk"]}
 WAYS: dict[str, tuple[dict[str, Any], bool]] = {
     "aside": ({}, True),
     "tree, aside": ({"draft": "demo-draft", "tree": "<2,2,1>"}, True),
     "tree": ({"draft": "demo-draft", "tree": "<3,1>"}, False),
     "n-grams, aside": ({"draft": "ngram"}, True),
-    "cpu, aside": ({"percent": PLACES["cpu"], "cpu_attention": 1.0}, True),
-    "cpu, half of it computed there": ({"percent": PLACES["cpu"], "cpu_attention": 0.5}, False),
+    "cpu, aside": ({"percent": PLACEMENTS["cpu"], "cpu_attention": 1.0}, True),
+    "cpu, half of it computed there": ({"percent": PLACEMENTS["cpu"], "cpu_attention": 0.5}, False),
     "disk": (DISK, False),
     "disk, tree": ({**DISK, "draft": "demo-draft", "tree": "<2,1>"}, False),
     "chunks of prompts": ({"prefill_chunk": 16, "prefill_budget": 48}, True),
@@ -77,7 +77,7 @@ def disturb(monkeypatch: pytest.MonkeyPatch, stays: float = 0.3) -> list[int]:
 
 def run(settings: dict[str, Any], tokens: int = 24) -> list[Completion]:
     forms = [*map(form, NAMES), *OTHERS]
-    prompts = [f"{PREFIX}# {kind} {place}" for kind in KINDS for place in range(len(forms))]
+    prompts = [f"{PREFIX}# {kind} {placement}" for kind in KINDS for placement in range(len(forms))]
     common = {"max_tokens": tokens, "temperature": 1.0}
     wanted = [
         SamplingParams(**{**common, **params, "structured_outputs": each})
@@ -104,9 +104,9 @@ def told(completion: Completion) -> list[Any]:
 
 
 def compare(found: list[Completion], wanted: list[Completion]) -> None:
-    for place, (one, other) in enumerate(zip(found, wanted, strict=True)):
+    for placement, (one, other) in enumerate(zip(found, wanted, strict=True)):
         for (*mine, logprobs), (*theirs, expected) in zip(told(one), told(other), strict=True):
-            assert mine == theirs, place
+            assert mine == theirs, placement
             assert [step.keys() for step in logprobs] == [step.keys() for step in expected]
             for step, right in zip(logprobs, expected, strict=True):
                 assert all(abs(step[token] - right[token]) < 2e-3 for token in right)

@@ -158,8 +158,8 @@ def test_a_stream_that_is_left_half_way(end, llm, wanted):
     check(llm, wanted)
 
 
-@pytest.mark.parametrize(("call", "place"), grid([*CALLS, "close"], ["on_tokens", "items", "on_finished"]))
-def test_a_call_out_of_a_run_is_refused_there(call, place, llm, wanted):
+@pytest.mark.parametrize(("call", "placement"), grid([*CALLS, "close"], ["on_tokens", "items", "on_finished"]))
+def test_a_call_out_of_a_run_is_refused_there(call, placement, llm, wanted):
     """It is an error of the callback, as any other that a callback raises: it ends the run, and the next call works."""
 
     def act(*arguments):
@@ -170,10 +170,10 @@ def test_a_call_out_of_a_run_is_refused_there(call, place, llm, wanted):
         act()
 
     with pytest.raises(EngineBusyError, match=f"{call} was called {OWN}"):
-        if place == "on_finished":
+        if placement == "on_finished":
             llm.generate(PROMPTS, GREEDY, on_finished=act)
         else:
-            list(llm.stream(acting() if place == "items" else items(), act if place == "on_tokens" else None))
+            list(llm.stream(acting() if placement == "items" else items(), act if placement == "on_tokens" else None))
     check(llm, wanted)
 
 
@@ -192,14 +192,14 @@ def test_a_callback_may_go_on_after_a_refusal(call, llm, wanted):
 
 
 @pytest.mark.parametrize(
-    ("place", "error"),
+    ("placement", "error"),
     grid(
         ["on_tokens", "items at once", "items later", "on_finished", "reader"],
         [KeyError("mine"), KeyboardInterrupt(), MemoryError()],
     ),
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_an_error_of_the_caller_comes_back_as_it_is(place, error, llm, wanted):
+def test_an_error_of_the_caller_comes_back_as_it_is(placement, error, llm, wanted):
     """While it is in hand the next call works."""
 
     def fail(*arguments):
@@ -210,11 +210,11 @@ def test_an_error_of_the_caller_comes_back_as_it_is(place, error, llm, wanted):
         raise error
 
     with pytest.raises(type(error)) as caught:
-        if place == "on_finished":
+        if placement == "on_finished":
             # Of several lengths, so that others are in flight when the first has finished.
             params = [SamplingParams(max_tokens=2 + 3 * (i % 2), ignore_eos=True) for i in range(len(PROMPTS))]
             llm.generate(PROMPTS, params, on_finished=fail)
-        elif place == "reader":
+        elif placement == "reader":
             stream = llm.stream(items())
             try:
                 for _ in stream:
@@ -222,8 +222,8 @@ def test_an_error_of_the_caller_comes_back_as_it_is(place, error, llm, wanted):
             finally:
                 stream.close()
         else:
-            source = items() if place == "on_tokens" else failing(0 if place == "items at once" else 9)
-            list(llm.stream(source, fail if place == "on_tokens" else None))
+            source = items() if placement == "on_tokens" else failing(0 if placement == "items at once" else 9)
+            list(llm.stream(source, fail if placement == "on_tokens" else None))
     assert caught.value is error
     check(llm, wanted)
 

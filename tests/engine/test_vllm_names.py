@@ -148,9 +148,9 @@ def test_logprobs_of_the_whole_vocabulary(llm, model):
     (prompt,) = random_prompts([12], seed=8)
     (found,) = greedy(llm, [prompt], max_tokens=3, logprobs=-1, prompt_logprobs=-1)
     logits = model(torch.tensor([prompt + found.token_ids])).logits[0].log_softmax(-1)
-    places = [*found.prompt_logprobs[1:], *found.logprobs]
-    assert found.prompt_logprobs[0] is None and len(places) == 14
-    for position, (entries, following) in enumerate(zip(places, (prompt + found.token_ids)[1:], strict=True)):
+    placements = [*found.prompt_logprobs[1:], *found.logprobs]
+    assert found.prompt_logprobs[0] is None and len(placements) == 14
+    for position, (entries, following) in enumerate(zip(placements, (prompt + found.token_ids)[1:], strict=True)):
         assert sorted(entries) == list(range(VOCAB)) and next(iter(entries)) == following
         values = torch.tensor([entries[token].logprob for token in range(VOCAB)])
         torch.testing.assert_close(values, logits[position], atol=1e-4, rtol=0)

@@ -210,8 +210,8 @@ def run_job(folder: Path, answers: list[int], reserve: str, lengths: AnswerLengt
             results = {}
             for query in work:
                 if query.first_logit < query.num_tokens:
-                    place = scheduler.running[query.sequence_id].num_output_tokens
-                    token = EOS if place + 1 == answers[query.sequence_id] else 7
+                    position = scheduler.running[query.sequence_id].num_output_tokens
+                    token = EOS if position + 1 == answers[query.sequence_id] else 7
                     results[query.sequence_id] = SampledTokens([token], [None])
             counted.passes += 1
             counted.sequence_passes += len(results)

@@ -78,7 +78,7 @@ def test_each_rule_is_that_of_transformers(text, size, words, biases, seed):
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(seed))
     history = torch.tensor([text])
     # transformers before 5.18 takes token 0 for no token here.
-    pairs = [[[token or 1 for token in word], float(place) - 2.0] for place, word in enumerate(biases)]
+    pairs = [[[token or 1 for token in word], float(position) - 2.0] for position, word in enumerate(biases)]
 
     def mine(**params):
         return adjust(logits, [state(text, (), params)], [()])

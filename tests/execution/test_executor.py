@@ -140,7 +140,7 @@ def test_the_link_does_not_wait_for_a_half_that_is_put_off(
 
 
 @pytest.mark.parametrize(
-    ("settings", "place"),
+    ("settings", "placement"),
     [
         pytest.param(MIXED, "read", id="mixed-read"),
         pytest.param(DISK, "write", id="disk-write"),
@@ -154,11 +154,11 @@ def test_a_failed_transfer_ends_its_job_and_no_other(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     settings: dict[str, Any],
-    place: str,
+    placement: str,
 ) -> None:
     """The error of a background thread is raised in the job that needed the transfer; the next job starts afresh,
     and closing raises nothing."""
-    work = getattr(DiskFile, place)
+    work = getattr(DiskFile, placement)
     with engine(folder, tmp_path, overlap=True, **settings) as llm:
         assert llm.weights is not None, "they are loaded before anything fails"
         for after in (3, 40):
@@ -170,14 +170,14 @@ def test_a_failed_transfer_ends_its_job_and_no_other(
                     raise OSError(5, "Input/output error")
                 work(self, *arguments)
 
-            monkeypatch.setattr(DiskFile, place, fail)
+            monkeypatch.setattr(DiskFile, placement, fail)
             with pytest.raises(OSError, match="Input/output error"):
                 tokens(llm)
             check(llm)
-        monkeypatch.setattr(DiskFile, place, fail)
+        monkeypatch.setattr(DiskFile, placement, fail)
         with pytest.raises(OSError, match="Input/output error"):
             tokens(llm)
-        monkeypatch.setattr(DiskFile, place, work)
+        monkeypatch.setattr(DiskFile, placement, work)
         assert tokens(llm) == expected
         check(llm)
 

@@ -128,11 +128,11 @@ def test_no_graphs_where_the_budget_has_no_room() -> None:
     assert [graphs.run(decode_inputs(4, 30, 16), hidden_of) for _ in range(3)] == [None] * 3 and not graphs.captured
 
 
-@pytest.mark.parametrize("most", [1, 2, MAX_GRAPHS])
-def test_graphs_come_and_go_without_a_trace_in_the_tokens(most: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("most", "family"), [(1, "llama"), (2, "gemma3"), (MAX_GRAPHS, "llama")])
+def test_graphs_come_and_go_without_a_trace_in_the_tokens(most: int, family: str, tmp_path: Path) -> None:
     """Blocks that shrink, a second job that is longer: its rotary tables are elsewhere, and no graph may read the
-    old ones."""
-    make_model("llama", tmp_path, max_position_embeddings=4096)
+    old ones. Layers with a window have pages of their own."""
+    make_model(family, tmp_path, max_position_embeddings=4096)
     settings: dict[str, Any] = {
         "percent": (100, 0, 100, 0, 100, 0),
         "gpu_batch_size": 6,
@@ -154,9 +154,11 @@ def test_graphs_come_and_go_without_a_trace_in_the_tokens(most: int, tmp_path: P
             llm.prepare(job, params[: len(job)])
             assert llm.runner is not None
             if llm.runner.executor.graphs is None:
-                llm.runner.executor.graphs = DecodeGraphs(torch.device("cpu"), 16, 4096, record, most)
+                ring = llm.runner.cache.ring
+                llm.runner.executor.graphs = DecodeGraphs(torch.device("cpu"), 16, 4096, record, most, ring=ring)
             assert [c.token_ids for c in llm.generate(job, params[: len(job)])] == wanted
             llm.runner.check()
             assert record.kept <= most
+        assert (llm.runner.cache.ring > 0) == (family == "gemma3")
         assert sum(graph.replays for graph in record.made) > 10
     assert record.kept == 0

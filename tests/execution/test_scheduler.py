@@ -106,11 +106,13 @@ def draw_tokens(work: PassBatch, chance: Any) -> dict[int, SampledTokens]:
     results = {}
     for query in work:
         if query.parents is not None:
-            path, place = [], 0
-            while (below := [i for i, parent in enumerate(query.parents) if parent == place]) and chance.random() < 0.7:
-                place = chance.choice(below)
-                path.append(place)
-            tokens = [*(query.token_ids[place] for place in path), EOS if chance.random() < 0.1 else 20]
+            path, position = [], 0
+            while (
+                below := [i for i, parent in enumerate(query.parents) if parent == position]
+            ) and chance.random() < 0.7:
+                position = chance.choice(below)
+                path.append(position)
+            tokens = [*(query.token_ids[position] for position in path), EOS if chance.random() < 0.1 else 20]
             results[query.sequence_id] = SampledTokens(tokens, [None] * len(tokens), path=tuple(path))
         elif query.first_logit < query.num_tokens:
             results[query.sequence_id] = SampledTokens([EOS if chance.random() < 0.1 else 20 + query.start % 5], [None])

@@ -46,9 +46,9 @@ COSTS = {
 }
 
 
-def token_at(index: int, place: int, length: int) -> int:
+def token_at(index: int, placement: int, length: int) -> int:
     """What a model would draw: its own text for every request, and EOS at its length."""
-    return EOS if place == length - 1 else 20 + (7 * index + place) % 50
+    return EOS if placement == length - 1 else 20 + (7 * index + placement) % 50
 
 
 def drawn(work: PassBatch, running: dict[int, Sequence], lengths: dict[int, int]) -> dict[int, SampledTokens]:
@@ -58,9 +58,11 @@ def drawn(work: PassBatch, running: dict[int, Sequence], lengths: dict[int, int]
         sequence = running[query.sequence_id]
         index = sequence.request.index
         if query.parents is not None or query.first_logit < query.num_tokens:
-            place = query.start + (1 if query.parents is not None else query.num_tokens) - sequence.num_prompt_tokens
-            assert place == sequence.num_output_tokens, "a token is drawn twice, or one is left out"
-            results[query.sequence_id] = SampledTokens([token_at(index, place, lengths[index])], [None])
+            placement = (
+                query.start + (1 if query.parents is not None else query.num_tokens) - sequence.num_prompt_tokens
+            )
+            assert placement == sequence.num_output_tokens, "a token is drawn twice, or one is left out"
+            results[query.sequence_id] = SampledTokens([token_at(index, placement, lengths[index])], [None])
     return results
 
 
@@ -224,8 +226,10 @@ class SteppingAside(RuleBasedStateMachine):
         sequence = self.scheduler.running[query.sequence_id]
         prompt = tuple(sequence.request.prompt_token_ids)
         keys = [
-            hash(prompt[: place + 1]) if place < len(prompt) else hash((sequence.request.index, place, "output"))
-            for place in range(start, end)
+            hash(prompt[: placement + 1])
+            if placement < len(prompt)
+            else hash((sequence.request.index, placement, "output"))
+            for placement in range(start, end)
         ]
         return torch.tensor([key % 251 for key in keys], dtype=torch.uint8)[:, None].expand(
             -1, self.cache.layout.token_bytes
@@ -277,7 +281,7 @@ class SteppingAsideQuantized(SteppingAside):
     bits = 4
 
 
-@pytest.mark.parametrize("how", ["abort", "step aside", "step aside in place"])
+@pytest.mark.parametrize("how", ["abort", "step aside", "step aside in placement"])
 def test_nobody_waits_for_a_prompt_that_is_read_no_longer(tmp_path: Path, how: str) -> None:
     """The first fills pages that the second shares; it goes before it has."""
     policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 2, 1, prefill_chunk=4)

@@ -151,6 +151,19 @@ def test_tokens_do_not_depend_on_their_company(device):
     assert torch.equal(whole[7:8], alone)
 
 
+def test_choices_of_experts_that_are_elsewhere_leave_the_others_alone(device):
+    """Their number is above those of all experts, and nobody computes them."""
+    gate_up, down = stack(FORMS["4 bits"], 64, 64, torch.float32, 1), stack(FORMS["4 bits"], 64, 32, torch.float32, 2)
+    tables = [stacks_of(scattered(each, [7], device)) for each in (gate_up, down)]
+    x, (chosen, _) = torch.randn(9, 64, device=device), routed("some", 9, 2)
+    elsewhere = (chosen == 1) | (chosen == 4)
+    every, few = (
+        expert_products.routed_rows(x, each.to(device), *tables, GatedActivation(), launch=SMALL).cpu().view(9, 2, -1)
+        for each in (chosen, torch.where(elsewhere, EXPERTS, chosen))
+    )
+    assert elsewhere.any() and torch.equal(few[~elsewhere], every[~elsewhere])
+
+
 def test_launches_go_by_the_tokens_of_an_expert():
     x = torch.ones(1, 1, dtype=torch.bfloat16)
     found = [expert_products.launch_of(128 * each, 128, 4, x).tokens for each in (1, 4, 16, 17, 64, 256, 1024)]

@@ -141,11 +141,11 @@ class Workspaces(TorchDispatchMode):
 def test_a_call_takes_no_more_than_is_planned_for_it(lengths, kv_heads, group, head_dim, threads, window):
     queries = [max(1, count) if i == 0 else count for i, (count, _) in enumerate(lengths)]
     contexts = [max(1, count) + prefix for count, (_, prefix) in zip(queries, lengths, strict=True)]
-    (query, rows, *places), options = Case(
+    (query, rows, *positions), options = Case(
         tuple(queries), tuple(contexts), kv_heads * group, kv_heads, head_dim, window=window
     ).build()
     with Workspaces() as seen:
-        native.paged_attention(query, rows, *places, **options, threads=threads)
+        native.paged_attention(query, rows, *positions, **options, threads=threads)
     planned = workspace_bytes(
         kv_heads * group, kv_heads, head_dim, len(queries), sum(queries), max(queries), max(contexts), threads
     )

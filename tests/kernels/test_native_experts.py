@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch.kernels import experts, mxfp4_reference, native, native_experts, reference
+from flexbatch.kernels.expert_codes import stacks_of
 from flexbatch.kernels.experts_reference import StoredExperts, StoredMatrices, expert_rows
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler")
@@ -119,12 +120,12 @@ def test_as_on_the_compute_device(form: str) -> None:
     x, random = torch.randn(40, hidden), torch.Generator().manual_seed(4)
     chosen = torch.rand(40, COUNT, generator=random).argsort(-1)[:, :3]
     shares = torch.rand(40, 3, generator=random)
-    units = [
-        [(0, torch.stack([matrices.dense(each, inputs, x) for each in range(COUNT)]))]
+    stacks = [
+        stacks_of([(0, torch.stack([matrices.dense(each, inputs, x) for each in range(COUNT)]))])
         for matrices, inputs in ((here.gate_up, hidden), (here.down, width))
     ]
     activate = partial(reference.clamped_gate, gain=1.702, limit=0.7)
-    wanted = experts.by_loop(x, chosen, shares, *units, activate, (here.gate_up_bias, here.down_bias))
+    wanted = experts.by_loop(x, chosen, shares, *stacks, activate, (here.gate_up_bias, here.down_bias))
     table, tokens = native_experts.ExpertTable.of(here, COUNT), torch.arange(40).repeat_interleave(3)
     rows = native_experts.expert_rows(x, tokens, chosen.flatten(), table)
     assert torch.allclose(experts.weighted(rows.view(40, 3, -1), shares), wanted, atol=1e-5, rtol=1e-5)

@@ -97,11 +97,43 @@ def test_a_fit_of_normal_weights_saves_a_sixth_of_the_squared_error():
     )
 
 
-def test_an_overflow_stays_visible_in_a_fit():
+def test_an_overflow_stays_visible_in_a_fit(triton_fit, device):
     x = torch.ones(2, 32)
     x[0, 3] = torch.inf
-    back = reference.dequantize(*reference.fit(x, 4, 16), 32, 4, 16)
-    assert not back[0, :16].isfinite().all() and torch.equal(back[1], x[1])
+    for codes, parameters in (reference.fit(x, 4, 16), triton_fit(x.to(device), 4, 16)):
+        back = reference.dequantize(codes.cpu(), parameters.cpu(), 32, 4, 16)
+        assert not back[0, :16].isfinite().all() and torch.equal(back[1], x[1])
+
+
+@pytest.fixture
+def triton_fit(device):
+    from flexbatch.kernels import quant_fit
+
+    return quant_fit.fit
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("shape", "group"), [shape for shape in SHAPES if len(shape[0]) == 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_fit_in_triton_is_as_good(triton_fit, device, dtype, shape, group, bits):
+    skip_interpreted(dtype, device)
+    x = values((5 * shape[0], shape[1]), dtype)
+    wanted, found = reference.fit(x, bits, group), [part.cpu() for part in triton_fit(x.to(device), bits, group)]
+    assert [(part.shape, part.dtype) for part in found] == [(part.shape, part.dtype) for part in wanted]
+    errors = [
+        squared_error(x.float(), (codes, parameters.float()), bits, group).sum(1)
+        for codes, parameters in (found, wanted)
+    ]
+    # A sum that rounds otherwise may lead one group to its neighbor's minimum.
+    assert torch.allclose(errors[0], errors[1], rtol=0.15, atol=1e-9)
+    assert abs(errors[0].sum() / errors[1].sum() - 1) < 5e-3
+    assert torch.equal(reference.dequantize(*found, shape[1], bits, group)[0], x[0]), (
+        "constant groups come back exactly"
+    )
+    near = (
+        reference.dequantize(*found, shape[1], bits, group) - reference.dequantize(*wanted, shape[1], bits, group)
+    ).abs()
+    assert (near > 1e-2 * x.float().std()).float().mean() < 0.02, "other codes in more than a few groups"
 
 
 def test_dequantize_into_a_slab(quant, device):

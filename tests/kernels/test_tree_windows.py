@@ -112,13 +112,13 @@ def assert_as_exact(
     """The oracle in float32 over the keys and values as the kernel expands them, to the dtype or to float32. A
     weight and a result may each be rounded to the dtype once: the error is that share of the weighted magnitudes of
     the values, and of the result. float32 itself rounds sums and exponentials."""
-    query, rows, *places = arguments
+    query, rows, *positions = arguments
     key, value = unrounded(rows, case)
     if not expanded_in_float32:
         key, value = (x.to(case.dtype).float() for x in (key, value))
     wide = options | {"bits": 16}
     exact, size = (
-        attention_reference.paged_attention(query.float(), torch.stack([key, each], 1), *places, **wide)
+        attention_reference.paged_attention(query.float(), torch.stack([key, each], 1), *positions, **wide)
         for each in (value, value.abs())
     )
     unit = torch.finfo(case.dtype).eps / 2 if case.dtype != torch.float32 else 0.0

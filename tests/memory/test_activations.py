@@ -39,8 +39,8 @@ def test_the_rows_of_a_pass_are_within_one_page_of_the_split(split: Split, token
     with open_store(split, len(tokens)) as store:
         store.plan(tokens)
         total = sum(tokens)
-        for place, (tier, part) in enumerate(zip(TIERS, split.fractions, strict=True)):
-            rows = sum(store.counts[k][place] for k in range(len(tokens)))
+        for position, (tier, part) in enumerate(zip(TIERS, split.fractions, strict=True)):
+            rows = sum(store.counts[k][position] for k in range(len(tokens)))
             assert abs(rows - part * total) <= PAGE_TOKENS + 1e-6
             assert store.realized_percent[tier] == pytest.approx(100 * rows / total)
         assert [sum(store.counts[k]) for k in range(len(tokens))] == tokens

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from flexbatch.memory import disk_cache
 from flexbatch.memory.disk_cache import DiskCache, aligned_empty
-from flexbatch.memory.pages import CacheLayout, PageTable
+from flexbatch.memory.pages import CacheLayout, SequencePages
 from flexbatch.memory.transfer import TransferQueues
 from flexbatch.policy.admission import CacheSizes
 from tests.memory.rigs import open_tiers
@@ -44,7 +44,7 @@ def rows_of(count: int, seed: int) -> torch.Tensor:
 
 
 def read(
-    cache: DiskCache, queues: TransferQueues, tables: list[tuple[PageTable, int]], layer: int
+    cache: DiskCache, queues: TransferQueues, tables: list[tuple[SequencePages, int]], layer: int
 ) -> list[torch.Tensor]:
     """Rows of every sequence, as the staging buffer gets them."""
     pages = torch.zeros(sum(LAYOUT.num_pages(count) for _, count in tables), LAYOUT.page_bytes, dtype=torch.uint8)
@@ -70,8 +70,8 @@ def test_rows_are_read_as_they_were_appended(
     next to each other or not."""
     with open_cache() as (cache, queues):
         tables = [
-            PageTable("disk", pages[:4], tail_slot=cache.open()),
-            PageTable("disk", pages[4:], tail_slot=cache.open()),
+            SequencePages("disk", tuple(pages[:4]), tail_slot=cache.open()),
+            SequencePages("disk", tuple(pages[4:]), tail_slot=cache.open()),
         ]
         known = [torch.empty(LAYERS, 0, LAYOUT.token_bytes, dtype=torch.uint8)] * 2
         for turn, (first, second) in enumerate(zip(chunks, other, strict=False)):
@@ -84,8 +84,10 @@ def test_rows_are_read_as_they_were_appended(
                 for layer in range(LAYERS):
                     cache.append(tables[i], layer, start, fresh[layer], drafted)
                     if path:
-                        cache.move(tables[i], layer, [start + count + place for place in path], start + count)
-                known[i] = torch.cat([known[i], fresh[:, :count], fresh[:, [count + place for place in path]]], dim=1)
+                        cache.move(tables[i], layer, [start + count + position for position in path], start + count)
+                known[i] = torch.cat(
+                    [known[i], fresh[:, :count], fresh[:, [count + position for position in path]]], dim=1
+                )
                 cache.check()
             for layer in range(LAYERS):
                 found = read(cache, queues, [(tables[i], known[i].shape[1]) for i in (1, 0)], layer)
@@ -98,8 +100,8 @@ def test_rows_are_read_as_they_were_appended(
 def test_a_shared_prefix_is_read_from_the_pages_of_another() -> None:
     with open_cache() as (cache, queues):
         first, second = (
-            PageTable("disk", [3, 4], tail_slot=cache.open()),
-            PageTable("disk", [3, 5], tail_slot=cache.open()),
+            SequencePages("disk", (3, 4), tail_slot=cache.open()),
+            SequencePages("disk", (3, 5), tail_slot=cache.open()),
         )
         prompt, end = rows_of(PAGE_TOKENS, 1), rows_of(2, 2)
         cache.append(first, 0, 0, prompt, 0)
@@ -122,7 +124,7 @@ def test_pages_that_are_whole_blocks_go_straight_to_their_place() -> None:
     assert layout.page_bytes == layout.disk_page_bytes == 4096
     with tempfile.TemporaryDirectory() as folder, open_tiers(Path(folder)) as (tiers, queues):
         cache = DiskCache(layout, CacheSizes(0, 0, PAGES, 0, 1, PAGE_TOKENS), tiers)
-        table = PageTable("disk", [2, 3, 4, 0], tail_slot=cache.open())
+        table = SequencePages("disk", (2, 3, 4, 0), tail_slot=cache.open())
         rows = torch.randint(0, 256, (14, layout.token_bytes), dtype=torch.uint8)
         cache.append(table, 0, 0, rows, 0)
         for pages_out in (aligned_empty(4 * layout.page_bytes), aligned_empty(4 * layout.page_bytes + 64)[64:]):
@@ -134,7 +136,7 @@ def test_pages_that_are_whole_blocks_go_straight_to_their_place() -> None:
 
 def test_a_tail_that_overflows_is_noticed() -> None:
     with open_cache(tail_tokens=PAGE_TOKENS) as (cache, _):
-        table = PageTable("disk", [0, 1], tail_slot=cache.open())
+        table = SequencePages("disk", (0, 1), tail_slot=cache.open())
         with pytest.raises(AssertionError, match="5 open tokens do not fit a tail of 4"):
             cache.append(table, 0, 0, rows_of(5, 0), keep=5)
 

@@ -22,8 +22,8 @@ from flexbatch.memory.files import (
     prepare_offload_dir,
     write_atomically,
 )
+from flexbatch.memory.slab_lease import slices
 from flexbatch.memory.tiers import HostArena
-from flexbatch.memory.weights import slices
 from flexbatch.policy.units import MIB
 
 

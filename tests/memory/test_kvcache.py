@@ -6,7 +6,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from flexbatch.memory.pages import CacheLayout, Gather, PageTable
 from flexbatch.memory.transfer import READY, FutureHandle
 from flexbatch.memory.uploads import Uploads
 from flexbatch.policy.admission import CacheSizes
+from flexbatch.policy.layer_window import LayerWindow, WindowSizes
 from tests.memory.rigs import dawdle, open_tiers
 
 LAYERS, PAGE_TOKENS, MAX_NODES = 2, 4, 5
@@ -35,6 +36,11 @@ SIZES = CacheSizes(
     disk_sequences=3,
     tail_tokens=2 * PAGE_TOKENS + MAX_NODES,
 )
+
+
+WINDOW = LayerWindow(5)
+WINDOWS = WindowSizes(ring=WINDOW.pages(1 + MAX_NODES, PAGE_TOKENS), quota=(8, 8, 8), pages=(10, 10, 10), staging=40)
+"""A pass may bring all of a text at once: no fewer pages than the other layers have are always enough."""
 
 
 def layout_of(bits: int) -> CacheLayout:
@@ -61,6 +67,8 @@ class CacheMachine(RuleBasedStateMachine):
     holds what its sharers would write."""
 
     bits = 16
+    window: LayerWindow | None = None
+    window_layers: tuple[bool, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,8 +76,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.context = open_tiers(Path(self.folder.name))
         self.tiers, self.queues = self.context.__enter__()
         dawdle(self.queues, 0, 0.006)
-        self.layout = layout_of(self.bits)
-        self.cache = KVCache(self.layout, SIZES, self.tiers, self.queues)
+        self.layout = replace(layout_of(self.bits), window=self.window, window_layers=self.window_layers)
+        sizes = replace(SIZES, windows=WINDOWS if self.window else None)
+        self.cache = KVCache(self.layout, sizes, self.tiers, self.queues)
         self.builder = InputBuilder(PAGE_TOKENS, Uploads(self.tiers.cpu, self.queues))
         self.texts: list[Text] = []
         self.generator = torch.Generator().manual_seed(0)
@@ -106,6 +115,10 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(chance=st.randoms(use_true_random=False))
     def run_pass(self, chance: Any) -> None:
         queries = []
+        for text in [text for text in self.texts if text.table.waits and self.cache.prefix_ready(text.table)]:
+            if not self.cache.attach_prefix(text.table):
+                self.texts.remove(text)
+                self.cache.free(text.table)
         for text in self.texts:
             start = text.table.num_tokens
             left = text.capacity - start
@@ -119,6 +132,7 @@ class CacheMachine(RuleBasedStateMachine):
                 nodes = chance.randint(1, MAX_NODES)
                 parents = (-1, *(chance.randrange(i) for i in range(1, nodes + 1)))
                 count = len(parents)
+            self.cache.hold(text.table, start + (count if count > 1 and parents is None else 1 + MAX_NODES))
             queries.append(
                 QueryTokens(id(text), (0,) * count, start, count, text.table.location, text.num_prompt_tokens, parents)
             )
@@ -130,25 +144,28 @@ class CacheMachine(RuleBasedStateMachine):
         inputs = self.builder.build(queries)
         self.cache.begin_pass(READY)
         fresh = {query: self.new_rows(self.text_of(query), query.start, query.num_tokens) for query in inputs.queries}
-        handle = READY if inputs.staged is None else self.cache.gather(inputs.staged.gather, 0, 0)
+        handle = self.gather(inputs, 0)
         for layer in range(LAYERS):
-            following = READY
-            if inputs.staged is not None and layer + 1 < LAYERS:
-                following = self.cache.gather(inputs.staged.gather, layer + 1, (layer + 1) % 2)
+            following = self.gather(inputs, layer + 1) if layer + 1 < LAYERS else READY
             new = torch.cat([fresh[query][layer] for query in inputs.queries])
             self.compute(inputs, layer, handle, new)
             handle = following
         self.commit(inputs.queries, fresh, chance)
 
+    def gather(self, inputs: MicroBatchInputs, layer: int) -> Any:
+        staged = inputs.groups(self.cache.windowed[layer]).staged
+        return READY if staged is None else self.cache.gather(staged.gather, layer, layer % 2)
+
     def compute(self, inputs: MicroBatchInputs, layer: int, gathered: Any, new: torch.Tensor) -> None:
         """Look for the rows that are in the cache, and write the new ones [num_tokens, token_bytes]."""
-        if inputs.gpu is not None:
-            group = inputs.gpu
+        groups = inputs.groups(self.cache.windowed[layer])
+        if groups.gpu is not None:
+            group = groups.gpu
             rows = self.as_bytes(self.cache.rows("gpu", layer))
             self.look(group, rows, [q for q in inputs.queries if q.pages.tier == "gpu"], layer)
             rows[group.slots] = new[group.start : group.end]
-        if inputs.staged is not None:
-            staged, group = inputs.staged, inputs.staged.attention
+        if groups.staged is not None:
+            staged, group = groups.staged, groups.staged.attention
             gathered.wait()
             rows = self.as_bytes(self.cache.staging_rows(layer % 2))
             self.look(group, rows, [q for q in inputs.queries if q.pages.tier != "gpu"], layer)
@@ -164,8 +181,13 @@ class CacheMachine(RuleBasedStateMachine):
 
     def look(self, group: Any, rows: torch.Tensor, queries: list[Any], layer: int) -> None:
         for table, query in zip(group.page_table, queries, strict=True):
-            slots = (table.long()[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)).flatten()[: query.start]
-            assert torch.equal(rows[slots], self.text_of(query).rows[layer, : query.start]), (
+            first = PAGE_TOKENS * query.pages.of(self.cache.windowed[layer]).first
+            seen = (
+                query.start - WINDOW.tokens + 1 if self.window is WINDOW else query.start // PAGE_TOKENS * PAGE_TOKENS
+            )
+            assert first == 0 or (self.window and first <= seen), (first, query.start)
+            slots = (table.long()[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)).flatten()[: query.start - first]
+            assert torch.equal(rows[slots], self.text_of(query).rows[layer, first : query.start]), (
                 query.pages.tier,
                 layer,
             )
@@ -177,14 +199,14 @@ class CacheMachine(RuleBasedStateMachine):
             text, rows = self.text_of(query), fresh[query]
             kept = range(query.num_tokens)
             if query.parents is not None:
-                path, place = [], 0
+                path, position = [], 0
                 while (
-                    below := [i for i, parent in enumerate(query.parents) if parent == place]
+                    below := [i for i, parent in enumerate(query.parents) if parent == position]
                 ) and chance.random() < 0.8:
-                    place = chance.choice(below)
-                    path.append(place)
+                    position = chance.choice(below)
+                    path.append(position)
                 path = path[: max(0, text.capacity - query.start - 1)]
-                accepted.append((text.table, query.start + 1, [query.start + place for place in path]))
+                accepted.append((text.table, query.start + 1, [query.start + position for position in path]))
                 kept = (0, *path)
             text.rows = torch.cat([text.rows, rows[:, list(kept)]], dim=1)
         keep_paths(self.cache, accepted)
@@ -196,7 +218,8 @@ class CacheMachine(RuleBasedStateMachine):
     def step_aside(self, tier: str, chance: Any) -> None:
         """Pages of one that has stepped aside may move on."""
         text = chance.choice([text for text in self.texts if text.table.num_tokens >= text.num_prompt_tokens])
-        if text.table.tier == tier or self.cache.pools[tier].num_available >= len(text.table.pages):
+        pages = len(text.table.pages)
+        if text.table.tier == tier or self.cache.has_room(tier, pages, self.cache.sizes.in_windows(pages)):
             text.table = park(self.cache, text.table, tier)
 
     @precondition(lambda self: any(text.table.parked for text in self.texts))
@@ -234,9 +257,26 @@ class QuantizedCacheMachine(CacheMachine):
     bits = 4
 
 
+class WindowedCacheMachine(CacheMachine):
+    """One layer of two keeps only its window."""
+
+    window = WINDOW
+    window_layers = (False, True)
+
+
+class AllWindowedCacheMachine(CacheMachine):
+    bits = 4
+    window = LayerWindow(4, chunked=True)
+    window_layers = (True, True)
+
+
 CacheMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
 QuantizedCacheMachine.TestCase.settings = settings(max_examples=8, stateful_step_count=15, deadline=None)
+WindowedCacheMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
+AllWindowedCacheMachine.TestCase.settings = settings(max_examples=8, stateful_step_count=20, deadline=None)
 TestCache = CacheMachine.TestCase
+TestWindowedCache = WindowedCacheMachine.TestCase
+TestAllWindowedCache = AllWindowedCacheMachine.TestCase
 TestQuantizedCache = QuantizedCacheMachine.TestCase
 
 
@@ -256,13 +296,15 @@ def test_pages_are_gathered_once_their_rows_are_home(tmp_path: Path, late: str) 
                 0, rows["cpu"], torch.tensor(tables["cpu"].location.slots(0, PAGE_TOKENS, PAGE_TOKENS)), READY
             )
         if late != "cpu":
-            cache.drain_disk(0, rows["disk"], [(tables["disk"], 0, PAGE_TOKENS, 0)], READY)
+            cache.drain_disk(0, rows["disk"], [(tables["disk"].location, 0, PAGE_TOKENS, 0)], READY)
         for table in tables.values():
             cache.commit(table, PAGE_TOKENS)
         cache.begin_pass(READY)
         on_disk = late == "disk"
         pages = torch.tensor([] if on_disk else tables["cpu"].pages, dtype=torch.int32)
-        gathered = cache.gather(Gather(pages, ((tables["disk"], PAGE_TOKENS),) if on_disk else (), int(on_disk)), 0, 0)
+        gathered = cache.gather(
+            Gather(pages, ((tables["disk"].location, PAGE_TOKENS),) if on_disk else (), int(on_disk)), 0, 0
+        )
         assert isinstance(gathered, FutureHandle)
         time.sleep(0.03)
         assert not gathered.future.done(), "gathered before the rows were there"
@@ -285,12 +327,14 @@ def test_rows_of_a_sequence_that_sat_out_a_pass_are_waited_for(tmp_path: Path, t
         if tier == "cpu":
             cache.drain_cpu(0, rows, torch.tensor(table.location.slots(0, PAGE_TOKENS, PAGE_TOKENS)), READY)
         else:
-            cache.drain_disk(0, rows, [(table, 0, PAGE_TOKENS, 0)], READY)
+            cache.drain_disk(0, rows, [(table.location, 0, PAGE_TOKENS, 0)], READY)
         cache.commit(table, PAGE_TOKENS)
         cache.begin_pass(READY)
         cache.begin_pass(READY)
         pages = torch.tensor(table.pages if tier == "cpu" else [], dtype=torch.int32)
-        cache.gather(Gather(pages, ((table, PAGE_TOKENS),) if tier == "disk" else (), int(tier == "disk")), 0, 0).wait()
+        cache.gather(
+            Gather(pages, ((table.location, PAGE_TOKENS),) if tier == "disk" else (), int(tier == "disk")), 0, 0
+        ).wait()
         assert torch.equal(cache.staging_rows(0)[:PAGE_TOKENS], rows)
         cache.free(table)
         cache.close()

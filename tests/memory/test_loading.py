@@ -107,8 +107,14 @@ def harmed(path: Path, harm: str, elsewhere: Path) -> None:
     elif harm == "another layer's":
         shutil.copy(other, path)
     elif harm in ("first byte", "middle byte", "last byte", "padding", "seal"):
-        places = {"first byte": 0, "middle byte": 1000, "last byte": NUM_BYTES - 1, "padding": NUM_BYTES, "seal": -1}
-        content[places[harm]] ^= 1
+        placements = {
+            "first byte": 0,
+            "middle byte": 1000,
+            "last byte": NUM_BYTES - 1,
+            "padding": NUM_BYTES,
+            "seal": -1,
+        }
+        content[placements[harm]] ^= 1
         path.write_bytes(content)
     else:
         changed = {
@@ -163,9 +169,9 @@ def test_damaged_files_of_tensors_in_memory_are_written_again(tmp_path: Path, bi
     with loaded(tmp_path, CPU, bits) as (store, _):
         filed = [t for t in store.plan.all_tensors if t.quantized]
     paths = [layer_file(tmp_path, t) for t in filed]
-    for place, path in enumerate(paths[::2]):
+    for placement, path in enumerate(paths[::2]):
         content = bytearray(path.read_bytes())
-        content[17 * place % len(content)] ^= 4
+        content[17 * placement % len(content)] ^= 4
         path.write_bytes(content)
     with loaded(tmp_path, CPU, bits) as (store, read):
         assert same_weights(store, bits)

@@ -123,9 +123,11 @@ def test_host_memory_is_private_and_stays_out_of_children() -> None:
     arena = HostArena(8 << 20, pinned=False)
     arena.tensor.fill_(1)
     blocks = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
-    place = arena.tensor.data_ptr()
+    position = arena.tensor.data_ptr()
     block = next(
-        block for block in blocks[1:] if int(block.split("-")[0], 16) <= place < int(block.split("-")[1].split()[0], 16)
+        block
+        for block in blocks[1:]
+        if int(block.split("-")[0], 16) <= position < int(block.split("-")[1].split()[0], 16)
     )
     assert block.split()[1] == "rw-p"
     flags = block.split("VmFlags:")[1].split("\n")[0].split()

@@ -41,16 +41,16 @@ def test_jobs_run_in_order_after_what_they_wait_for_and_errors_travel_along(
     dawdle(queues, 2, 0.004)
     try:
         for number, (queue, wanted, fails) in enumerate(jobs):
-            before = sorted({place % number for place in wanted} if number else set())
-            doomed.append(fails or any(doomed[place] for place in before))
+            before = sorted({position % number for position in wanted} if number else set())
+            doomed.append(fails or any(doomed[position] for position in before))
 
             def job(number: int = number, before: list[int] = before, fails: bool = fails) -> None:
-                assert all(place in ended for place in before), "a job runs before what it waits for"
+                assert all(position in ended for position in before), "a job runs before what it waits for"
                 if fails:
                     raise ValueError(f"job {number}")
                 ended.append(number)
 
-            handles.append(queues.all_queues[queue].submit(job, together(*(handles[place] for place in before))))
+            handles.append(queues.all_queues[queue].submit(job, together(*(handles[position] for position in before))))
         for number, handle in enumerate(handles):
             for waiting in (handle.wait, handle.synchronize):
                 if doomed[number]:

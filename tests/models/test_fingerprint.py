@@ -95,16 +95,16 @@ def test_every_byte_counts_and_so_does_the_size(size: int, tmp_path: Path) -> No
     content = chance.randbytes(size)
     path.write_bytes(content)
     seen = {file_digest(path)}
-    places = {0, size - 1, *(chance.randrange(size) for _ in range(10))}
-    for place in places:
+    positions = {0, size - 1, *(chance.randrange(size) for _ in range(10))}
+    for position in positions:
         changed = bytearray(content)
-        changed[place] ^= 1 << chance.randrange(8)
+        changed[position] ^= 1 << chance.randrange(8)
         path.write_bytes(changed)
         seen.add(file_digest(path))
     for other in (content + b"\0", content[:-1]):
         path.write_bytes(other)
         seen.add(file_digest(path))
-    assert len(seen) == 1 + len(places) + 2
+    assert len(seen) == 1 + len(positions) + 2
 
 
 def test_a_copy_is_the_same_model_and_a_shard_less_is_not(folder: Path, tmp_path: Path) -> None:
@@ -154,24 +154,24 @@ CHANGES = ("in place", "replaced", "mapped", "same mtime")
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_of_equal_size_ends_a_record(change: str, tmp_path: Path, counted: list[int]) -> None:
     """Where no sample lies: 64 samples of 4 KiB leave 46 of 47 bytes of 12 MB unseen."""
-    path, records, place = tmp_path / "weights", tmp_path / "records", 100_000
+    path, records, position = tmp_path / "weights", tmp_path / "records", 100_000
     content = bytearray(random.Random(2).randbytes(12_000_000))
     path.write_bytes(content)
     status = path.stat()
     first = file_digest(path, records, later)
     time.sleep(0.02)  # a tick of the clock, which two seconds are in life
-    content[place] ^= 1
+    content[position] ^= 1
     if change == "replaced":
         (tmp_path / "new").write_bytes(content)
         os.replace(tmp_path / "new", path)
     elif change == "mapped":
         mapped = torch.from_file(str(path), shared=True, size=len(content), dtype=torch.uint8)
-        mapped[place] ^= 1
+        mapped[position] ^= 1
         del mapped
     else:
         with path.open("r+b") as file:
-            file.seek(place)
-            file.write(content[place : place + 1])
+            file.seek(position)
+            file.write(content[position : position + 1])
     if change in ("same mtime", "replaced"):
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert path.stat().st_size == status.st_size

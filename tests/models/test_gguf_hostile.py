@@ -196,23 +196,23 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
     data = bytearray(content)
     header = content.index(b"token_embd.weight") + 2000
     for _ in range(draw.choice((1, 1, 2, 5))):
-        place = draw.randrange(min(len(data), header if draw.random() < 0.85 else len(data)))
+        position = draw.randrange(min(len(data), header if draw.random() < 0.85 else len(data)))
         length = draw.choice((1, 4, 8, 100, 3000))
         change = draw.randrange(7)
         if change == 0:
-            data[place] ^= 1 << draw.randrange(8)
+            data[position] ^= 1 << draw.randrange(8)
         elif change == 1:
-            data[place] = draw.randrange(256)
+            data[position] = draw.randrange(256)
         elif change == 2:
-            data[place : place + 8] = struct.pack("<Q", draw.choice(EXTREMES))
+            data[position : position + 8] = struct.pack("<Q", draw.choice(EXTREMES))
         elif change == 3:
-            data[place : place + 4] = struct.pack("<I", draw.choice(EXTREMES) % 2**32)
+            data[position : position + 4] = struct.pack("<I", draw.choice(EXTREMES) % 2**32)
         elif change == 4:
-            del data[place : place + length]
+            del data[position : position + length]
         elif change == 5:
-            data[place:place] = data[place : place + length]
+            data[position:position] = data[position : position + length]
         else:
-            data[place : place + length] = bytes(min(length, len(data) - place))
+            data[position : position + length] = bytes(min(length, len(data) - position))
         if len(data) < 2:
             break
     return bytes(data)

@@ -244,10 +244,10 @@ def test_the_tensor_of_all_adapters(llama, tmp_path):
         assert len(tensor) == matrix.elements
         down, row, element = tensor[: matrix.rows * matrix.inputs].view(-1, matrix.inputs), 0, 0
         up = tensor[matrix.rows * matrix.inputs :]
-        for parts, places in zip(matrix.updates, matrix.segments(), strict=True):
-            for update, place, width in zip(parts, places, matrix.widths, strict=True):
+        for parts, positions in zip(matrix.updates, matrix.segments(), strict=True):
+            for update, position, width in zip(parts, positions, matrix.widths, strict=True):
                 rank = 0 if update is None else update.rank
-                assert place == (row, rank, element)
+                assert position == (row, rank, element)
                 if update is not None:
                     first, second = update.factors(opened.arch)
                     assert torch.equal(down[row : row + rank], first)

@@ -146,9 +146,9 @@ SPOILED: list[tuple[str, Callable[[Tensors], Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("place", range(len(SPOILED)), ids=lambda place: f"{place}-{SPOILED[place][0]}")
-def test_what_is_wrong_is_named(place: int, folders: dict[str, Path], tmp_path: Path) -> None:
-    name, edit, message = SPOILED[place]
+@pytest.mark.parametrize("placement", range(len(SPOILED)), ids=lambda placement: f"{placement}-{SPOILED[placement][0]}")
+def test_what_is_wrong_is_named(placement: int, folders: dict[str, Path], tmp_path: Path) -> None:
+    name, edit, message = SPOILED[placement]
     folder = spoiled(folders[name], tmp_path, edit)
     for packed in (False, True):
         with pytest.raises(CheckpointError, match=message) as error:
@@ -255,9 +255,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("place", range(len(REFUSED)))
-def test_what_is_not_known_is_refused_by_name(place: int) -> None:
-    config, message = REFUSED[place]
+@pytest.mark.parametrize("placement", range(len(REFUSED)))
+def test_what_is_not_known_is_refused_by_name(placement: int) -> None:
+    config, message = REFUSED[placement]
     if not config:
         assert read_quantization({"quantization_config": config}) is None
         return

@@ -23,13 +23,13 @@ CLASSES = (
 TEXT = "Hello, wörld!  Two spaces\n<|endoftext|> and 12345"
 
 
-def folder_of(place: Path, model: Any, tokenizer: Any) -> Path:
-    place.mkdir()
-    shutil.copy(DEMO / "tokenizer.json", place)
+def folder_of(position: Path, model: Any, tokenizer: Any) -> Path:
+    position.mkdir()
+    shutil.copy(DEMO / "tokenizer.json", position)
     for name, values in (("config.json", model), ("tokenizer_config.json", tokenizer)):
         if values is not None:
-            (place / name).write_text(values if isinstance(values, str) else json.dumps(values))
-    return place
+            (position / name).write_text(values if isinstance(values, str) else json.dumps(values))
+    return position
 
 
 def opened(load: Any) -> Any:

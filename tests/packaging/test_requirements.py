@@ -53,11 +53,11 @@ def test_every_import_is_a_requirement_and_every_requirement_is_imported() -> No
     required = modules_of(setup_cfg()["options"]["install_requires"])
     imported: dict[str, list[str]] = {}
     for folder in ("flexbatch", "policy", "kernels", "apps"):
-        for name, places in third_party_imports(ROOT / folder).items():
-            imported.setdefault(name, []).extend(places)
+        for name, positions in third_party_imports(ROOT / folder).items():
+            imported.setdefault(name, []).extend(positions)
     missing = {
-        name: places
-        for name, places in imported.items()
+        name: positions
+        for name, positions in imported.items()
         if name not in required | BRING_THEIR_OWN and COME_ALONG.get(name) not in required
     }
     assert not missing, "imported, and in no environment that install_requires makes"

@@ -97,6 +97,7 @@ def generated(engine: dict[str, Any], channel: RankChannel | None = None) -> dic
             llm.speculator.check()
         weights = sum(llm.engine_plan.weight_plan.tier_bytes(tier) for tier in ("gpu", "cpu", "disk"))
         told = {"read": llm.report()["loaded_bytes"], "weights": weights, "percent": config.percent}
+        told["ring"] = 0 if llm.runner is None else llm.runner.cache.ring
     return {"answers": found, "steps_aside": len(steps), "in_flight": max(in_flight), **told}
 
 

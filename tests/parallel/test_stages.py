@@ -87,6 +87,10 @@ def test_pieces_of_all_stages_are_the_model():
 
 
 REFUSED = [
+    (
+        {"cpu_experts": 50.0},
+        "only an engine of one GPU leaves experts to them; leave cpu_experts out, or tensor_parallel",
+    ),
     ({"recalibrate": True}, "with pipeline_parallel_size=2 leave it out"),
     ({"pipeline_parallel_size": 49}, "this model has 48 layers, and every stage needs one at least; give at most 48"),
 ]

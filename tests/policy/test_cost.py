@@ -9,7 +9,8 @@ import pytest
 
 from flexbatch.policy.affine import point_of
 from flexbatch.policy.cost import PassModel
-from flexbatch.policy.hardware import Curve, Hardware, load_hardware
+from flexbatch.policy.curve import Curve
+from flexbatch.policy.hardware import Hardware, load_hardware
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.policy import Policy, Split

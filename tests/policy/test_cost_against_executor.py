@@ -101,7 +101,7 @@ def predictor(llm: LLM, load: PassLoad) -> PassModel:
 def work(model: PassModel, weights: Any = GPU, cache: Any = GPU, activations: Any = GPU) -> dict[str, float]:
     """Predicted bytes of a pass by resource at a placement."""
     attended = cache[1] * model.policy.cpu_attention
-    found = model.resource_work(np.array([1.0, *weights, *cache, *activations, attended]))
+    found = model.resource_work(np.array([1.0, *weights, *cache, *activations, attended, 0.0]))
     return {name: float(found[name]) for name in RESOURCES}
 
 

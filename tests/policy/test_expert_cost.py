@@ -11,10 +11,11 @@ import pytest
 
 from flexbatch.policy.affine import point_of
 from flexbatch.policy.cost import PassModel
+from flexbatch.policy.curve import Curve
 from flexbatch.policy.expert_shape import ExpertShape
 from flexbatch.policy.explain import explain, summary
 from flexbatch.policy.footprint import memory_rows, spread_weights
-from flexbatch.policy.hardware import load_hardware
+from flexbatch.policy.hardware import Hardware, load_hardware
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.optimizer import choose
 from flexbatch.policy.pass_load import PassLoad
@@ -132,3 +133,58 @@ def test_a_plan_tells_of_its_experts() -> None:
     assert 500 < plan.predicted_tokens_per_second < 1900
     dense = summary(choose(public_shape("opt-1.3b"), hardware, workload, constraints))
     assert dense["experts"] is None
+
+
+def with_cpu_experts(rate: float, gpu: int = 24, cpu: int = 116) -> Hardware:
+    """Memory's speed for a few rows, and the products' from 16 on."""
+    hardware = load_hardware("h200").with_memory(gpu=gpu * GIB, cpu=cpu * GIB)
+    curve = Curve((1.0, 4.0, 16.0, 64.0), (rate, rate, rate / 2, rate / 8))
+    return dataclasses.replace(hardware, cpu_experts=curve, cpu_experts_8=curve, cpu_experts_4=curve)
+
+
+def test_cpu_experts_are_planned_where_they_pay() -> None:
+    """Weights that fill the host leave small blocks: experts have few rows, and link and CPU add up."""
+    shape, workload = public_shape("qwen3-235b-a22b"), Workload.uniform(32, 256)
+    constraints = Constraints(weight_bits=(4,), gpu_batch_size=30, num_gpu_batches=2)
+    plain = choose(shape, with_cpu_experts(1e11), workload, dataclasses.replace(constraints, cpu_experts=0.0))
+    plan = choose(shape, with_cpu_experts(1e11), workload, constraints)
+    assert 0.1 < plan.policy.cpu_experts <= 1 and plain.policy.cpu_experts == 0
+    assert plan.predicted_tokens_per_second > 1.3 * plain.predicted_tokens_per_second
+    assert "experts of each layer, the least used, which the CPU computes" in explain(plan)
+    assert "CPU experts" in explain(plan) and summary(plan)["experts"]["on_cpu"] > 10
+    slow = choose(shape, with_cpu_experts(1e9), workload, constraints)
+    assert slow.policy.cpu_experts < 0.1
+
+
+def test_a_machine_without_measured_experts_leaves_none_to_the_cpu() -> None:
+    constraints = Constraints(weight_bits=(4,), gpu_batch_size=30, num_gpu_batches=2)
+    hardware = load_hardware("h200").with_memory(gpu=24 * GIB, cpu=116 * GIB)
+    plan = choose(public_shape("qwen3-235b-a22b"), hardware, Workload.uniform(32, 256), constraints)
+    assert plan.policy.cpu_experts == 0
+
+
+def test_cpu_experts_share_the_cores_with_attention() -> None:
+    """And spare the link what they read; passes of many tokens leave them nothing."""
+    shape, half = public_shape("qwen3-30b-a3b"), Split(0, 1)
+    policy = Policy(half, Split(0, 1), Split(1, 0), 100, 2, cpu_attention=1.0, cpu_experts=0.5)
+
+    def rows(policy: Policy, load: PassLoad) -> tuple[dict[str, float], dict[str, float]]:
+        model = PassModel(shape, with_cpu_experts(1e11), policy, load)
+        point = point_of(policy)
+        return tuple(
+            {name: float(value) for name, value in found.items()}
+            for found in (model.resource_seconds(point), model.resource_work(point))
+        )
+
+    few, without = PassLoad.decode(200, 600), dataclasses.replace(policy, cpu_experts=0.0)
+    (seconds, work), (plain_seconds, plain_work) = rows(policy, few), rows(without, few)
+    experts = 48 * shape.expert_bytes(16) / 2
+    exchanged = 48 * 200 * 8 * 2048 * 2 / 2
+    assert plain_work["h2d"] - work["h2d"] == pytest.approx(experts - exchanged, rel=1e-6)
+    assert seconds["cpu_attention + cpu_experts"] == pytest.approx(seconds["cpu_attention"] + seconds["cpu_experts"])
+    assert seconds["cpu_attention"] == plain_seconds["cpu_attention"] and plain_seconds["cpu_experts"] == 0
+    hit = float(shape.experts.hit(100))
+    assert work["cpu_experts"] == pytest.approx(2 * experts * hit / 128)
+    many = few + PassLoad.prefill(20, 512)
+    assert rows(policy, many)[1]["h2d"] == pytest.approx(rows(without, many)[1]["h2d"])
+    assert rows(policy, many)[0]["cpu_experts"] == 0

@@ -17,11 +17,13 @@ from flexbatch.policy.bound import machine_bound
 from flexbatch.policy.cost import PassModel
 from flexbatch.policy.footprint import capacity, memory_rows, peak_memory, shortfall
 from flexbatch.policy.hardware import load_hardware
-from flexbatch.policy.lp import solve, time_rows
+from flexbatch.policy.lower_bound import Duals
+from flexbatch.policy.lp import StageTimes, solve
 from flexbatch.policy.optimizer import choose
-from flexbatch.policy.pass_load import steady_load
+from flexbatch.policy.pass_load import PassLoad, steady_load
 from flexbatch.policy.plan import DoesNotFit, price
 from flexbatch.policy.policy import Constraints, Policy, Split
+from flexbatch.policy.search import Search, family_of
 from flexbatch.policy.shapes import public_shape
 from flexbatch.policy.workload import Workload
 
@@ -44,12 +46,12 @@ def instance(model="opt-30b", machine="h200", gpu=16, cpu=96, batch=24, count=3,
     shape, one = public_shape(model), Split(1, 0)
     policy = Policy(one, one, one, batch, count, *bits, prefill_budget=512)
     load, _ = steady_load(WORKLOAD, policy)
-    phases = [(PassModel(shape, hardware, policy, load), 1.0)]
+    model = PassModel(shape, hardware, policy, PassLoad.together([load]))
     memory = {
         tier: np.sum(list(kinds.values()), axis=0)
         for tier, kinds in memory_rows(shape, hardware, WORKLOAD, policy).items()
     }
-    return shape, hardware, policy, phases, memory
+    return hardware, policy, model, memory
 
 
 INSTANCES = [
@@ -62,10 +64,10 @@ INSTANCES = [
 ]
 
 
-def by_interior_points(phases, memory, room) -> float:
+def by_interior_points(times, memory, room) -> float:
     """The same program, written down a second time for another algorithm: interior points instead of the simplex
     method."""
-    stages, constant = time_rows(phases)
+    stages = [(weight, times.rows[index]) for index, weight in np.ndenumerate(times.weights)]
     n = len(VARIABLES)
     cost = np.r_[np.zeros(n), [weight for weight, _ in stages]]
     upper, limits = [], []
@@ -91,33 +93,33 @@ def by_interior_points(phases, memory, room) -> float:
         "highs-ipm",
     )
     assert result.status == 0
-    return constant + result.fun
+    return times.constant + result.fun
 
 
 @pytest.mark.parametrize("options", INSTANCES)
 def test_program_agrees_with_interior_points(options):
-    _, hardware, _, phases, memory = instance(**options)
-    found = solve(phases, memory, capacity(hardware), Constraints())
+    hardware, _, model, memory = instance(**options)
+    times = StageTimes.of(model, 1.0)
+    found = solve(times, memory, capacity(hardware), Constraints())
     assert found is not None
-    assert found.seconds == pytest.approx(by_interior_points(phases, memory, capacity(hardware)), rel=1e-4)
+    assert found.seconds == pytest.approx(by_interior_points(times, memory, capacity(hardware)), rel=1e-4)
     # What the program promises is what the cost model says of its point, but for what a placement launches, which it
     # cannot know.
-    model = phases[0][0]
-    launched = float(model.launched(found.point) - model.launch_seconds)
-    assert float(model.pass_seconds(found.point)) == pytest.approx(found.seconds + launched, rel=1e-4)
+    launched = float(np.sum(model.launched(found.point) - model.launch_seconds))
+    assert float(np.sum(model.pass_seconds(found.point))) == pytest.approx(found.seconds + launched, rel=1e-4)
 
 
 @pytest.mark.parametrize("options", INSTANCES[:4])
 def test_no_grid_point_is_better(options):
-    _, hardware, _, phases, memory = instance(**options)
-    room, model = capacity(hardware), phases[0][0]
-    found = solve(phases, memory, room, Constraints())
+    hardware, _, model, memory = instance(**options)
+    room = capacity(hardware)
+    found = solve(StageTimes.of(model, 1.0), memory, room, Constraints())
     steps = np.linspace(0, 1, 11)
     splits = [(a, b, 1 - a - b) for a, b in itertools.product(steps, steps) if a + b <= 1 + 1e-9]
     best = np.inf
     points = np.array(
         [
-            [1.0, *w, *c, *a, c[1] * share]
+            [1.0, *w, *c, *a, c[1] * share, 0.0]
             for w in splits
             for c in splits
             for a in ((1, 0, 0), (0, 1, 0))
@@ -127,19 +129,67 @@ def test_no_grid_point_is_better(options):
     fits = np.all([points @ memory[tier] <= room[tier] for tier in room], axis=0)
     assert fits.any()
     times = sum(
-        stage.count * np.max([points @ row for row in stage.seconds.values()], axis=0) for stage in model.stages
+        stage.count * np.max([points @ row.reshape(-1) for row in stage.seconds.values()], axis=0)
+        for stage in model.stages
     )
-    best = float(times[fits].min()) + model.launch_seconds
+    best = float(times[fits].min()) + model.launch_seconds.item()
     assert found.seconds <= best * 1.0001
 
 
 def test_dual_is_what_a_gib_buys():
-    _, hardware, _, phases, memory = instance()
-    room = capacity(hardware)
-    base = solve(phases, memory, room, Constraints())
-    more = solve(phases, memory, {**room, "gpu": room["gpu"] + GIB // 256}, Constraints())
+    hardware, _, model, memory = instance()
+    room, times = capacity(hardware), StageTimes.of(model, 1.0)
+    base = solve(times, memory, room, Constraints())
+    more = solve(times, memory, {**room, "gpu": room["gpu"] + GIB // 256}, Constraints())
     assert base.seconds_per_gib["gpu"] > 0
     assert (base.seconds - more.seconds) * 256 == pytest.approx(base.seconds_per_gib["gpu"], rel=0.01)
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 0.5])
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_no_program_is_faster_than_the_duals_of_others_allow(share, on_disk):
+    """And its own duals say just what it takes."""
+    constraints = Constraints(cpu_attention=share)
+    tight = 0
+    for (model, machine, gpu, cpu), bits in itertools.product(
+        [("opt-30b", "h200", 16, 96), ("opt-6.7b", "t4", 8, 24), ("llama-3-70b", "t4", 14, 60)], [(16, 16), (4, 4)]
+    ):
+        duals = Duals(share, None, on_disk)
+        for batch, count in [(32, 4), (48, 4), (24, 6), (256, 2), (4, 16), (31, 1), (40, 1)]:
+            hardware, _, passes, memory = instance(model, machine, gpu, cpu, batch, count, bits)
+            times, budgets = StageTimes.of(passes, 3.0), capacity(hardware)
+            least = duals.least_seconds(times, memory, budgets)
+            found = solve(times, memory, budgets, constraints, on_disk)
+            if found is None:
+                continue
+            seconds = times.at(found.point) - times.constant
+            assert least <= seconds * (1 + 1e-6), (model, bits, batch, count)
+            tight += least > 0.95 * seconds
+            duals.add(found)
+            assert duals.least_seconds(times, memory, budgets) == pytest.approx(seconds, rel=1e-4)
+    assert tight >= 6
+
+
+def test_deferred_blocks_are_placed_when_they_are_asked_for():
+    """The best of a family are what placing every block at once would give, by fewer programs."""
+    hardware = load_hardware("h200").with_memory(gpu=16 * GIB, cpu=64 * GIB)
+    lazy, eager = (Search(public_shape("opt-30b"), hardware, WORKLOAD, Constraints()) for _ in range(2))
+    one = Split(1, 0)
+    sizes = [
+        Policy(one, one, one, batch, count, cpu_attention=1.0, prefill_budget=512)
+        for batch, count in itertools.product((8, 16, 24, 32, 48, 64, 96), (1, 2, 4, 8))
+    ]
+    for policy in sizes:
+        lazy.attempt(policy)
+        eager.attempt(policy, 0.0)
+    for count in (1, 2, 12, 100):
+        found, expected = lazy.best(sizes[0], count), eager.best(sizes[0], count)
+        # What cannot be as fast as the best for its compute alone is never placed.
+        kept = [each for each in expected if lazy.tried[family_of(each.policy)][each.policy] is not None]
+        assert [each.policy for each in found] == [each.policy for each in kept][:count]
+        assert found[0].tokens_per_second == lazy.top(sizes[0]) == eager.top(sizes[0])
+        if count == 2:
+            assert 2 * lazy.linear_programs < eager.linear_programs
 
 
 def test_whole_search_for_the_largest_model_is_short():

@@ -6,7 +6,7 @@ from flexbatch import LLM, SamplingParams
 from tests.tiny_models import NEW_TOKENS
 
 GREEDY = SamplingParams(max_tokens=NEW_TOKENS, temperature=0)
-PLACES = {
+PLACEMENTS = {
     "gpu": (100, 0, 100, 0, 100, 0),
     "cpu": (0, 100, 0, 100, 0, 100),
     "disk": (0, 0, 0, 0, 100, 0),
@@ -44,7 +44,7 @@ class Scripted:
         pass
 
 
-def engine(model, tmp_path, place="gpu", **settings) -> LLM:
+def engine(model, tmp_path, placement="gpu", **settings) -> LLM:
     """model: a reference, or the folder of a model."""
     common = {
         "gpu_batch_size": 3,
@@ -55,7 +55,10 @@ def engine(model, tmp_path, place="gpu", **settings) -> LLM:
         "prefill_chunk": 50,
     }
     return LLM(
-        str(getattr(model, "folder", model)), percent=PLACES[place], offload_dir=str(tmp_path), **{**common, **settings}
+        str(getattr(model, "folder", model)),
+        percent=PLACEMENTS[placement],
+        offload_dir=str(tmp_path),
+        **{**common, **settings},
     )
 
 

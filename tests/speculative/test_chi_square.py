@@ -58,9 +58,9 @@ def transforms(model, prompts: list[list[int]], samples: list[list[list[int]]]) 
         with torch.no_grad():
             logits = model(text[:, :-1]).logits[:, len(prompt) - 1 :]
         probabilities, order = exact(logits.flatten(0, 1))
-        place = (order == text[:, len(prompt) :].reshape(-1, 1)).int().argmax(-1, keepdim=True)
-        share = probabilities.gather(1, place)[:, 0]
-        below = probabilities.cumsum(-1).gather(1, place)[:, 0] - share
+        position = (order == text[:, len(prompt) :].reshape(-1, 1)).int().argmax(-1, keepdim=True)
+        share = probabilities.gather(1, position)[:, 0]
+        below = probabilities.cumsum(-1).gather(1, position)[:, 0] - share
         point = below + share * torch.rand(len(share), generator=uniform_draws, dtype=torch.float64)
         found.append(torch.where(share > 0, point, 2.0))
     return torch.cat(found)

@@ -46,17 +46,17 @@ def capture(monkeypatch, rows: dict) -> None:
 
 
 CASES = [
-    *((place, {}) for place in ("cpu", "disk", "mixed", "gpu")),
-    *((place, {"cache_bits": bits}) for place, bits in (("gpu", 4), ("cpu", 8), ("cpu", 4), ("disk", 4))),
+    *((placement, {}) for placement in ("cpu", "disk", "mixed", "gpu")),
+    *((placement, {"cache_bits": bits}) for placement, bits in (("gpu", 4), ("cpu", 8), ("cpu", 4), ("disk", 4))),
     ("cpu", {"cpu_attention": 1.0}),
     ("cpu", {"cpu_attention": 0.5, "cache_bits": 4}),
 ]
 
 
-@pytest.mark.parametrize(("place", "settings"), sampled(CASES), ids=str)
-def test_the_cache_after_commit_equals_a_fresh_prefill(place, settings, reference, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("placement", "settings"), sampled(CASES), ids=str)
+def test_the_cache_after_commit_equals_a_fresh_prefill(placement, settings, reference, tmp_path, monkeypatch):
     model = reference("llama")
-    with engine(model, tmp_path, place, **settings) as llm:
+    with engine(model, tmp_path, placement, **settings) as llm:
         model = replace(model, token_ids=tokens(llm, model.prompts))
     kept: dict[tuple[int, ...], torch.Tensor] = {}
     capture(monkeypatch, kept)
@@ -72,13 +72,13 @@ def test_the_cache_after_commit_equals_a_fresh_prefill(place, settings, referenc
             last = len(nodes) - 1
         return TokenTree(tuple(nodes), TreeShape(tuple(parents)))
 
-    with engine(model, tmp_path, place, draft=("ngram",), tree="best-first:20", **settings) as llm:
+    with engine(model, tmp_path, placement, draft=("ngram",), tree="best-first:20", **settings) as llm:
         llm.speculator.sources = [Scripted(branching)]
         assert tokens(llm, model.prompts) == model.token_ids
         assert llm.report()["speculation"]["tokens_per_sequence_pass"] > 2
     committed, texts = dict(kept), list(kept)
     kept.clear()
-    with engine(model, tmp_path, place, prefill_chunk=300, **settings) as llm:
+    with engine(model, tmp_path, placement, prefill_chunk=300, **settings) as llm:
         llm.generate([list(text) for text in texts], SamplingParams(max_tokens=1, temperature=0))
     for text in texts:
         if settings.get("cache_bits", 16) == 16:

@@ -8,12 +8,16 @@ import pytest
 
 from flexbatch.speculative.tree import TokenTree, TreeShape, chain
 from tests.grids import grid, sampled
-from tests.speculative.engines import PLACES, Scripted, continuation, engine, tokens
+from tests.speculative.engines import PLACEMENTS, Scripted, continuation, engine, tokens
 from tests.tiny_models import EOS, VOCAB, random_prompts
 
 TREES = ("chain:1", "chain:4", "<1,1,3,1,1>", "<3,2>", "best-first:100", "auto")
 DRAFTS = ("other", "target", "both")
-CELLS = [(place, TREES[(i + 2 * j) % 6], draft) for i, place in enumerate(PLACES) for j, draft in enumerate(DRAFTS)]
+CELLS = [
+    (placement, TREES[(i + 2 * j) % 6], draft)
+    for i, placement in enumerate(PLACEMENTS)
+    for j, draft in enumerate(DRAFTS)
+]
 
 
 def drafts_of(name: str, model, other) -> tuple[str, ...]:
@@ -22,10 +26,10 @@ def drafts_of(name: str, model, other) -> tuple[str, ...]:
     ]
 
 
-@pytest.mark.parametrize(("place", "tree", "draft"), sampled(CELLS))
-def test_greedy_tokens_are_those_of_transformers(place, tree, draft, reference, other, tmp_path):
+@pytest.mark.parametrize(("placement", "tree", "draft"), sampled(CELLS))
+def test_greedy_tokens_are_those_of_transformers(placement, tree, draft, reference, other, tmp_path):
     model = reference("llama")
-    with engine(model, tmp_path, place, draft=drafts_of(draft, model, other), tree=tree) as llm:
+    with engine(model, tmp_path, placement, draft=drafts_of(draft, model, other), tree=tree) as llm:
         assert tokens(llm, model.prompts) == model.token_ids
         report = llm.report()["speculation"]
     if draft == "target" and tree != "auto":
@@ -37,12 +41,12 @@ def test_greedy_tokens_are_those_of_transformers(place, tree, draft, reference, 
 @pytest.mark.slow
 @pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("tree", TREES)
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("family", ["opt", "llama"])
-def test_every_tree_on_every_tier(family, place, tree, draft, reference, other, tmp_path):
+def test_every_tree_on_every_tier(family, placement, tree, draft, reference, other, tmp_path):
     model = reference(family)
     with engine(
-        model, tmp_path, place, draft=drafts_of(draft, model, other), tree=tree, overlap=tree != "<3,2>"
+        model, tmp_path, placement, draft=drafts_of(draft, model, other), tree=tree, overlap=tree != "<3,2>"
     ) as llm:
         assert tokens(llm, model.prompts) == model.token_ids
 
@@ -55,18 +59,18 @@ def test_trees_attended_on_the_cpu(family, share, tree, reference, tmp_path):
         assert tokens(llm, model.prompts) == model.token_ids
 
 
-@pytest.mark.parametrize(("place", "cache_bits"), grid(PLACES, [4, 8]))
-def test_compressed_cache_gives_its_own_plain_tokens(place, cache_bits, reference, tmp_path):
+@pytest.mark.parametrize(("placement", "cache_bits"), grid(PLACEMENTS, [4, 8]))
+def test_compressed_cache_gives_its_own_plain_tokens(placement, cache_bits, reference, tmp_path):
     """Tokens change with the bits, but not with speculation: drafted rows are read as they will be read back."""
     model = reference("llama")
-    with engine(model, tmp_path, place, cache_bits=cache_bits) as llm:
+    with engine(model, tmp_path, placement, cache_bits=cache_bits) as llm:
         plain = tokens(llm, model.prompts)
-    with engine(model, tmp_path, place, cache_bits=cache_bits, draft=(str(model.folder),), tree="<2,2,1>") as llm:
+    with engine(model, tmp_path, placement, cache_bits=cache_bits, draft=(str(model.folder),), tree="<2,2,1>") as llm:
         assert tokens(llm, model.prompts) == plain
 
 
-@pytest.mark.parametrize("place", ["gpu", pytest.param("cpu", marks=pytest.mark.slow), "disk"])
-def test_scripted_drafts(place, reference, tmp_path):
+@pytest.mark.parametrize("placement", ["gpu", pytest.param("cpu", marks=pytest.mark.slow), "disk"])
+def test_scripted_drafts(placement, reference, tmp_path):
     """Always wrong, always EOS, a true path hidden in a ragged tree of 100 nodes, one that changes size from pass to
     pass."""
     model = reference("llama")
@@ -101,7 +105,7 @@ def test_scripted_drafts(place, reference, tmp_path):
             [wrong, ends, hidden, lambda *_: TokenTree(), lambda *_: chain(continuation(model, sequence))]
         )(sequence, depth)
 
-    with engine(model, tmp_path, place, draft=("ngram",), tree="best-first:100") as llm:
+    with engine(model, tmp_path, placement, draft=("ngram",), tree="best-first:100") as llm:
         for script, low, high in ((wrong, 1.0, 1.0), (ends, 1.0, 1.0), (hidden, 1.5, 6.0), (changing, 1.0, 4.0)):
             totals = llm.speculator.totals
             emitted, passes = totals.emitted_tokens, totals.sequence_passes
@@ -111,12 +115,12 @@ def test_scripted_drafts(place, reference, tmp_path):
             assert low <= rate <= high, (script.__name__, rate)
 
 
-@pytest.mark.parametrize("place", ["gpu", "disk"])
-def test_shared_prefixes(place, reference, tmp_path):
+@pytest.mark.parametrize("placement", ["gpu", "disk"])
+def test_shared_prefixes(placement, reference, tmp_path):
     model = reference("llama")
     header = random_prompts([70], seed=3)[0]
     prompts = [header + tail for tail in random_prompts([1, 3, 20, 5, 9, 2, 33, 8], seed=4)]
-    with engine(model, tmp_path, place) as llm:
+    with engine(model, tmp_path, placement) as llm:
         plain = tokens(llm, prompts)
-    with engine(model, tmp_path, place, draft=(str(model.folder),), tree="<2,1,1>") as llm:
+    with engine(model, tmp_path, placement, draft=(str(model.folder),), tree="<2,1,1>") as llm:
         assert tokens(llm, prompts) == plain

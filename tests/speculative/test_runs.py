@@ -92,8 +92,8 @@ def test_drafts_count_toward_the_budget_of_the_gpu(reference, other, tmp_path):
         assert llm.report()["peak_bytes"]["gpu"] > llm.speculator.peak_bytes > 0
 
 
-@pytest.mark.parametrize("place", ["cpu", "disk"])
-def test_the_first_layers_travel_while_the_draft_works(place, reference, tmp_path):
+@pytest.mark.parametrize("placement", ["cpu", "disk"])
+def test_the_first_layers_travel_while_the_draft_works(placement, reference, tmp_path):
     model = reference("llama")
     fetched = []
 
@@ -101,7 +101,7 @@ def test_the_first_layers_travel_while_the_draft_works(place, reference, tmp_pat
         fetched.append(sorted(llm.weights.leases))
         return TokenTree()
 
-    with engine(model, tmp_path, place, draft=("ngram",), tree="chain:2") as llm:
+    with engine(model, tmp_path, placement, draft=("ngram",), tree="chain:2") as llm:
         llm.speculator.sources = [Scripted(looking)]
         assert tokens(llm, model.prompts) == model.token_ids
     assert len(fetched) > 5 and all(layers == [0, 1] for layers in fetched[1:])

@@ -36,11 +36,11 @@ class Script:
     def pick(self, probabilities: list[float]) -> int:
         possible = [i for i, probability in enumerate(probabilities) if probability > 0]
         step = len(self.taken)
-        place = self.choices[step] if step < len(self.choices) else 0
-        self.taken.append(place)
-        self.last.append(place + 1 == len(possible))
-        self.weight *= probabilities[possible[place]]
-        return possible[place]
+        position = self.choices[step] if step < len(self.choices) else 0
+        self.taken.append(position)
+        self.last.append(position + 1 == len(possible))
+        self.weight *= probabilities[possible[position]]
+        return possible[position]
 
     def accept(self, depth: int, rank: int, probability: float) -> bool:
         return self.pick([probability, 1.0 - probability]) == 0

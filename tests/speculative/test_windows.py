@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flexbatch import LLM, SamplingParams
-from tests.speculative.engines import PLACES
+from tests.speculative.engines import PLACEMENTS
 from tests.tiny_models import VOCAB, make_model
 
 FAMILIES = ("mistral", "gemma2", "gemma3", "phi3", "starcoder2")
@@ -41,7 +41,7 @@ def repetitive(rng: random.Random) -> list[int]:
 def random_settings(rng: random.Random, drafts: list[str]) -> dict[str, Any]:
     several = rng.choice([("ngram",), (drafts[1], "ngram"), (drafts[0], drafts[1]), (drafts[1], drafts[0], "ngram")])
     return {
-        "percent": PLACES[rng.choice(["gpu", "cpu", "mixed", "disk"])],
+        "percent": PLACEMENTS[rng.choice(["gpu", "cpu", "mixed", "disk"])],
         "cpu_attention": rng.choice([0, 0.5, 1.0]),
         "gpu_batch_size": rng.randint(1, 5),
         "num_gpu_batches": rng.randint(1, 3),
@@ -72,7 +72,7 @@ def test_tokens_are_those_of_plain_decoding(seeds, folders, tmp_path):
             "cpu_memory": "1GiB",
             "offload_dir": str(tmp_path),
         }
-        with LLM(drafts[0], percent=PLACES["gpu"], gpu_batch_size=4, num_gpu_batches=1, **common) as llm:
+        with LLM(drafts[0], percent=PLACEMENTS["gpu"], gpu_batch_size=4, num_gpu_batches=1, **common) as llm:
             plain = [completion.token_ids for completion in llm.generate(prompts, params)]
         with LLM(drafts[0], **common, **settings) as llm:
             found = [completion.token_ids for completion in llm.generate(prompts, params)]

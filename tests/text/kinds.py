@@ -36,7 +36,7 @@ def byte_level() -> PreTrainedTokenizerFast:
         ("â", "Ĥ"),
         ("ð", "Ł"),
     ]
-    model = Tokenizer(models.BPE(vocab={token: place for place, token in enumerate(vocab)}, merges=merges))
+    model = Tokenizer(models.BPE(vocab={token: position for position, token in enumerate(vocab)}, merges=merges))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     model.decoder = decoders.ByteLevel()
     return wrap(model)
@@ -63,7 +63,7 @@ def metaspace(scheme: str, kind: str) -> PreTrainedTokenizerFast:
         )
     else:
         model = Tokenizer(
-            models.BPE(vocab={token: place for place, token in enumerate(vocab)}, merges=[], unk_token="<unk>")
+            models.BPE(vocab={token: position for position, token in enumerate(vocab)}, merges=[], unk_token="<unk>")
         )
     model.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme=scheme)
     model.decoder = decoders.Metaspace(replacement="\u2581", prepend_scheme=scheme)
@@ -75,7 +75,7 @@ def byte_fallback(strips: bool) -> PreTrainedTokenizerFast:
     vocab = vocabulary(BYTES, pieces())
     model = Tokenizer(
         models.BPE(
-            vocab={token: place for place, token in enumerate(vocab)},
+            vocab={token: position for position, token in enumerate(vocab)},
             merges=[],
             unk_token="<unk>",
             byte_fallback=True,
@@ -93,7 +93,7 @@ def byte_fallback(strips: bool) -> PreTrainedTokenizerFast:
 def word_piece(tidies: bool) -> PreTrainedTokenizerFast:
     """As BERT; with clean-up of spaces by tokenizers and by transformers, or neither."""
     vocab = vocabulary(WORDS, ["##" + word for word in WORDS])
-    model = Tokenizer(models.WordPiece({token: place for place, token in enumerate(vocab)}, unk_token="<unk>"))
+    model = Tokenizer(models.WordPiece({token: position for position, token in enumerate(vocab)}, unk_token="<unk>"))
     model.pre_tokenizer = pre_tokenizers.Whitespace()
     model.decoder = decoders.WordPiece(prefix="##", cleanup=tidies)
     return wrap(model, clean_up_tokenization_spaces=tidies)
@@ -102,7 +102,7 @@ def word_piece(tidies: bool) -> PreTrainedTokenizerFast:
 def tidy_words() -> PreTrainedTokenizerFast:
     """Words as they are, tidied up by transformers alone: spaces, quotes and letters come one by one."""
     vocab = vocabulary([" ", "'", ".", "?", "n", "t", "m", "s", "v", "e", "r", "a", " '", "n't", "  "])
-    model = Tokenizer(models.WordLevel({token: place for place, token in enumerate(vocab)}, unk_token="<unk>"))
+    model = Tokenizer(models.WordLevel({token: position for position, token in enumerate(vocab)}, unk_token="<unk>"))
     model.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     model.decoder = decoders.Fuse()
     return wrap(model, clean_up_tokenization_spaces=True)

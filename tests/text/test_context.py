@@ -72,8 +72,10 @@ def token_ids(kind: str, max_size: int) -> st.SearchStrategy[list[int]]:
 
 def encode_bytes(kind: str, text: str) -> list[int]:
     """The text byte by byte where the tokenizer can, else as it encodes it."""
-    tokenizer, places = tokenizer_of(kind), {byte: token for token, byte in decoder_of(kind).byte_pieces.items()}
-    return [places[byte] for byte in text.encode()] if places else tokenizer.encode(text, add_special_tokens=False)
+    tokenizer, positions = tokenizer_of(kind), {byte: token for token, byte in decoder_of(kind).byte_pieces.items()}
+    return (
+        [positions[byte] for byte in text.encode()] if positions else tokenizer.encode(text, add_special_tokens=False)
+    )
 
 
 @every_kind
@@ -88,8 +90,8 @@ def test_the_text_is_what_prompt_and_answer_decode_to_less_the_prompt(kind: str,
             decoder_of(kind), SamplingParams(max_tokens=len(answer) + 1, ignore_eos=True), prompt_token_ids=prompt
         )
         shown = ""
-        for place in range(0, len(answer), step):
-            output.extend(answer[place : place + step])
+        for position in range(0, len(answer), step):
+            output.extend(answer[position : position + step])
             shown += output.take()
             output.check()
             assert output.text == shown
@@ -172,8 +174,8 @@ def test_the_first_stop_string_ends_the_answer_with_special_tokens_and_without(k
 def across_special(kind: str, prompt: list[int], answer: list[int], spelled: str, stop: str) -> bool:
     """Whether the text with special tokens has the stop string where a special token is a part of it."""
     tokenizer, decoder = tokenizer_of(kind), decoder_of(kind)
-    places = [place for place, token in enumerate(answer) if decoder.is_special(token)]
-    spans = [span(tokenizer, prompt, answer[:place], answer[place]) for place in places]
+    positions = [position for position, token in enumerate(answer) if decoder.is_special(token)]
+    spans = [span(tokenizer, prompt, answer[:position], answer[position]) for position in positions]
     begins = [begin for begin in range(len(spelled)) if spelled.startswith(stop, begin)]
 
     def counts(begin: int, end: int) -> bool:

@@ -206,8 +206,8 @@ def test_a_stop_string_within_the_first_min_tokens_counts_for_nothing(tokenizer,
     least = min(least, len(tokens))
     result = output(tokenizer, len(tokens), stop=stops, min_tokens=least, ignore_eos=True)
     shown = ""
-    for place in range(0, len(tokens), step):
-        result.extend(tokens[place : place + step])
+    for position in range(0, len(tokens), step):
+        result.extend(tokens[position : position + step])
         shown += result.take()
         result.check()
 
@@ -216,14 +216,14 @@ def test_a_stop_string_within_the_first_min_tokens_counts_for_nothing(tokenizer,
 
     passed, wanted, kept = len(read(least)), tokenizer.decode(tokens, skip_special_tokens=True), len(tokens)
     for count in range(least + 1, len(tokens) + 1):
-        places = [
-            place
+        positions = [
+            position
             for stop in stops
-            for place in range(len(text))
-            if read(count).startswith(stop, place) and place + len(stop) > passed
+            for position in range(len(text))
+            if read(count).startswith(stop, position) and position + len(stop) > passed
         ]
-        if places:
-            wanted, kept = read(count)[: min(places)], count
+        if positions:
+            wanted, kept = read(count)[: min(positions)], count
             break
     assert (result.text, len(result.token_ids), shown) == (wanted, kept, wanted)
     assert result.finish is not None and result.finish.reason == ("stop" if len(wanted) < len(text) else "length")

@@ -182,9 +182,9 @@ def test_a_declared_name_is_not_written_otherwise(schema, text: str, fits: bool,
     grammar, eos = grammars.compile(StructuredOutputsParams(json=schema)), tokenizer.eos_token_id
     for pieces in (grammar.vocabulary.longest_first(text.encode()), tokenizer(text)["input_ids"]):
         follower, drafted = GrammarFollower(grammar, {eos}), GrammarFollower(grammar, {eos})
-        for place, token in enumerate([*pieces, eos]):
+        for position, token in enumerate([*pieces, eos]):
             allowed = tokens_of(follower.mask())
-            assert allowed == tokens_of(drafted.mask(tuple(pieces[:place]))), "a drafted path has the same masks"
+            assert allowed == tokens_of(drafted.mask(tuple(pieces[:position]))), "a drafted path has the same masks"
             if token not in allowed:
                 break
             follower.advance(token)

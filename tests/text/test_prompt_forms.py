@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexbatch.execution.requests import Defaults, requests_of
+from flexbatch.execution.waiting import WaitingLine
 from flexbatch.intake import Intake
 from flexbatch.models.generation_config import GenerationDefaults
 from flexbatch.request import SamplingParams
@@ -47,7 +48,7 @@ def encoder(tokenizer) -> PromptEncoder:
 
 
 def streamed(items, encoder):
-    intake = Intake(encoder, GENERATION, None, 0, SimpleNamespace(number=lambda lora: 0))
+    intake = Intake(encoder, GENERATION, None, 0, SimpleNamespace(number=lambda lora: 0), WaitingLine())
     refused = [intake.add_item(index, item, None) for index, item in enumerate(items)]
     intake.check()
     return intake.ahead(None), [each for each in refused if each is not None]

@@ -79,8 +79,8 @@ class AdaptedMatrix:
         """Its tensor, read from the adapters' files."""
         tensor = torch.empty(self.elements, dtype=dtype)
         down, up = tensor[: self.rows * self.inputs].view(self.rows, self.inputs), tensor[self.rows * self.inputs :]
-        for parts, places in zip(self.updates, self.segments(), strict=True):
-            for update, (row, rank, element), width in zip(parts, places, self.widths, strict=True):
+        for parts, segments in zip(self.updates, self.segments(), strict=True):
+            for update, (row, rank, element), width in zip(parts, segments, self.widths, strict=True):
                 if update is not None:
                     first, second = update.factors(arch)
                     down[row : row + rank].copy_(first)

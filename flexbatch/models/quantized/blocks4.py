@@ -86,8 +86,8 @@ class Blocks4(Scheme):
         levels = torch.tensor(LEVELS[mark.removeprefix(STATE)])
 
         def read(index: Tensor) -> Tensor:
-            place = (index[:, None] * columns + torch.arange(columns)) // block
-            return levels[codes[index].int()] * absmax[place]
+            block_index = (index[:, None] * columns + torch.arange(columns)) // block
+            return levels[codes[index].int()] * absmax[block_index]
 
         return read
 
@@ -121,7 +121,7 @@ def largest(parts: Parts, state: dict[str, Any]) -> Tensor:
         raise ValueError(f"weight.absmax is quantized, but {lacking[0] if lacking else 'nested_blocksize'} is missing")
     table = finite(parts["weight.nested_quant_map"], "weight.nested_quant_map")
     outer = finite(parts["weight.nested_absmax"], "weight.nested_absmax")
-    place = torch.arange(absmax.numel()) // state["nested_blocksize"]
+    block_index = torch.arange(absmax.numel()) // state["nested_blocksize"]
     if outer.numel() != -(-absmax.numel() // state["nested_blocksize"]):
         raise ValueError(f"weight.nested_absmax has {outer.numel()} scales for {absmax.numel()} blocks")
-    return table[absmax.long()] * outer[place] + state.get("nested_offset", 0.0)
+    return table[absmax.long()] * outer[block_index] + state.get("nested_offset", 0.0)

@@ -85,15 +85,15 @@ def forms_of(assignments: Sequence[Assignment]) -> list[Form | None]:
     """Of each matrix. Reads nothing but the order of its inputs, where the files have one."""
     forms = [None if a.scheme is None else a.scheme.form(*a.sizes) for a in assignments]
     orders = [
-        (place, a.stored[name])
-        for place, a in enumerate(assignments)
+        (index, a.stored[name])
+        for index, a in enumerate(assignments)
         for name in ORDERS
-        if forms[place] is not None and name in a.stored
+        if forms[index] is not None and name in a.stored
     ]
     values = read_tensors(stored for _, stored in orders)
-    for (place, _), (_, value) in zip(orders, values, strict=True):
-        if not in_order(value, _stored_group(assignments[place])):
-            forms[place] = None
+    for (index, _), (_, value) in zip(orders, values, strict=True):
+        if not in_order(value, _stored_group(assignments[index])):
+            forms[index] = None
     return forms
 
 
@@ -152,8 +152,8 @@ def _pieces(
         first = 0 if target is None else target.start
         for start in range(0, len(index), step):
             some = index[start : start + step]
-            place = slice(first + start, first + start + len(some))
-            yield Piece(spec.layer, spec.role, place, read(some), from_codes=True)
+            target_rows = slice(first + start, first + start + len(some))
+            yield Piece(spec.layer, spec.role, target_rows, read(some), from_codes=True)
 
 
 @contextmanager

@@ -64,12 +64,12 @@ def test_huggingface_logprobs_are_zero_for_greedy_tokens_only(tiny):
 
 def test_a_stop_sequence_cuts_text_and_tokens(client):
     whole = answer(client, REQUEST).completions[0]
-    place = 5
-    stop = whole.tokens[place].text
+    placement = 5
+    stop = whole.tokens[placement].text
     cut = answer(client, replace(REQUEST, stop_sequences=["never", stop])).completions[0]
     assert cut.finish_reason == {"reason": "stop"}
     assert cut.text == whole.text[: whole.text.index(stop)]
-    assert cut.tokens == whole.tokens[: len(cut.tokens)] and len(cut.tokens) <= place
+    assert cut.tokens == whole.tokens[: len(cut.tokens)] and len(cut.tokens) <= placement
     # As far as tokens are characters: two that share one are two replacement characters, and one character of the text.
     certain = "".join(token.text for token in cut.tokens).partition("\ufffd")[0]
     assert cut.text.startswith(certain) or certain.startswith(cut.text)

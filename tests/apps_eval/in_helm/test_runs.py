@@ -280,13 +280,13 @@ def test_a_bad_request_is_an_error_and_loses_nothing(folder, model, method):
     assert [each["instance"]["id"] for each in states] == [
         f"id{number}" for number in range(8) for _ in range(per_question)
     ]
-    failed = [place for place, each in enumerate(states) if not each["result"]["success"]]
+    failed = [position for position, each in enumerate(states) if not each["result"]["success"]]
     assert failed == [error["index"] for error in errors] and {error["instance"] for error in errors} == {"id3"}
     assert all(
-        states[place]["result"]["completions"] == [] and "tokens" in states[place]["result"]["error"]
-        for place in failed
+        states[position]["result"]["completions"] == [] and "tokens" in states[position]["result"]["error"]
+        for position in failed
     )
-    assert all(each["result"]["completions"] for place, each in enumerate(states) if place not in failed)
+    assert all(each["result"]["completions"] for position, each in enumerate(states) if position not in failed)
     counts = {stat["name"]["name"]: stat.get("mean") for stat in stats if "perturbation" not in stat["name"]}
     assert counts["num_instances"] == 7
 

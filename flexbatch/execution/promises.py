@@ -1,0 +1,35 @@
+"""Pages that are kept for sequences in flight: those that they are likely to take, and have not taken yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from flexbatch.policy.admission import CacheSizes
+from flexbatch.policy.policy import TIERS
+
+
+class Promises:
+    """By tier, and for layers that keep only their window beside the others."""
+
+    def __init__(self, sizes: CacheSizes) -> None:
+        self.sizes = sizes
+        self.pages, self.in_windows = dict.fromkeys(TIERS, 0), dict.fromkeys(TIERS, 0)
+
+    def add(self, tier: str, reserved: int, taken: int, sign: int = 1) -> None:
+        """Of a sequence, which has ``taken`` pages of ``reserved`` ones; sign -1: not any more."""
+        in_windows = self.sizes.in_windows
+        self.pages[tier] += sign * max(0, reserved - taken)
+        self.in_windows[tier] += sign * max(0, in_windows(reserved) - in_windows(taken))
+
+    def replace(self, all_of_them: Iterable[tuple[str, int, int]]) -> None:
+        """By those of (tier, reserved, taken) pages of every sequence."""
+        for counts in (self.pages, self.in_windows):
+            counts.update(dict.fromkeys(TIERS, 0))
+        for tier, reserved, taken in all_of_them:
+            self.add(tier, reserved, taken)
+
+    def check(self, all_of_them: Iterable[tuple[str, int, int]]) -> None:
+        """Invariant: the sums are those of all sequences."""
+        other = Promises(self.sizes)
+        other.replace(all_of_them)
+        assert (self.pages, self.in_windows) == (other.pages, other.in_windows), (vars(self), vars(other))

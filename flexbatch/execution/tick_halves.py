@@ -1,0 +1,139 @@
+"""What a tick computes: up to attention, then output projection and MLP, and last what waits for the CPU's experts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flexbatch.execution.attention import CacheAttention, PendingTick, Watch
+from flexbatch.execution.ends import Ends
+from flexbatch.execution.inputs import MicroBatchInputs
+from flexbatch.execution.routed_rows import RoutedRows
+from flexbatch.memory.host_buffers import HostBuffers
+from flexbatch.memory.rotary import Rotary
+from flexbatch.memory.transfer import Handle, TransferQueues
+from flexbatch.memory.weights import WeightStore
+from flexbatch.models import layers
+from flexbatch.models.arch import Arch
+from flexbatch.models.experts import Elsewhere, RowsElsewhere
+from flexbatch.models.routing import RoutingCounts
+from flexbatch.policy.schedule import Tick
+from flexbatch.trace import Tracer
+
+
+class TickHalves:
+    """The parts of a tick, which the executor calls in the order that keeps everything busy. ``routed``: what goes to
+    the CPU's experts, None where it has none."""
+
+    def __init__(
+        self,
+        arch: Arch,
+        ends: Ends,
+        weights: WeightStore,
+        queues: TransferQueues,
+        host_buffers: HostBuffers,
+        rotary: Rotary,
+        attention: CacheAttention,
+        routing: RoutingCounts | None,
+        routed: RoutedRows | None,
+    ) -> None:
+        self.arch, self.ends, self.weights, self.queues = arch, ends, weights, queues
+        self.host_buffers, self.rotary, self.attention = host_buffers, rotary, attention
+        self.routing, self.routed, self.ranks = routing, routed, ends.ranks
+        self.tracer: Tracer = queues.tracer
+
+    def begin_pass(self, most_tokens: int) -> None:
+        """Whether the CPU computes experts of a pass whose largest micro-batch has so many tokens, and which."""
+        experts = self.weights.cpu_experts
+        if experts is None:
+            return
+        if self.routed is not None:
+            self.routed.begin_pass()
+        if self.routing is not None and self.routing.passes >= max(1, 2 * experts.passes):
+            # After twice as many passes again: counts settle, and what crosses the link should not change every time.
+            experts.choose(self.routing.total.cpu(), self.routing.passes)
+        self.weights.leaves_experts = self.routed is not None and most_tokens <= self.routed.max_tokens
+        if not self.weights.leaves_experts:
+            self.weights.fetch_experts()
+
+    def begin(
+        self, tick: Tick, inputs: MicroBatchInputs, gathered: Handle, buffer: int, watch: Watch | None = None
+    ) -> PendingTick:
+        """Up to and including attention; the CPU's share is only started."""
+        weights = self.weights.weights(tick.layer, "pre")
+        hidden = self.ends.given(tick.layer, tick.micro_batch, inputs)
+        if watch is not None and tick.layer == 0:
+            watch(-1, inputs, hidden)
+        with self.tracer.compute_span(f"attention {tick.layer}.{tick.micro_batch}"):
+            query, key, value = layers.pre_attention(
+                self.arch,
+                tick.layer,
+                weights,
+                hidden,
+                inputs.positions,
+                self.rotary.tables,
+                inputs.adapters,
+                self.ranks,
+            )
+            pending = PendingTick(
+                tick, inputs, hidden, query.new_empty(*query.shape[:-1], self.arch.value_dim), watch=watch
+            )
+            groups = inputs.groups(self.attention.cache.windowed[tick.layer])
+            if groups.cpu is not None:
+                self.attention.start_cpu_attention(pending, groups.cpu, query, key, value)
+            if groups.gpu is not None:
+                self.attention.attend_resident(pending, groups.gpu, query, key, value)
+            if groups.staged is not None:
+                self.attention.attend_staged(pending, groups.staged, gathered, buffer, query, key, value)
+        return pending
+
+    def finish(self, pending: PendingTick, count: int) -> bool:
+        """Output projection and MLP; returns whether this is all, or the CPU's experts have only been started."""
+        tick = pending.tick
+        if pending.cpu_output is not None:
+            assert pending.inputs.cpu is not None
+            pending.cpu_done.wait()
+            self.queues.copy_to_device(
+                pending.cpu_output, pending.attention[pending.inputs.cpu.start : pending.inputs.cpu.end]
+            )
+            self.host_buffers.release(pending.cpu_output, self.queues.mark())
+        weights, adapters = self.weights.weights(tick.layer, "post"), pending.inputs.adapters
+        with self.tracer.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):
+            stacks, given = self.weights.experts(tick.layer), (weights, pending.hidden, pending.attention, adapters)
+            context = self.routing, self.ranks, stacks, self.elsewhere(tick.layer)
+            pending.halves = layers.post_attention_halves(self.arch, tick.layer, *given, *context)
+            try:
+                next(pending.halves)
+            except StopIteration as end:
+                self.store(pending, end.value, count)
+                return True
+        return False
+
+    def complete(self, pending: PendingTick, count: int) -> None:
+        """With the results of the CPU's experts."""
+        assert pending.halves is not None
+        with self.tracer.compute_span(f"experts {pending.tick.layer}.{pending.tick.micro_batch}"):
+            hidden = layers.end_of(pending.halves)
+        self.store(pending, hidden, count)
+
+    def store(self, pending: PendingTick, hidden: Tensor, count: int) -> None:
+        """The hidden states of a layer; the last micro-batch gives the layer's slab back."""
+        tick = pending.tick
+        if pending.watch is not None:
+            pending.watch(tick.layer, pending.inputs, hidden)
+        self.ends.take(tick.layer, tick.micro_batch, pending.inputs, hidden)
+        if tick.micro_batch == count - 1:
+            self.weights.release(tick.layer, self.queues.mark())
+
+    def elsewhere(self, layer: int) -> Elsewhere | None:
+        """How rows get to the experts that are not in the layer's slab; None where all are."""
+        left_out = self.weights.left_out(layer)
+        if left_out is None:
+            return None
+        routed, experts = self.routed, self.weights.cpu_experts
+        assert routed is not None and experts is not None, f"nobody computes {left_out} of layer {layer}"
+        table = experts.table(layer)
+
+        def start(x: Tensor, chosen: Tensor, scales: Tensor | None) -> RowsElsewhere:
+            return routed.start(layer, x, chosen, scales, table, left_out)
+
+        return start

@@ -1,0 +1,38 @@
+"""A working slab that a layer has, and what of the layer crosses the link to it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from flexbatch.memory.cpu_experts import LeftOut, Ranges
+from flexbatch.memory.files import align
+from flexbatch.memory.transfer import Handle
+
+
+@dataclass
+class SlabLease:
+    """The lease of a working slab by one layer, from its first fetch to its release."""
+
+    slab: int
+    ranges: Ranges
+    """What crosses the link of the layer's part in host memory."""
+    left_out: LeftOut | None = None
+    """Experts that do not."""
+    handles: list[Handle] = field(default_factory=list)
+    slices_fetched: int = 0
+    waits_for_disk: bool = False
+    """Whether its part from the disk has not been copied from staging to the slab yet."""
+
+
+def slices(num_bytes: int, index: int, count: int, alignment: int = 256) -> tuple[int, int]:
+    """The ``index``-th of ``count`` contiguous byte ranges, cut at multiples of ``alignment``."""
+    step = align(math.ceil(num_bytes / count), alignment)
+    return min(index * step, num_bytes), min((index + 1) * step, num_bytes)
+
+
+def gaps(ranges: Ranges, end: int) -> Ranges:
+    """The bytes up to ``end`` that are in none of the ranges."""
+    whole = ((0, 0), *ranges, (end, end))
+    return tuple((before, start) for (_, before), (start, _) in pairwise(whole) if start > before)

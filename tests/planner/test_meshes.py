@@ -1,0 +1,111 @@
+"""Which mesh is chosen for how many GPUs, and what sums over GPUs cost in a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from flexbatch.cli.plan import main
+from flexbatch.config import EngineConfig
+from flexbatch.parallel.mesh import MeshShape
+from flexbatch.planner.meshes import NO_ROOM, Meshes, MeshPlan, gpus_here, shapes_of, with_chosen_mesh
+from flexbatch.policy.hardware import load_hardware
+from flexbatch.policy.shared_host import shared_by
+from flexbatch.validation.errors import ConfigurationError, DoesNotFitError
+
+JOB = ["--num-prompts", "64", "--prompt-len", "64", "--max-tokens", "16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Priced:
+    """As much of a plan as is compared."""
+
+    predicted_tokens_per_second: float
+    limiting_resource: str = "h2d"
+    memory: dict = dataclasses.field(default_factory=lambda: {"cpu": {"weights": 2**30}, "disk": {}})
+
+
+def test_every_product_of_the_number_of_gpus_is_planned_for():
+    found = [(each.data, each.pipeline, each.tensor) for each in shapes_of(6)]
+    assert found[:5] == [(6, 1, 1), (3, 1, 2), (3, 2, 1), (2, 1, 3), (2, 3, 1)]
+    assert found[5:] == [(1, 1, 6), (1, 2, 3), (1, 3, 2), (1, 6, 1)]
+    assert [*shapes_of(1)] == [MeshShape()]
+
+
+@pytest.mark.parametrize(
+    ("rates", "wanted"),
+    [
+        ((10.0, 15.0, 12.0), (2, 1, 1)),  # 20 by two engines
+        ((10.0, 21.0, 20.0), (1, 1, 2)),
+        ((10.0, 21.0, 21.2), (1, 1, 2)),  # as fast as a plan can tell: the one with less in flight
+        ((10.0, 20.2, 20.1), (2, 1, 1)),  # engines that wait for nobody
+        ((10.0, 15.0, 22.0), (1, 2, 1)),
+        ((DoesNotFitError(), 3.0, DoesNotFitError()), (1, 1, 2)),
+        ((3.0, ConfigurationError("2 of 1 head"), 5.0), (2, 1, 1)),
+        ((DoesNotFitError(), ConfigurationError("2 of 1 head"), 5.0), (1, 2, 1)),
+    ],
+)
+def test_the_fastest_is_chosen_and_the_table_says_why(rates, wanted):
+    def plan(config: EngineConfig) -> Priced:
+        assert config.parallel is None
+        found = rates[{(2, 1): 0, (1, 1): 1, (1, 2): 2}[config.data_parallel_size, config.pipeline_parallel_size]]
+        if isinstance(found, Exception):
+            raise found
+        return Priced(found)
+
+    meshes = Meshes.planned(EngineConfig(parallel="auto"), 2, plan)
+    config = meshes.config(EngineConfig(parallel="auto"))
+    assert config.mesh_shape == MeshShape(*wanted) and config.parallel is None
+    text, flags = meshes.text(), zip(("data", "pipeline", "tensor"), wanted, strict=True)
+    assert " ".join(f"--{name}-parallel-size {size}" for name, size in flags) in text and "100%" in text
+    for found in rates:
+        if isinstance(found, Exception):
+            assert (str(found) or NO_ROOM) in text
+
+
+def test_where_nothing_runs_every_mesh_says_why():
+    refused = MeshPlan(MeshShape(tensor=2), None, "1 head")
+    with pytest.raises(DoesNotFitError, match=r"2 x 1 x 1: does not fit.*; 1 x 1 x 2: 1 head"):
+        _ = Meshes((MeshPlan(MeshShape(2), None, NO_ROOM), refused)).best
+    with pytest.raises(ConfigurationError, match="1 x 1 x 2: 1 head"):
+        _ = Meshes((refused,)).best
+
+
+def test_without_gpus_there_is_one_engine():
+    config = EngineConfig(parallel="auto", device="cpu")
+    assert gpus_here(config) == 1 and with_chosen_mesh(config).mesh_shape == MeshShape()
+    with pytest.raises(ConfigurationError, match="leave either out"):
+        EngineConfig(parallel="auto", tensor_parallel_size=2)
+
+
+def planned(capsys: pytest.CaptureFixture, *words: str) -> dict:
+    assert main([*words, *JOB, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_machine_that_is_not_here_is_planned_for(capsys):
+    """Resident weights: two engines; a model that one GPU's share of the host does not hold: ranks."""
+    base = "opt-6.7b", "--gpu", "h200", "--gpus", "2", "--parallel", "auto"
+    small = planned(capsys, *base)
+    assert (small["engines"], [each["data_parallel_size"] for each in small["meshes"]]) == (2, [2, 1, 1])
+    assert [each["pipeline_parallel_size"] for each in small["meshes"]] == [1, 1, 2]
+    rates = [each["predicted_tokens_per_second_together"] for each in small["meshes"]]
+    assert rates[0] > max(rates[1:]) and small["predicted_tokens_per_second_together"] == pytest.approx(rates[0])
+    assert main(["opt-6.7b", "--gpu", "h200", "--parallel", "auto", *JOB]) == 2
+    assert "--gpus N" in capsys.readouterr().err
+
+
+def test_sums_over_gpus_are_in_a_plan(tmp_path, capsys):
+    """A slow interconnect makes two ranks slower."""
+    machine = load_hardware("h200")
+    rank = shared_by(machine, 2, 2)
+    assert rank.tensor_ranks == 2 and shared_by(machine, 1) == machine
+    rates = {}
+    for name, rate in (("fast", 360e9), ("slow", 1e9)):
+        path = tmp_path / f"{name}.json"
+        path.write_text(dataclasses.replace(machine, interconnect=rate).to_json())
+        words = "opt-1.3b", "--gpu", str(path), "--tensor-parallel-size", "2"
+        rates[name] = planned(capsys, *words)["predicted_tokens_per_second"]
+    assert rates["slow"] < 0.8 * rates["fast"]
