@@ -63,7 +63,9 @@ class EngineConfig:
         metavar=("WG", "WC", "CG", "CC", "AG", "AC"),
     )
     gpu_batch_size: int | None = option(None, "sequences in one micro-batch (default: chosen)")
-    num_gpu_batches: int | None = option(None, "micro-batches in one block (default: chosen)")
+    num_gpu_batches: int | None = option(
+        None, "micro-batches in one pass; as many passes are in flight as there are pipeline stages (default: chosen)"
+    )
     cpu_attention: float | None = option(
         None, "share of the CPU-resident cache that is attended where it lies, 0 to 1 (default: chosen)"
     )
@@ -133,14 +135,19 @@ class EngineConfig:
     dummy_weights: bool = option(False, "random weights of a public shape, without any download")
     parallel: str | None = option(
         None,
-        "auto: share the GPUs of this host out among engines and tensor ranks as the plan is fastest (default: by the "
-        "sizes given)",
+        "auto: share the GPUs of this host out among engines, stages and tensor ranks as the plan is fastest (default: "
+        "by the sizes given)",
         choices=("auto",),
     )
     data_parallel_size: int = option(
         1,
         "engines with all of the model each, which take prompts from one line: started with the first one on this "
         "host, or by torchrun",
+    )
+    pipeline_parallel_size: int = option(
+        1,
+        "stages that share the layers out, each with GPUs of its own: started with the engine on this host, or by "
+        "torchrun",
     )
     tensor_parallel_size: int = option(
         1,
@@ -170,7 +177,7 @@ class EngineConfig:
                         f"(the rest is on disk), not {gpu + cpu:g}"
                     )
         sizes = "gpu_batch_size", "num_gpu_batches", "prefill_chunk", "prefill_budget", "max_model_len"
-        for name in (*sizes, "data_parallel_size", "tensor_parallel_size"):
+        for name in (*sizes, "data_parallel_size", "pipeline_parallel_size", "tensor_parallel_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 refuse(f"{name}={value} must be at least 1")
@@ -206,7 +213,7 @@ class EngineConfig:
     @property
     def mesh_shape(self) -> MeshShape:
         """Of the ranks that run it."""
-        return MeshShape(self.data_parallel_size, 1, self.tensor_parallel_size)
+        return MeshShape(self.data_parallel_size, self.pipeline_parallel_size, self.tensor_parallel_size)
 
     @property
     def goes_ahead(self) -> bool:

@@ -25,7 +25,7 @@ def completions(
     """The completion of every request of a job, as it ends; the caller delivers it. drafted: with the drafts, where
     there are any. Raises ConfigurationError for one that no block holds."""
     with loop.ending():
-        job = loop.job(requests).part(loop.engines)
+        job = loop.job(requests).of_every(loop.engines)
         with loop.shared(job, exactly=True):
             runner = loop.capacity.prepare(job)
         loop.begin(runner, (), loop.capacity.speculator if drafted else None, job)
@@ -87,7 +87,7 @@ def compared(loop: EngineLoop, requests: Many[Request]) -> Generator[tuple[Reque
     """`completions`, with plain decoding of the same requests by turns, for the report. No turn finds prompts in
     the cache that an earlier one has read."""
     loop.capacity.prepare(loop.job(requests))
-    for turn in turns(requests, loop.planner.engine_plan.policy.block_size):
+    for turn in turns(requests, loop.planner.engine_plan.block_policy.block_size):
         loop.capacity.prepare(loop.job(turn.requests)).cache.forget_prefixes()
         with measuring(loop, turn):
             for request, completion in completions(loop, turn.requests, turn.drafted):

@@ -21,6 +21,7 @@ from flexbatch.execution.job import Job
 from flexbatch.execution.masks import MaskWorkers
 from flexbatch.execution.observer import RunObserver
 from flexbatch.execution.passes import Passes
+from flexbatch.execution.pipelined import PipelinedPasses, passes_of
 from flexbatch.execution.proposals import Proposer
 from flexbatch.execution.runner import Runner
 from flexbatch.execution.scheduler import Scheduler
@@ -62,7 +63,7 @@ class EngineLoop:
         self.masks = MaskWorkers()
         self.scheduler: Scheduler | None = None
         """The scheduler of the run that goes on; None between runs."""
-        self.passes: Passes | None = None
+        self.passes: Passes | PipelinedPasses | None = None
         self.observers: list[RunObserver] = []
         """The observers of the run that goes on."""
         self.watchers: list[RunObserver] = [] if others is None else others.watchers
@@ -128,7 +129,7 @@ class EngineLoop:
 
     def plan_for_lengths(self, complete: bool) -> None:
         """Go on in a faster block where answers are not as long as was assumed; sequences in flight are read anew."""
-        scheduler, before = self.scheduler, self.planner.engine_plan.policy
+        scheduler, before = self.scheduler, self.planner.engine_plan.block_policy
         if scheduler is None or scheduler.outgrown or not scheduler.aside.recomputes:
             return
         started = [*scheduler.started, *scheduler.waiting]
@@ -140,7 +141,7 @@ class EngineLoop:
             return
         reason = (
             f"sequences have {job.mean_tokens:.4g} tokens on average by {self.lengths.num_seen} answers; "
-            f"block {before.block_size} -> {found.policy.block_size}"
+            f"block {before.block_size} -> {found.block_policy.block_size}"
         )
         logger.info("re-planned: %s", reason)
         self.replans.append(reason)
@@ -184,7 +185,7 @@ class EngineLoop:
         capacity = self.capacity
         self.end()
         self.scheduler = Scheduler(
-            self.planner.engine_plan.policy,
+            self.planner.engine_plan.block_policy,
             runner.cache,
             self.intake.arrivals(),
             runner.sizes.max_micro_batch_tokens,
@@ -200,8 +201,8 @@ class EngineLoop:
         if whole_job is not None and proposer is None:
             self.job_record = JobRecord(Forecast(self.planner.engine_plan, whole_job, runner.sizes))
             self.observers.append(self.job_record)
-        monitor, ahead = self.plan_monitor(runner), self.planner.config.goes_ahead
-        self.passes = Passes(self.scheduler, runner.executor, self.tracer, ahead, self.masks)
+        monitor, config, executor = self.plan_monitor(runner), self.planner.config, runner.executor
+        self.passes = passes_of(self.scheduler, executor, self.tracer, config.goes_ahead, self.masks)
         if isinstance(self.tracer, UsageTracer):
             self.tracer.wanted = monitor is not None
         if monitor is not None:
@@ -242,7 +243,7 @@ class EngineLoop:
     def fail(self, error: BaseException) -> None:
         """What was on its way may have failed half-way: no later job may find it in the cache, nor wait for it."""
         if self.passes is not None:
-            self.passes.flight = None
+            self.passes.give_up()
         proposer = self.scheduler.proposer if self.scheduler is not None else None
         self.capacity.close()
         if proposer is not None:

@@ -6,7 +6,7 @@ The scheduler follows them, and the planner counts the passes of a job by them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from flexbatch.policy.layer_window import LayerWindow, WindowSizes, passing_pages, window_sizes
 from flexbatch.policy.limits import MAX_MICRO_BATCH_TOKENS, PAGE_TOKENS
@@ -45,6 +45,18 @@ class CacheSizes:
     def in_windows(self, pages: int) -> int:
         """Of a sequence that has so many pages, those that count in the layers that keep only their window."""
         return self.windows.of(pages) if self.windows else 0
+
+    def part(self, parts: int) -> CacheSizes:
+        """What one of so many parts of the block has of them."""
+        gpu, cpu, disk = (-(-self.pages(tier) // parts) for tier in TIERS)
+        return replace(
+            self,
+            gpu_pages=gpu,
+            cpu_pages=cpu,
+            disk_pages=disk,
+            disk_sequences=-(-self.disk_sequences // parts),
+            windows=self.windows and self.windows.part(parts),
+        )
 
     def covers(self, other: CacheSizes) -> bool:
         """Whether a block that fits ``other`` fits here."""

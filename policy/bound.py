@@ -85,7 +85,7 @@ def machine_bound(
         constraints,
         policy,
         rows,
-        shape.kept_layers(occupied, shape.window) * shape.token_bytes(cache_bits),
+        shape.kept_layers(occupied, shape.window) * shape.token_bytes(cache_bits) * shape.stages,
     )
     if seconds is None:
         return None

@@ -59,7 +59,7 @@ def runs_graphs(policy: Policy, device: str) -> bool:
 
 def planned_bytes(shape: ModelShape, policy: Policy, device: str, longest: float) -> int:
     """The bytes of the graphs that a plan counts on. longest: tokens of the longest sequence."""
-    if not runs_graphs(policy, device):
+    if shape.stages > 1 or not runs_graphs(policy, device):
         return 0
     sizes = shape.num_layers, shape.hidden_bytes, policy.gpu_batch_size, int(longest), PAGE_TOKENS
     one = graph_bytes(*sizes, shape.experts is not None)

@@ -47,7 +47,8 @@ def summary(plan: Plan) -> dict:
         "free_bytes": {tier: plan.budgets[tier] - sum(plan.memory[tier].values()) for tier in TIERS},
         "pass_seconds": plan.pass_seconds,
         "passes": plan.passes,
-        "sequences": plan.workload.num_sequences,
+        "sequences": plan.num_sequences,
+        "stages": plan.shape.stages,
         "experts": experts_of(plan, plan.shape.experts) if plan.shape.experts else None,
         "windows": windows_of(plan) if plan.shape.window_layers else None,
         "waves": plan.waves,
@@ -104,7 +105,7 @@ def engines_text(plan: Plan, engines: int) -> str:
 
 def job_text(plan: Plan) -> str:
     prompt, output = plan.workload.columns
-    count = plan.workload.num_sequences
+    count = plan.num_sequences
 
     def lengths(tokens: Any) -> str:
         low, high = round(min(tokens)), round(max(tokens))
@@ -122,6 +123,8 @@ def in_words(plan: Plan, smaller_caches: Mapping[int, Plan]) -> list[str]:
         lines.append(said("missing", short))
     rate, prompts = plan.predicted_tokens_per_second, prompt_rate(plan)
     lines.append(said("speed", f"{number_text(rate)} new tokens/s, beside {number_text(prompts)} prompt tokens/s read"))
+    if plan.shape.stages > 1:
+        lines.append(said("stages", stages_text(plan)))
     if plan.seconds is not None and plan.first_answer_seconds is not None:
         per_pass = duration_text(plan.pass_seconds)
         lines.append(said("this job", f"{duration_text(plan.seconds)}, in {plan.passes:,.0f} passes of {per_pass}"))
@@ -143,7 +146,16 @@ def waves_text(plan: Plan) -> str:
     waves = "1 wave" if plan.waves == 1 else f"{plan.waves:,} waves"
     prompt, answer = plan.workload.mean_prompt, plan.workload.mean_output
     lengths = f"assumed are prompts of {number_text(prompt)} tokens and answers of {number_text(answer)} on average"
-    return f"{waves} of up to {plan.most_in_flight:,.0f} sequences; {lengths}"
+    return f"{waves} of up to {plan.shape.stages * plan.most_in_flight:,.0f} sequences; {lengths}"
+
+
+def stages_text(plan: Plan) -> str:
+    """What the numbers of a pipeline are of."""
+    shape = plan.shape
+    return (
+        f"{shape.stages}, each with a pass of its own in flight; passes, memory and resources are those of the slowest "
+        f"stage, of {shape.num_layers} layers{'' if shape.head_tensors else ' without embedding and head'}"
+    )
 
 
 def tail_text(plan: Plan) -> str:

@@ -41,6 +41,8 @@ KIND_LABELS = (
     "reserved",
 )
 
+STAGED = "activations_cpu", "activations_disk"
+
 
 def prompt_tokens_per_pass(workload: Workload, policy: Policy) -> float:
     """Prompt tokens of one micro-batch in one pass at the peak: its budget, or all its sequences' chunks."""
@@ -72,21 +74,22 @@ def memory_rows(
     slab = float(policy.num_weight_slabs) * shape.largest_layer_bytes(bits)
     dequantization = shape.dequantized_bytes(bits)
     kept = shape.kept_layers(reserved, window_tokens(shape))
-    cache = (batch * batches * kept + passing_tokens(shape, workload, policy)) * row
+    cache = (shape.stages * batch * batches * kept + passing_tokens(shape, workload, policy)) * row
     staged = 2.0 * staged_tokens(shape, workload, policy) * row
     # On its way from disk to the link everything stops over in host memory; without a GPU it is read straight into
     # place.
     stopover = 1.0 if hardware.device == "cuda" else 0.0
     tokens = batch + prompt_tokens_per_pass(workload, policy)
     hidden, two_hidden = batches * tokens * shape.hidden_bytes, 2.0 * tokens * shape.hidden_bytes
+    between, away = (hidden + two_hidden) * (shape.stages > 1), dict.fromkeys(STAGED, two_hidden)
     exchange = attention_exchange_bytes(shape, policy) + expert_exchange_bytes(shape, policy, tokens)
-    open_pages = batch * batches * PAGE_TOKENS * row * shape.num_layers
+    open_pages = shape.stages * batch * batches * PAGE_TOKENS * row * shape.num_layers
     gpu = {
         "weights": affine(weights_gpu=weights),
         "weight slabs": affine(dequantization, weights_cpu=slab, weights_disk=slab),
         "cache": affine(cache_gpu=cache),
         "cache staging": affine(cache_cpu=staged, cache_disk=staged),
-        "activations": affine(activations_gpu=hidden, activations_cpu=two_hidden, activations_disk=two_hidden),
+        "activations": affine(between, activations_gpu=hidden, **away),
         "workspace": affine(tokens * shape.peak_workspace_bytes),
         "logits": affine(logits_bytes(max(MIN_LOGIT_ROWS, batch) * shape.vocab_size)),
         # Only where everything is on the gpu tier; the cache is the last that gets there.
@@ -128,7 +131,7 @@ def passing_tokens(shape: ModelShape, workload: Workload, policy: Policy, share:
     reserved = reserved_tokens(workload, policy)
     pages = policy.num_gpu_batches * passing_pages(policy, most_prompt_tokens(policy), PAGE_TOKENS)
     beyond = share * policy.block_size * max(0.0, reserved - window_tokens(shape))
-    return shape.window_layers * min(PAGE_TOKENS * pages, beyond)
+    return shape.stages * shape.window_layers * min(PAGE_TOKENS * pages, beyond)
 
 
 def staged_tokens(shape: ModelShape, workload: Workload, policy: Policy) -> float:

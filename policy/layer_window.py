@@ -53,6 +53,11 @@ class WindowSizes:
         """Pages that a sequence holds here which has so many in the other layers."""
         return min(pages, self.ring)
 
+    def part(self, parts: int) -> WindowSizes:
+        """What one of so many parts of the block has of them."""
+        quota, pages = ([-(-count // parts) for count in counts] for counts in (self.quota, self.pages))
+        return WindowSizes(self.ring, (quota[0], quota[1], quota[2]), (pages[0], pages[1], pages[2]), self.staging)
+
     def covers(self, other: WindowSizes) -> bool:
         """Whether what fits ``other`` fits here."""
         mine, wanted = (*self.quota, *self.pages, self.staging), (*other.quota, *other.pages, other.staging)

@@ -55,6 +55,8 @@ class ModelShape:
     window_layers: int = 0
     window_chunked: bool = False
     """Whether the window does not slide: see `LayerWindow`."""
+    stages: int = 1
+    """Of a pipeline, of which this is one: so many passes are in flight, each with sequences of its own."""
 
     @classmethod
     def from_sizes(

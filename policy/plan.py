@@ -37,11 +37,11 @@ class Plan:
     steady_tokens_per_second: float
     """With a full block, prompts riding along: what a job without end reaches."""
     seconds: float | None
-    """The time of the whole job; None for a job without end."""
+    """The time of the whole job, of which every stage of a pipeline has a part; None for a job without end."""
     passes: float
     """In the job; 1 for a job without end, of which one average pass is described."""
     pass_seconds: float
-    """The time of the average pass."""
+    """The time of the average pass, in a pipeline on the stage that takes longest."""
     row_seconds: dict[str, float]
     """Per row of `cost.ROWS`, in the average pass, were it alone."""
     work: dict[str, float]
@@ -65,6 +65,11 @@ class Plan:
     """What one GiB more on each tier buys, from the duals of the linear program."""
     linear_programs: int = 0
     search_seconds: float = 0.0
+
+    @property
+    def num_sequences(self) -> int | None:
+        """Of the job; None for one without end."""
+        return self.workload.whole_sequences or self.workload.num_sequences
 
     @property
     def waves(self) -> int | None:
@@ -152,6 +157,9 @@ def price(
     total = float(np.sum(seconds))
     bound = float(np.sum(counts * model.bound_seconds(point)))
     num_passes = float(counts.sum())
+    # Every stage of a pipeline runs passes of all parts of the block, and the last one waits for those before it.
+    stages = shape.stages
+    fill = 0.0 if workload.num_sequences is None else (stages - 1) * total / num_passes
     steady, finished = steady_load(workload, policy)
     steady_seconds = float(PassModel(shape, hardware, met, steady, has_graphs(memory)).pass_seconds(point))
     return Plan(
@@ -159,11 +167,11 @@ def price(
         shape=shape,
         hardware=hardware,
         workload=workload,
-        predicted_tokens_per_second=tokens / total,
+        predicted_tokens_per_second=stages * tokens / (stages * total + fill),
         bound_tokens_per_second=tokens / bound,
         steady_tokens_per_second=finished * workload.mean_output / steady_seconds,
-        seconds=None if workload.num_sequences is None else total,
-        passes=num_passes,
+        seconds=None if workload.num_sequences is None else stages * total + fill,
+        passes=num_passes if workload.num_sequences is None else stages * num_passes,
         pass_seconds=total / num_passes,
         row_seconds={
             name: float(np.sum(counts * value)) / num_passes for name, value in model.resource_seconds(point).items()
@@ -172,10 +180,10 @@ def price(
         launch_seconds=float(np.sum(counts * model.launching_seconds(point))) / num_passes,
         first_answer_seconds=None
         if workload.num_sequences is None
-        else float(np.interp(first_finish(workload, policy), np.cumsum(counts), np.cumsum(seconds))),
+        else fill + stages * float(np.interp(first_finish(workload, policy), np.cumsum(counts), np.cumsum(seconds))),
         most_in_flight=float(passes.in_flight.max()),
-        tail_passes=passes.tail_passes,
+        tail_passes=stages * passes.tail_passes,
         tail_sequences=passes.tail_sequences,
-        tail_seconds=float(np.sum(np.broadcast_to(seconds, counts.shape)[passes.tail])),
+        tail_seconds=stages * float(np.sum(np.broadcast_to(seconds, counts.shape)[passes.tail])),
         memory=memory,
     )

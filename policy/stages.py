@@ -34,7 +34,7 @@ class Stage:
 
 class PassStages:
     """The stages of the passes ``load``: a layer, in a model with experts also one without them, the last layer (the
-    head's weights are fetched beside it) and the head."""
+    head's weights are fetched beside it) and the head, where it is here."""
 
     def __init__(self, shape: ModelShape, hardware: Hardware, policy: Policy, load: PassLoad) -> None:
         self.shape, self.hardware, self.policy, self.load = shape, hardware, policy, load
@@ -56,11 +56,12 @@ class PassStages:
 
     def stages(self) -> list[Stage]:
         dense = min(self.shape.dense_layers, self.shape.num_layers - 1)
+        has_head = bool(self.shape.head_tensors)
         kinds = [
             ("layer", "layer", "layer", self.shape.num_layers - 1 - dense),
             ("dense layer", "dense", "dense", dense),
-            ("last layer", "layer", "head", 1),
-            ("head", "head", "layer", 1),
+            ("last layer", "layer", "head" if has_head else "layer", 1),
+            ("head", "head", "layer", int(has_head)),
         ]
         return [self._stage(name, compute, fetch, count) for name, compute, fetch, count in kinds if count]
 

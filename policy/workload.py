@@ -53,6 +53,8 @@ class Workload:
     """[2, sequences] prompt and generated tokens in the order of arrival, where they are known: then the passes of the
     job can be counted one by one."""
     grows: bool = False
+    whole_sequences: int | None = None
+    """Of the whole job, where this is what one of several parts of a block runs."""
 
     MAX_PAIRS = 256
     MAX_IN_ORDER = 16_384

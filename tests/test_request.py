@@ -318,7 +318,9 @@ SETTINGS = {
     "lora": (5, "a", [5], {"a": 5}, {5: "a"}, ["a"]),
     "lora_default": (5, b"a", ["a"]),
     "parallel": (5, "some", b"auto", ["auto"]),
-    **dict.fromkeys(("data_parallel_size", "tensor_parallel_size"), (0, -2, "two", 1.5, [2], None)),
+    **dict.fromkeys(
+        ("data_parallel_size", "pipeline_parallel_size", "tensor_parallel_size"), (0, -2, "two", 1.5, [2], None)
+    ),
 }
 
 

@@ -204,7 +204,7 @@ def steady_seconds(prompt: float, passes: float, last: PassSeen, costs: np.ndarr
     of prompt tokens holds others up, that of the passes that read prompts."""
     stay = np.ceil(prompt / last.chunk) + passes
     share = max(stay / last.block_size, prompt / last.prompt_budget)
-    return float(costs @ (share, prompt, passes))
+    return float(costs @ (last.parts * share, prompt, passes))
 
 
 def walked(
@@ -230,7 +230,7 @@ def walked(
         read = active[(given > 0) & (prompts[active] <= 0)]
         answers[decoding] -= taken
         answers[read] -= 1
-        seconds += float(costs @ (passes, given.sum(), taken.sum()))
+        seconds += float(costs @ (last.parts * passes, given.sum(), taken.sum()))
         active = active[(prompts[active] > 0) | (answers[active] > 1e-9)]
         enters = min(len(prompts) - entered, last.block_size - active.size)
         if enters > 0:

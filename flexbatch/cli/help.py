@@ -27,7 +27,8 @@ NAMES = {
     MEMORY: "gpu_memory cpu_memory offload_dir weight_bits cache_bits allow_bits compress_weight compress_cache "
     "pin_weight",
     SPECULATION: "draft tree draft_sampling simulate_acceptance compare_plain",
-    CLUSTER: "parallel gpus data_parallel_size tensor_parallel_size shard ray ray_actors ray_address ray_cpus",
+    CLUSTER: "parallel gpus data_parallel_size pipeline_parallel_size tensor_parallel_size shard ray ray_actors "
+    "ray_address ray_cpus",
 }
 GROUP_OF = {name: title for title, names in NAMES.items() for name in names.split()}
 """Title by setting; a setting that is not here stands in its command's own group."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,9 +54,13 @@ class BlockSizes:
     """Sequences of a micro-batch whose cache the CPU attends, at most."""
 
 
-def block_sizes(policy: Policy, layout: CacheLayout, job: Job, max_query_nodes: int = 0) -> BlockSizes:
+def block_sizes(
+    policy: Policy, layout: CacheLayout, job: Job, max_query_nodes: int = 0, passes_in_flight: int = 1
+) -> BlockSizes:
     """Pages for a full block of the job's longest requests, or of its likely ones where these are known, on every
-    tier's share (a tier may hold one sequence more than its share)."""
+    tier's share (a tier may hold one sequence more than its share). passes_in_flight: each has as many sequences as the
+    policy says."""
+    policy = replace(policy, num_gpu_batches=policy.num_gpu_batches * passes_in_flight)
     block = min(policy.block_size, max(1, job.num_requests))
     sequence_tokens = tuple(job.rows_to_reserve(block, RESERVED_DEVIATIONS))
     longest = [layout.num_pages(tokens + max_query_nodes) for tokens in sequence_tokens] or [1]

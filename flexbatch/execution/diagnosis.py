@@ -39,7 +39,8 @@ def explain_faults(finished: Iterable[Sequence], scheduler: Scheduler, executor:
     pages."""
     faulty = [sequence for sequence in finished if sequence.fault is not None and sequence.fault.in_model]
     layers: dict[Sequence, int | None] = dict.fromkeys(faulty)
-    while faulty:
+    # Passes of a pipeline are in flight, and nobody looks at the layers of other stages.
+    while faulty and executor.stages is None:
         readings = opened(faulty, scheduler)
         if not readings:
             break
@@ -64,6 +65,11 @@ def described(layer: int | None, executor: Executor) -> str:
         most = "65504" if executor.dtype == torch.float16 else "3.4e38"
         remedy = f"the weights there hold NaN or infinity, or their products exceed the {most} of {dtype}: "
         remedy += f"try --dtype {wider(executor.dtype)}"
+    if executor.stages is not None:
+        return (
+            "a run without --pipeline-parallel-size tells which layer it is. Weights hold NaN or infinity, or "
+            f"{dtype} overflows"
+        )
     if layer is None:
         return f"no cache pages were free to find the layer. Weights hold NaN or infinity, or {dtype} overflows"
     if layer == EMBEDDING:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.execution.attention import CacheAttention, PendingTick, Watch
+from flexbatch.execution.ends import Ends
 from flexbatch.execution.graphs import CudaRecorder, DecodeGraphs
 from flexbatch.execution.inputs import InputBuilder, MicroBatchInputs
 from flexbatch.execution.pass_batch import Lead, LogitsChunk, NewestTokens, PassBatch
@@ -25,7 +26,7 @@ from flexbatch.models.arch import Arch
 from flexbatch.models.experts import recordable
 from flexbatch.models.lora.applied import AdapterTables
 from flexbatch.models.routing import RoutingCounts
-from flexbatch.parallel.tensor_ranks import TensorRanks
+from flexbatch.parallel.rank_links import RankLinks
 from flexbatch.policy.decode_graphs import MAX_GRAPHS
 from flexbatch.policy.limits import LOGITS_CHUNK_BYTES
 from flexbatch.policy.schedule import Tick, zigzag
@@ -37,9 +38,9 @@ class Executor:
 
     ``overlap=False`` waits for what a tick sends for before it computes, and for everything after it: the same
     ticks, the same tokens. ``logits_chunk_bytes``: float32 logits that are given at one time. ``max_graphs``: of
-    decode passes that are kept. routing: counts the tokens of experts. ``ranks``: those that
-    have the rest of every layer, None where it is here whole; ``lead``: of rank 0, which decides what a pass is.
-    ``routed``: the way to the CPU's experts.
+    decode passes that are kept. routing: counts the tokens of experts. ``links``: to the ranks that have the rest of
+    the model, None where it is here whole; ``lead``: of rank 0, which decides what a pass is. ``routed``: the way to
+    the CPU's experts.
     """
 
     def __init__(
@@ -57,11 +58,13 @@ class Executor:
         max_graphs: int = MAX_GRAPHS,
         adapters: AdapterTables | None = None,
         routing: RoutingCounts | None = None,
-        ranks: TensorRanks | None = None,
+        links: RankLinks | None = None,
         lead: Lead | None = None,
         routed: RoutedRows | None = None,
     ) -> None:
-        self.arch, self.ranks, self.lead = arch, ranks, lead
+        self.arch, self.lead = arch, lead
+        self.ends = Ends(arch, weights.tensors, activations, links)
+        self.ranks, self.stages = self.ends.ranks, self.ends.stages
         self.weights, self.cache, self.activations = weights, cache, activations
         self.queues, self.dtype, self.overlap = queues, dtype, overlap
         self.device, self.tracer = queues.device, queues.tracer
@@ -72,8 +75,7 @@ class Executor:
         attention = CacheAttention(arch, cache, queues, host_buffers, weights.tensors.embedding_weights)
         if routed is not None:
             routed.threads = attention.cpu_threads
-        parts = weights, activations, queues, host_buffers, rotary, attention, routing, routed, ranks
-        self.halves = TickHalves(arch, *parts)
+        self.halves = TickHalves(arch, self.ends, weights, queues, host_buffers, rotary, attention, routing, routed)
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda" and self.resident and overlap and recordable(arch):
             sizes, group = (cache.layout.page_tokens, arch.max_positions), self.builder.group_adapters
@@ -84,12 +86,6 @@ class Executor:
     def resident(self) -> bool:
         """Whether all that a pass needs lies on the compute device."""
         return self.weights.resident and self.cache.resident and self.activations.resident
-
-    @property
-    def takes_newest(self) -> bool:
-        """Whether a pass may run whose newest tokens only the device knows: not where the host looks them up."""
-        tables = {"embed.weight"} | {each.spec.role for each in self.weights.plan.gathered} - {"pos_embed.weight"}
-        return self.device.type == "cpu" or all(map(self.weights.tensors.gathers_on_device, tables))
 
     def reach(self, longest: int) -> None:
         """Between passes: hold sequences of so many tokens. Graphs read the tables where these were."""
@@ -108,14 +104,15 @@ class Executor:
         self, batch: PassBatch, newest: NewestTokens | None = None, watch: Watch | None = None
     ) -> Iterator[LogitsChunk]:
         """One sweep through all layers. Yields logits by chunks of rows; the pass is complete when the iterator is
-        exhausted. newest: tokens that the pass before has drawn, and the host has not read."""
+        exhausted. newest: tokens that the pass before has drawn, and the host has not read. On the first stage of a
+        pipeline an empty chunk comes when the layers here are launched; other passes may begin before it goes on."""
         chunks = self.sweep(batch, newest, watch)
         return chunks if self.lead is None else self.lead(chunks, batch, newest)
 
     def sweep(self, batch: PassBatch, newest: NewestTokens | None, watch: Watch | None) -> Iterator[LogitsChunk]:
         """`run` of this rank. Those other than 0 yield nothing."""
         inputs = self.begin_pass(batch, newest)
-        count, num_layers = len(inputs), self.arch.num_layers + 1
+        count, num_layers = len(inputs), self.arch.num_layers + (self.stages is None)
         if self.graphs is not None and count == 1 and watch is None and (hidden := self.replay(inputs[0])) is not None:
             self.activations.set(0, hidden)
             yield from self.head(inputs[0], num_layers - 1, 0, count)
@@ -126,8 +123,7 @@ class Executor:
         gathers: dict[tuple[int, int], Handle] = {}
         self.fetch_cache(inputs, (0, 0), gathers)
         deferred: PendingTick | None = None
-        computing: list[PendingTick] = []
-        """With the CPU's experts: one micro-batch, while the next one is begun."""
+        computing: list[PendingTick] = []  # with the CPU's experts: one micro-batch, while the next one is begun
         for tick in zigzag(num_layers, count):
             with self.tracer.span("tick", f"layer {tick.layer} micro-batch {tick.micro_batch}"):
                 if deferred and self.needed(tick, deferred, *computing):
@@ -144,7 +140,7 @@ class Executor:
                     self.weights.fetch(*tick.fetch_weights)
                 if not self.overlap:
                     self.synchronize()
-                if tick.layer == num_layers - 1:
+                if tick.layer == self.arch.num_layers:
                     yield from self.head(inputs[tick.micro_batch], tick.layer, tick.micro_batch, count)
                 else:
                     gathered = gathers.pop((tick.layer, tick.micro_batch), READY)
@@ -164,11 +160,25 @@ class Executor:
                         self.finish(pending, computing, count)
             if not self.overlap:
                 self.synchronize()
+        if deferred:
+            self.finish(deferred, computing, count)
+        self.complete(computing, count)
         if self.routing is not None:
             self.routing.end_pass()
+        yield from self.returned(inputs)
         # Only the head's slab was missing for the second layer of the next pass.
-        if self.overlap and num_layers > 2:
+        if self.stages is None and self.overlap and num_layers > 2:
             self.weights.fetch_rest(1, count)
+
+    def returned(self, inputs: list[MicroBatchInputs]) -> Iterator[LogitsChunk]:
+        """The head over what comes back from the last stage of a pipeline to the first."""
+        if self.stages is None or not self.stages.is_first:
+            return
+        yield LogitsChunk((), torch.empty(0, self.arch.vocab_size, device=self.device))
+        head, count = self.arch.num_layers, len(inputs)
+        self.weights.fetch_rest(head, count)
+        for k, each in self.ends.returned(inputs):
+            yield from self.head(each, head, k, count)
 
     def begin_pass(self, batch: PassBatch, newest: NewestTokens | None) -> list[MicroBatchInputs]:
         """Send the inputs of the micro-batches, and let the stores know of them."""
@@ -215,9 +225,10 @@ class Executor:
     def fetch_cache(
         self, inputs: list[MicroBatchInputs], cell: tuple[int, int] | None, gathers: dict[tuple[int, int], Handle]
     ) -> None:
-        """Start bringing the KV pages of a (layer, micro-batch) cell to its staging buffer."""
+        """Start bringing a (layer, micro-batch) cell its KV pages, and its hidden states from the stage before."""
         if cell is None or cell[0] >= self.arch.num_layers:
             return
+        self.ends.expect(*cell, inputs[cell[1]])
         staged = inputs[cell[1]].groups(self.cache.windowed[cell[0]]).staged
         if staged is not None:
             gathers[cell] = self.cache.gather(

@@ -74,9 +74,10 @@ class Job:
         """The job without its first requests."""
         return self._chosen(range(count, self.num_requests))
 
-    def part(self, engines: int) -> Job:
-        """What one of several engines may expect to get of it."""
-        return self if engines == 1 else self._chosen(range(0, self.num_requests, engines))
+    def of_every(self, count: int) -> Job:
+        """The job of every ``count``-th request: what one of as many engines may expect to get of it, or one of as many
+        parts of a pipeline's block."""
+        return self if count == 1 else self._chosen(range(0, self.num_requests, count))
 
     def repeated(self, count: int) -> Job:
         """At least ``count`` requests of these lengths: what comes later is expected to be like what came first."""

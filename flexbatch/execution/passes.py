@@ -69,7 +69,7 @@ class Passes:
     @property
     def goes_ahead(self) -> bool:
         """Whether the next pass may be composed before the tokens of this one are read."""
-        return self.ahead and self.executor.takes_newest and not self.reads_tokens_first
+        return self.ahead and self.executor.ends.takes_newest and not self.reads_tokens_first
 
     @property
     def reads_tokens_first(self) -> bool:
@@ -79,8 +79,7 @@ class Passes:
         scheduler = self.scheduler
         if scheduler.proposer is not None or scheduler.aside.sequences:
             return True
-        urgent = (first := scheduler.peek()) is not None and scheduler.block.last_behind(first) is not None
-        return urgent or any(sequence.needs_host for sequence in scheduler.running.values())
+        return displaces(scheduler) or any(sequence.needs_host for sequence in scheduler.running.values())
 
     def first(self) -> Flight | None:
         """A pass with nothing before it in flight."""
@@ -106,6 +105,10 @@ class Passes:
         if flight is not None:
             flight.drawn.read()
 
+    def give_up(self) -> None:
+        """Let go of the pass in flight, which may have failed."""
+        self.flight = None
+
     def check(self) -> None:
         """Invariants: a pass in flight brings what follows the tokens that are there, and counts as nothing yet."""
         assert self.scheduler.advanced is None
@@ -114,6 +117,11 @@ class Passes:
             if sequence is not None:
                 assert query.start == sequence.num_cached and not sequence.num_unread, query
                 assert query.start + query.num_tokens <= len(sequence.token_ids), query
+
+
+def displaces(scheduler: Scheduler) -> bool:
+    """Whether the next in line is more urgent than one that runs, which may have to step aside for it."""
+    return (first := scheduler.peek()) is not None and scheduler.block.last_behind(first) is not None
 
 
 def started(chunks: Iterator[LogitsChunk]) -> Iterator[LogitsChunk]:

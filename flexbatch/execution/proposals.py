@@ -31,7 +31,8 @@ class Tree(Protocol):
 
 
 class Proposer(Protocol):
-    """Called as propose, verify, observe, once per pass, and release for every sequence that leaves the block."""
+    """Called as propose, verify, observe, once per pass, and release for every sequence that leaves the block. Passes
+    of a pipeline are in flight together: observed in the order in which they were proposed for."""
 
     @property
     def max_nodes(self) -> int:

@@ -47,9 +47,9 @@ def token_counts(batch: Iterable[Sequence], cache: KVCache, limits: PassLimits) 
 
 def proposed_trees(proposer: Proposer | None, counts: Iterable[Mapping[Sequence, int]]) -> dict[Sequence, Tree]:
     """The trees of those that decode in a pass to which sequences bring so many tokens of their text."""
-    if proposer is None:
-        return {}
     chosen = [pair for batch in counts for pair in batch.items()]
+    if proposer is None or not chosen:
+        return {}
     decoding = [
         sequence
         for sequence, _ in chosen

@@ -27,7 +27,7 @@ from flexbatch.models.arch import Arch
 from flexbatch.models.lora.adapter_set import AdapterSet
 from flexbatch.models.lora.applied import AdapterTables
 from flexbatch.models.routing import RoutingCounts
-from flexbatch.parallel.tensor_ranks import TensorRanks
+from flexbatch.parallel.rank_links import RankLinks
 from flexbatch.policy.decode_graphs import MAX_GRAPHS
 from flexbatch.policy.limits import LOGITS_CHUNK_BYTES
 from flexbatch.policy.policy import Policy
@@ -91,11 +91,11 @@ def open_runner(
     max_graphs: int = MAX_GRAPHS,
     adapters: AdapterSet | None = None,
     routing: RoutingCounts | None = None,
-    ranks: TensorRanks | None = None,
+    links: RankLinks | None = None,
     lead: Lead | None = None,
 ) -> Runner:
     """A runner for blocks of these sizes; the caller has checked the budgets. routing: counts the tokens of experts,
-    over this runner and those before it. ranks, lead: as of an `Executor`.
+    over this runner and those before it. links, lead: as of an `Executor`.
 
     One that fails half-way (a disk that is full, a GPU without memory) leaves nothing behind.
     """
@@ -131,7 +131,7 @@ def open_runner(
             max_graphs,
             AdapterTables(adapters, queues.device) if adapters is not None and adapters.adapters else None,
             routing,
-            ranks,
+            links,
             lead,
             routed,
         )

@@ -65,6 +65,8 @@ class Scheduler:
         self.outgrown = False
         self.advanced: dict[int, Sequence] | None = None
         """The sequences of a pass that counts as done while nobody has read its tokens, by id."""
+        self.settled, self.parts = True, 1
+        """Whether nothing is in flight, so that sequences may step aside; the passes in which all run once."""
 
     @property
     def running(self) -> dict[int, Sequence]:
@@ -120,10 +122,9 @@ class Scheduler:
             self.block.admit(self.waiting.popleft(), tier)
 
     def tier_for(self, sequence: Sequence) -> str | None:
-        """The tier of a new sequence, for which the less urgent step aside unless a pass is in flight; None where it
-        finds no slot or no pages."""
+        """The tier of a new sequence, for which the less urgent may step aside; None: it finds no slot or no pages."""
         while (full := self.is_full) or (tier := self.block.choose_tier(sequence, self.aside.sequences)) is None:
-            last = self.block.last_behind(sequence) if self.advanced is None and self.aside.recomputes else None
+            last = self.block.last_behind(sequence) if self.settled and self.aside.recomputes else None
             if last is not None:
                 self.step_aside(last, in_place=full)
             elif self.num_sequences or not self.aside.reclaim_any(self.block.allowed_tiers):
@@ -143,17 +144,16 @@ class Scheduler:
                 return
 
     def adjust(self, admission_limit: int, prefill_budget: int, cpu_attention: float) -> None:
-        """New settings from the next pass on. Nothing moves: sequences in flight stay, and the share of CPU
-        attention holds for those that come."""
+        """New settings from the next pass on. Nothing moves: the share of CPU attention holds for those that come."""
         self.admission_limit = max(1, min(admission_limit, self.policy.block_size))
         self.prefill_budget = max(1, min(prefill_budget, self.policy.prompt_tokens_per_micro_batch))
         self.block.set_cpu_attention(cpu_attention)
 
     # Passes
 
-    def next_pass(self) -> PassBatch:
-        """The query tokens of every sequence: one token or a token tree each to decode, and chunks of prompts as far
-        as the micro-batch's budget goes."""
+    def next_pass(self, part: int = 0, parts: int = 1) -> PassBatch:
+        """The query tokens of one of so many parts of the block: a token or a token tree of every sequence that
+        decodes, and chunks of prompts as far as a micro-batch's budget goes."""
         for sequence in queries.without_prefix(list(self.running.values()), self.cache):
             if sequence.sequence_id in self.running:
                 self.step_aside(sequence)
@@ -161,7 +161,7 @@ class Scheduler:
         limits = queries.PassLimits(
             self.micro_batch_tokens, self.prefill_budget, self.prefill_chunk, self.block.spare_tokens
         )
-        counts = [queries.token_counts(batch, self.cache, limits) for batch in self.block.micro_batches]
+        counts = [queries.token_counts(batch, self.cache, limits) for batch in self.block.micro_batches[part::parts]]
         queries.hold_windows(self.cache, counts, self.block.spare_tokens)
         return queries.composed(counts, queries.proposed_trees(self.proposer, counts))
 
@@ -198,6 +198,7 @@ class Scheduler:
         tokens, of which some bring their sequences to max_tokens. `commit` then takes in the tokens alone. Returns
         whether the next pass can be composed: not where somebody would have to step aside for it.
         """
+        self.settled = False
         self.advanced = {id: sequence for query in batch if (sequence := self.running.get(id := query.sequence_id))}
         for query in batch:
             if (sequence := self.advanced.get(query.sequence_id)) is not None:
@@ -211,7 +212,7 @@ class Scheduler:
     def commit(self, batch: PassBatch, sampled: Mapping[int, SampledTokens]) -> None:
         """Append what was sampled (by sequence id), keep the accepted paths of trees in the cache, and release
         sequences that are done. What has left since the pass was composed is left out."""
-        advanced, self.advanced = self.advanced, None
+        advanced, self.advanced, self.settled = self.advanced, None, True
         sequences = dict(self.running) if advanced is None else advanced
         committed = [query for query in batch if query.sequence_id in sequences]
         keep_paths(self.cache, queries.accepted_paths(committed, sequences, sampled))

@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from flexbatch.execution.attention import CacheAttention, PendingTick, Watch
-from flexbatch.execution.embedding import embed
+from flexbatch.execution.ends import Ends
 from flexbatch.execution.inputs import MicroBatchInputs
 from flexbatch.execution.routed_rows import RoutedRows
-from flexbatch.memory.activations import ActivationStore
 from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.rotary import Rotary
 from flexbatch.memory.transfer import Handle, TransferQueues
@@ -17,7 +16,6 @@ from flexbatch.models import layers
 from flexbatch.models.arch import Arch
 from flexbatch.models.experts import Elsewhere, RowsElsewhere
 from flexbatch.models.routing import RoutingCounts
-from flexbatch.parallel.tensor_ranks import TensorRanks
 from flexbatch.policy.schedule import Tick
 from flexbatch.trace import Tracer
 
@@ -29,19 +27,18 @@ class TickHalves:
     def __init__(
         self,
         arch: Arch,
+        ends: Ends,
         weights: WeightStore,
-        activations: ActivationStore,
         queues: TransferQueues,
         host_buffers: HostBuffers,
         rotary: Rotary,
         attention: CacheAttention,
         routing: RoutingCounts | None,
         routed: RoutedRows | None,
-        ranks: TensorRanks | None,
     ) -> None:
-        self.arch, self.weights, self.activations, self.queues = arch, weights, activations, queues
+        self.arch, self.ends, self.weights, self.queues = arch, ends, weights, queues
         self.host_buffers, self.rotary, self.attention = host_buffers, rotary, attention
-        self.routing, self.routed, self.ranks = routing, routed, ranks
+        self.routing, self.routed, self.ranks = routing, routed, ends.ranks
         self.tracer: Tracer = queues.tracer
 
     def begin_pass(self, most_tokens: int) -> None:
@@ -63,11 +60,7 @@ class TickHalves:
     ) -> PendingTick:
         """Up to and including attention; the CPU's share is only started."""
         weights = self.weights.weights(tick.layer, "pre")
-        hidden = (
-            embed(self.arch, self.weights.tensors, inputs, self.ranks)
-            if tick.layer == 0
-            else self.activations.get(tick.micro_batch)
-        )
+        hidden = self.ends.given(tick.layer, tick.micro_batch, inputs)
         if watch is not None and tick.layer == 0:
             watch(-1, inputs, hidden)
         with self.tracer.compute_span(f"attention {tick.layer}.{tick.micro_batch}"):
@@ -127,12 +120,7 @@ class TickHalves:
         tick = pending.tick
         if pending.watch is not None:
             pending.watch(tick.layer, pending.inputs, hidden)
-        if tick.layer == self.arch.num_layers - 1:
-            # Only the rows that the head reads go on.
-            hidden = hidden.index_select(0, pending.inputs.logit_index)
-            self.activations.set(tick.micro_batch, hidden)
-        else:
-            self.activations.put(tick.micro_batch, hidden)
+        self.ends.take(tick.layer, tick.micro_batch, pending.inputs, hidden)
         if tick.micro_batch == count - 1:
             self.weights.release(tick.layer, self.queues.mark())
 

@@ -44,6 +44,8 @@ class PassSeen:
     in_flight: tuple[InFlight, ...] | None = None
     engine: int = 0
     """Of those that share the job."""
+    parts: int = 1
+    """Passes in which all sequences run once: one for each stage of a pipeline."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Watch(RunObserver):
                 scheduler.prefill_budget * policy.num_gpu_batches,
                 scheduler.prefill_chunk,
                 snapshot,
+                scheduler.parts,
             )
         )
 

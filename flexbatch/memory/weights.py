@@ -149,17 +149,17 @@ class WeightStore:
             self.fetch(layer, index, count)
 
     def lease(self, layer: int) -> SlabLease:
-        """Lease the next slab to ``layer``; slabs go round."""
+        """Lease the next free slab to ``layer``; slabs go round, but for those of layers that were fetched early."""
         owners = {lease.slab: owner for owner, lease in self.leases.items()}
-        assert self.next_slab not in owners, (
-            f"slab {self.next_slab} is still layer {owners.get(self.next_slab)}'s, layer {layer} wants it"
-        )
+        count = len(self.slabs)
+        free = [slab for i in range(count) if (slab := (self.next_slab + i) % count) not in owners]
+        assert free, f"slab {self.next_slab} is still layer {owners.get(self.next_slab)}'s, layer {layer} wants it"
         ranges: Ranges = ((0, self.plan.layer_bytes(layer, "cpu")),)
         left_out, elsewhere = None, self.cpu_experts if self.leaves_experts else None
         if elsewhere is not None and layer in elsewhere.chosen and elsewhere.chosen[layer].experts:
             left_out, ranges = elsewhere.chosen[layer], elsewhere.ranges[layer]
-        lease = self.leases[layer] = SlabLease(self.next_slab, ranges, left_out)
-        self.next_slab = (self.next_slab + 1) % len(self.slabs)
+        lease = self.leases[layer] = SlabLease(free[0], ranges, left_out)
+        self.next_slab = (free[0] + 1) % count
         return lease
 
     def read_disk(self, layer: int, host: Tensor) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from flexbatch.models.expert_arch import Experts
 from flexbatch.models.latent_arch import Latent
 from flexbatch.models.shard import RankShard
+from flexbatch.models.stage import RankStage
 from flexbatch.policy.limits import workspace_elements
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
@@ -56,7 +57,8 @@ class Arch:
     takes the place of the MLP in the layers that ``sparse_layers`` names (empty: in all of them). latent: what queries,
     keys and values are made from in latent attention; ``head_dim`` is then the width of the one row that is cached, and
     ``num_kv_heads`` is 1. skipped_layers: further layers of the files, which predict tokens after the next and are not
-    used. shard: what one of several ranks has of the model; the numbers of heads and the inner sizes are then its own.
+    used. shard: what one of several ranks has of every layer; the numbers of heads and the inner sizes are then its
+    own. stage: which layers one stage of a pipeline has; their number and what is told of each are then its own.
     """
 
     family: str
@@ -129,6 +131,7 @@ class Arch:
     bos_token_id: int | None = None
     dtype: str = "float32"
     shard: RankShard | None = None
+    stage: RankStage | None = None
     context_limit: int | None = field(default=None, repr=False)
     """Of the user, below the model's own."""
 
@@ -160,6 +163,11 @@ class Arch:
     def context(self) -> int:
         """Tokens of prompt and answer that a sequence may have."""
         return self.max_positions if self.context_limit is None else min(self.context_limit, self.max_positions)
+
+    @property
+    def has_ends(self) -> bool:
+        """Whether the embedding and the head are here."""
+        return self.stage is None or self.stage.is_first
 
     @property
     def embedding_dim(self) -> int:

@@ -155,6 +155,6 @@ def _sparsemixer(logits: Tensor, margin: float) -> tuple[Tensor, Tensor]:
 
 
 def recordable(arch: Arch) -> bool:
-    """Whether decode passes may become CUDA graphs: not those of several ranks, whose collectives nobody has
-    captured."""
-    return arch.shard is None
+    """Whether decode passes may become CUDA graphs: not those of several ranks, whose collectives and transfers nobody
+    has captured."""
+    return arch.shard is None and arch.stage is None

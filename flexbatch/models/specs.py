@@ -54,12 +54,15 @@ class Piece:
 
 
 def weight_specs(arch: Arch) -> list[WeightSpec]:
-    """Every tensor of the model in the order of a pass. With tied embeddings there is no ``head.weight``: the table
+    """Every tensor that is here in the order of a pass. With tied embeddings there is no ``head.weight``: the table
     is the head."""
-    specs = _embedding(arch)
+    specs = _embedding(arch) if arch.has_ends else []
+    if arch.sinks:
+        layers, shape, unit = range(arch.num_layers), (arch.num_heads,), ("each_head",)
+        specs += [WeightSpec(-1, sink_role(layer), shape, split_rows=unit) for layer in layers]
     for layer in range(arch.num_layers):
         specs += _decoder_layer(arch, layer)
-    return specs + _head(arch)
+    return specs + (_head(arch) if arch.has_ends else [])
 
 
 def _rows(
@@ -95,9 +98,6 @@ def _embedding(arch: Arch) -> list[WeightSpec]:
     specs = [WeightSpec(-1, "embed.weight", (_words(arch), arch.embedding_dim), split_rows=("vocabulary",))]
     if arch.position == "learned":
         specs.append(WeightSpec(-1, "pos_embed.weight", (arch.max_positions + arch.position_offset, arch.hidden_size)))
-    if arch.sinks:
-        layers, shape, unit = range(arch.num_layers), (arch.num_heads,), ("each_head",)
-        specs += [WeightSpec(-1, sink_role(layer), shape, split_rows=unit) for layer in layers]
     if arch.projects_embedding:
         specs.append(WeightSpec(-1, "project_in.weight", (arch.hidden_size, arch.embedding_dim)))
     return specs + (_norm(arch, -1, "embed_norm") if arch.embed_norm else [])

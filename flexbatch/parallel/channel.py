@@ -32,24 +32,25 @@ def open_store(mesh: Mesh) -> TCPStore:
         raise LostRankError(f"rank {mesh.rank} finds no store at {mesh.address}: {first_line(error)}") from error
 
 
-def gloo_group(store: Store, name: str, mesh: Mesh) -> Group:
-    """A group over the network of the host, for tensors in host memory. Raises LostRankError."""
+def gloo_group(store: Store, name: str, rank: int, size: int) -> Group:
+    """A group over the network of the host, for tensors in host memory. rank: of this process among the ``size`` that
+    make it together. Raises LostRankError."""
     store.set_timeout(MEETING)
     try:
-        return ProcessGroupGloo(PrefixStore(name, store), mesh.rank, mesh.size, IDLE)
+        return ProcessGroupGloo(PrefixStore(name, store), rank, size, IDLE)
     except RuntimeError as error:
-        raise LostRankError(f"rank {mesh.rank} waited for the other ranks: {first_line(error)}") from error
+        raise LostRankError(f"rank {rank} of {size} ({name}) waited for the others: {first_line(error)}") from error
 
 
-def device_group(store: Store, name: str, mesh: Mesh, device: torch.device) -> Group:
+def device_group(store: Store, name: str, rank: int, size: int, device: torch.device) -> Group:
     """A group for tensors of the compute device: NCCL on GPUs, Gloo on CPUs."""
     if device.type != "cuda":
-        return gloo_group(store, name, mesh)
+        return gloo_group(store, name, rank, size)
     from torch.distributed import ProcessGroupNCCL
 
     torch.cuda.set_device(device)
     store.set_timeout(MEETING)
-    return ProcessGroupNCCL(PrefixStore(name, store), mesh.rank, mesh.size, ProcessGroupNCCL.Options())
+    return ProcessGroupNCCL(PrefixStore(name, store), rank, size, ProcessGroupNCCL.Options())
 
 
 def first_line(error: BaseException) -> str:
@@ -62,11 +63,20 @@ class RankChannel:
     def __init__(self, mesh: Mesh, store: Store) -> None:
         """Meets the other ranks. Raises LostRankError."""
         self.mesh, self.store = mesh, store
-        self.engines = 0
-        """That have begun: each has groups of its own, by their number."""
+        self.groups: dict[str, Group] = {}
+        """Those of the compute device, by name: later engines have them, too. All ranks make the same ones."""
         self.broken = False
         """Whether a pass failed on this rank in its middle, where the other ranks wait for it in vain."""
-        self.group = gloo_group(store, "control", mesh)
+        self.group = gloo_group(store, "control", mesh.rank, mesh.size)
+        self.answers = gloo_group(store, "answers", mesh.rank, mesh.size)
+        """For `gather` alone: another thread may be receiving the next message meanwhile."""
+
+    def device_group(self, name: str, rank: int, size: int, device: torch.device) -> Group:
+        """See `device_group`. Kept for later engines: NCCL takes a second to make one."""
+        name = f"{name} {device.type}"
+        if name not in self.groups:
+            self.groups[name] = device_group(self.store, name, rank, size, device)
+        return self.groups[name]
 
     def send(self, message: Any) -> None:
         """Raises LostRankError."""
@@ -88,7 +98,7 @@ class RankChannel:
         told = error.encode()[:TOLD_BYTES].ljust(TOLD_BYTES, b"\0")
         mine = torch.frombuffer(bytearray(told), dtype=torch.uint8)
         found = [torch.empty(TOLD_BYTES, dtype=torch.uint8) for _ in range(self.mesh.size)]
-        waited(self.group.allgather([found], [mine]), self.mesh)
+        waited(self.answers.allgather([found], [mine]), self.mesh)
         return [each.numpy().tobytes().rstrip(b"\0").decode(errors="replace") for each in found]
 
     def _broadcast(self, data: Tensor) -> None:

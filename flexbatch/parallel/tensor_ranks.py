@@ -19,9 +19,9 @@ class TensorRanks:
     beside it.
     """
 
-    def __init__(self, mesh: Mesh, group: Group, vocabulary: Sequence[tuple[int, int]]) -> None:
-        """vocabulary: (first, end) of the rows of every rank."""
-        self.mesh, self.group, self.vocabulary = mesh, group, tuple(vocabulary)
+    def __init__(self, mesh: Mesh, group: Group, rank: int, vocabulary: Sequence[tuple[int, int]]) -> None:
+        """rank: of this process in the group. vocabulary: (first, end) of the rows of every rank."""
+        self.mesh, self.group, self.rank, self.vocabulary = mesh, group, rank, tuple(vocabulary)
 
     def sum(self, x: Tensor) -> Tensor:
         """x, which becomes the sum of what all ranks have. The same on every rank, to the bit."""
@@ -38,7 +38,7 @@ class TensorRanks:
     def look_up(self, gather: Callable[[Tensor, Tensor], Tensor], ids: Tensor, host_ids: Tensor) -> Tensor:
         """Rows of a table of which every rank has a part. gather: rows of this rank's part by their ids there, on the
         compute device and on the host."""
-        first, end = self.vocabulary[self.mesh.rank]
+        first, end = self.vocabulary[self.rank]
         rows = gather(*((each - first).clamp(0, end - first - 1) for each in (ids, host_ids)))
         return self.sum(rows.masked_fill(((ids < first) | (ids >= end))[:, None], 0))
 
@@ -50,7 +50,7 @@ class TensorRanks:
             logits = torch.nn.functional.pad(logits, (0, widest - logits.shape[1]))
         options = GatherOptions()
         options.rootRank = 0
-        parts = [torch.empty_like(logits) for _ in widths] if self.mesh.leads else []
+        parts = [torch.empty_like(logits) for _ in widths] if self.rank == 0 else []
         waited(self.group.gather([parts] if parts else [], [logits.contiguous()], options), self.mesh)
         if not parts:
             return None

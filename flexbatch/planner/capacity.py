@@ -24,7 +24,7 @@ from flexbatch.planner.spare_pages import with_spare_pages
 from flexbatch.policy.step_aside import StepAsideCosts
 from flexbatch.policy.units import size_text
 from flexbatch.speculative.speculator import Speculator
-from flexbatch.validation.errors import DoesNotFitError
+from flexbatch.validation.errors import DoesNotFitError, LostRankError
 
 PEEKED_BLOCKS = 4
 """Blocks of requests that are looked at to size the cache, when the job's lengths are not known."""
@@ -89,9 +89,9 @@ class Capacity:
         yet."""
         config = self.planner.config
         if self.planner.placed is not None:
-            block = self.planner.engine_plan.policy.block_size
+            block = self.planner.engine_plan.block_policy.block_size
         elif config.gpu_batch_size is not None and config.num_gpu_batches is not None:
-            block = config.gpu_batch_size * config.num_gpu_batches
+            block = config.gpu_batch_size * config.num_gpu_batches * config.pipeline_parallel_size
         else:
             return Job.TYPICAL_REQUESTS, FIRST_LOOK
         return block, PEEKED_BLOCKS * block
@@ -128,7 +128,7 @@ class Capacity:
                 engine_plan.num_graphs(sizes),
                 engine_plan.deployment.adapters,
                 self.routing,
-                None if leader is None else leader.ranks,
+                None if leader is None else leader.links,
                 None if leader is None else leader.lead,
             )
         if leader is not None:
@@ -189,7 +189,11 @@ class Capacity:
         )
 
     def close(self) -> None:
-        """Close the runner; the next job makes another."""
+        """Close the runner; the next job makes another. What other ranks are still in comes to its end first."""
+        if self.leader is not None:
+            # Where a rank is gone, whoever noticed it first says so.
+            with contextlib.suppress(LostRankError):
+                self.leader.finish()
         runner, self.runner = self.runner, None
         if runner is not None:
             runner.close()

@@ -6,11 +6,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from flexbatch.execution.job import Job
 from flexbatch.memory.tiers import MemoryRequirement, check_budgets
+from flexbatch.models.arch import Arch
 from flexbatch.planner.placements import (
     SMALLEST_PREFILL_BUDGET,
     WHOLE_BLOCK,
@@ -22,6 +23,7 @@ from flexbatch.planner.placements import (
     resident,
 )
 from flexbatch.planner.problem import Problem, constraints_of
+from flexbatch.policy.candidates import Known
 from flexbatch.policy.decode_graphs import planned_bytes
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import MAX_MICRO_BATCH_TOKENS, PAGE_TOKENS
@@ -104,6 +106,16 @@ def weighed(problem: Problem, machine: Hardware, requirements: Requirements) -> 
             )
         raise DoesNotFitError(str(refusal)) from refusal
     return max(found, key=predicted)
+
+
+def on_slowest(problem: Problem, arches: Iterable[Arch], choice: Choice, hardware: Callable[[], Hardware]) -> Choice:
+    """The choice with the plan of that stage of a pipeline which takes longest: every pass waits for it."""
+    if choice.plan is None or problem.arch.stage is None:
+        return choice
+    machine, others = without_reserves(hardware()), (arch for arch in arches if arch != problem.arch)
+    problems = (dataclasses.replace(problem, arch=arch, known=Known()) for arch in others)
+    plans = [priced(each, machine, choice.policy, choice.plan) for each in problems]
+    return Choice(choice.policy, min([choice.plan, *plans], key=lambda plan: plan.predicted_tokens_per_second))
 
 
 def counting_graphs(problem: Problem, machine: Hardware, requirements: Requirements) -> Requirements:

@@ -20,12 +20,14 @@ from flexbatch.models.lora.adapter_set import AdapterSet
 from flexbatch.models.opened import OpenModel
 from flexbatch.models.shard import RankShard
 from flexbatch.models.sharding import shard_of
+from flexbatch.models.stage import RankStage, stage_of
 from flexbatch.parallel.channel import RankChannel
 from flexbatch.parallel.links import ONE_ENGINE, EngineGroup
+from flexbatch.parallel.mesh import MeshShape
 from flexbatch.planner import budgets, requirements
 from flexbatch.policy.limits import weight_group
 from flexbatch.policy.plan import Plan
-from flexbatch.policy.policy import Policy
+from flexbatch.policy.policy import TIERS, Policy, Split
 from flexbatch.speculative.setup import Speculation
 
 
@@ -41,7 +43,9 @@ class Deployment:
     speculation: Speculation | None
     adapters: AdapterSet
     shards: tuple[RankShard, ...] = ()
-    """Of all ranks; none where one process has the whole model."""
+    """Of the ranks that share every layer; none where one has all of it."""
+    stages: tuple[RankStage, ...] = ()
+    """Of a pipeline; none where there is none."""
     rank: int = 0
     channel: RankChannel | None = None
     """To ranks that somebody else has started; None: where there are some, they are started with the engine."""
@@ -49,20 +53,53 @@ class Deployment:
     """The engines that share the line of requests with this one."""
 
     @property
+    def mesh(self) -> MeshShape:
+        """Of the ranks that run this engine."""
+        return MeshShape(pipeline=self.passes_in_flight, tensor=max(1, len(self.shards)))
+
+    @property
+    def passes_in_flight(self) -> int:
+        """At most: one for each stage, every one of a block of its own."""
+        return max(1, len(self.stages))
+
+    @property
     def shard(self) -> RankShard | None:
-        """What this rank has of the model. Budgets, too, are those of one rank."""
-        return self.shards[self.rank] if self.shards else None
+        """What this rank has of every layer. Budgets, too, are those of one rank."""
+        return self.shards[self.mesh.at(self.rank).tensor] if self.shards else None
+
+    @property
+    def stage(self) -> RankStage | None:
+        """The layers of this rank."""
+        return self.stages[self.mesh.at(self.rank).pipeline] if self.stages else None
 
     @property
     def local_ranks(self) -> int:
         """Ranks on this host, of all engines, which share what is not their GPUs'."""
-        own = max(1, len(self.shards)) if self.channel is None else self.channel.mesh.local_size
+        own = self.mesh.size if self.channel is None else self.channel.mesh.local_size
         return own * self.group.local_engines
 
     @cached_property
     def arch(self) -> Arch:
         """Of what this rank has."""
-        return self.model.arch if self.shard is None else shard_of(self.model.arch, self.shard)
+        arch = self.model.arch if self.shard is None else shard_of(self.model.arch, self.shard)
+        return arch if self.stage is None else stage_of(arch, self.stage)
+
+    @property
+    def stage_arches(self) -> list[Arch]:
+        """Of all stages, this rank's first."""
+        return [self.arch, *(each.arch for each in self.other_stages)]
+
+    @property
+    def most_layers(self) -> Arch:
+        """Of the stage that a policy is searched for."""
+        return max(self.stage_arches, key=lambda arch: arch.num_layers)
+
+    @cached_property
+    def other_stages(self) -> tuple[Deployment, ...]:
+        """As the first rank of every other stage has it."""
+        mine = self.mesh.at(self.rank).pipeline
+        firsts = range(0, self.mesh.size, self.mesh.tensor)
+        return tuple(replace(self, rank=rank) for stage, rank in enumerate(firsts) if stage != mine)
 
     @property
     def is_cuda(self) -> bool:
@@ -81,27 +118,53 @@ class Deployment:
         arch, prequantized = self.arch, self.model.prequantized
         bits = self.config.weight_bits if prequantized else policy.weight_bits
         slabs = num_slabs or policy.num_weight_slabs
-        group = weight_group(arch.hidden_size)
-        size, adapters = self.dtype.itemsize, self.adapters.specs
-        return plan_weights(arch, policy.weights, bits, group, size, prequantized, slabs, adapters)
+        key = policy.weights, bits, slabs
+        if key not in self._weight_plans:
+            group, size, adapters = weight_group(arch.hidden_size), self.dtype.itemsize, self.adapters.specs
+            self._weight_plans[key] = plan_weights(
+                arch, policy.weights, bits, group, size, prequantized, slabs, adapters
+            )
+        return self._weight_plans[key]
+
+    @cached_property
+    def _weight_plans(self) -> dict[tuple[Split, int, int], WeightPlan]:
+        """By what they depend on: a search asks for the same ones with many sizes of a block."""
+        return {}
 
     def sizes(self, policy: Policy, job: Job) -> BlockSizes:
         """Returns the sizes of a block for a job."""
-        return block_sizes(policy, self.layout(policy), job, self.speculation.max_nodes if self.speculation else 0)
+        nodes = self.speculation.max_nodes if self.speculation else 0
+        return block_sizes(policy, self.layout(policy), job, nodes, self.passes_in_flight)
 
     def requirements(self, weight_plan: WeightPlan, policy: Policy, sizes: BlockSizes) -> list[MemoryRequirement]:
-        """Bytes by tier and purpose of the weights, a block of these sizes and the drafts."""
+        """Bytes by tier and purpose of the weights, a block of these sizes and the drafts; in a pipeline, of each tier
+        those of the stage that needs most of it."""
+        own = self.own_requirements(weight_plan, policy, sizes)
+        others = [
+            each.own_requirements(each.weight_plan(policy, weight_plan.num_slabs), policy, sizes)
+            for each in self.other_stages
+        ]
+        return largest_by_tier([own, *others]) if others else own
+
+    def own_requirements(self, weight_plan: WeightPlan, policy: Policy, sizes: BlockSizes) -> list[MemoryRequirement]:
+        """Of this rank."""
         threads = torch.get_num_threads()
         rows = requirements.block_requirements(
             weight_plan, policy, self.layout(policy), sizes, self.dtype, self.is_cuda, threads
         )
-        if self.shard is not None:
+        if self.stage is not None:
+            # All micro-batches of a pass may be on their way to the next stage, and two on theirs from the one before.
+            hidden = sizes.max_micro_batch_tokens * self.arch.hidden_size * self.dtype.itemsize
+            between = (policy.num_gpu_batches + 2) * hidden
+            rows.append(MemoryRequirement("hidden states between stages", "gpu", between))
+        if self.shard is not None and self.arch.has_ends:
             logits = logits_chunk_bytes(self.arch, policy, sizes.max_query_nodes)
             rows.append(MemoryRequirement("logits of the ranks", "gpu", 2 * logits))
         if self.adapters.adapters:
             needed = self.adapters.workspace_bytes(sizes.max_micro_batch_tokens, self.dtype.itemsize)
             rows.append(MemoryRequirement("adapter updates", "gpu", needed))
-        return rows + (self.speculation.requirements(sizes.sequence_tokens, self.is_cuda) if self.speculation else [])
+        drafts = self.speculation if self.arch.has_ends else None
+        return rows + (drafts.requirements(sizes.sequence_tokens, self.is_cuda) if drafts else [])
 
 
 @dataclass(frozen=True)
@@ -120,6 +183,12 @@ class EnginePlan:
         """The same decisions for other adapters."""
         weight_plan = deployment.weight_plan(self.policy, self.weight_plan.num_slabs)
         return replace(self, deployment=deployment, weight_plan=weight_plan)
+
+    @property
+    def block_policy(self) -> Policy:
+        """The policy of the whole block: of all passes that are in flight in a pipeline."""
+        count = self.policy.num_gpu_batches * self.deployment.passes_in_flight
+        return replace(self.policy, num_gpu_batches=count)
 
     @property
     def config(self) -> EngineConfig:
@@ -186,6 +255,19 @@ class EnginePlan:
             "percent": list(self.policy.percent),
             "budgets": self.budgets,
         }
+
+
+def largest_by_tier(of_ranks: list[list[MemoryRequirement]]) -> list[MemoryRequirement]:
+    """Of each tier the rows of the rank that needs most there."""
+
+    def on(rows: list[MemoryRequirement], tier: str) -> list[MemoryRequirement]:
+        return [row for row in rows if row.tier == tier]
+
+    return [
+        row
+        for tier in TIERS
+        for row in max((on(rows, tier) for rows in of_ranks), key=lambda rows: sum(row.num_bytes for row in rows))
+    ]
 
 
 def described(policy: Policy) -> str:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from flexbatch.execution.pass_batch import NewestTokens
+from flexbatch.execution.pass_batch import LogitsChunk, NewestTokens
 from flexbatch.execution.runner import Runner, open_runner
 from flexbatch.memory import page_moves
 from flexbatch.models.lora.adapter_set import AdapterSet
 from flexbatch.models.opened import open_configured
 from flexbatch.parallel.channel import RankChannel, open_store
 from flexbatch.parallel.processes import ignore_interruptions, live_as_long_as_rank_0, log_error, mesh_of_words
-from flexbatch.parallel.tensor_ranks import TensorRanks
+from flexbatch.parallel.rank_links import RankLinks
 from flexbatch.planner.adapters import configured
 from flexbatch.planner.engine_plan import Deployment, EnginePlan
-from flexbatch.planner.leader import make_ranks
+from flexbatch.planner.leader import link
 from flexbatch.planner.loader import PlacedModel
 from flexbatch.planner.rank_commands import (
     BeginEngine,
@@ -29,6 +32,7 @@ from flexbatch.planner.rank_commands import (
     PlaceWeights,
     RankCommand,
     ReachLonger,
+    RunHead,
     RunPass,
 )
 from flexbatch.trace import Tracer
@@ -40,10 +44,12 @@ logger = logging.getLogger("flexbatch")
 class Follower:
     """One engine, as far as a rank has it: its tiers, its part of the weights, and its heads of the cache."""
 
-    def __init__(self, opened: BeginEngine, deployment: Deployment, ranks: TensorRanks) -> None:
-        self.opened, self.deployment, self.ranks = opened, deployment, ranks
+    def __init__(self, deployment: Deployment, links: RankLinks) -> None:
+        self.deployment, self.links = deployment, links
         self.model = PlacedModel(deployment, Tracer())
         self.runner: Runner | None = None
+        self.in_flight: deque[Iterator[LogitsChunk]] = deque()
+        """Passes of a pipeline whose head this rank has a part of, the oldest first."""
 
     def place(self, command: PlaceWeights) -> None:
         weight_plan = self.deployment.weight_plan(command.policy, command.num_slabs)
@@ -67,7 +73,7 @@ class Follower:
             self.model.tiers,
             self.model.queues,
             command.logits_chunk_bytes,
-            ranks=self.ranks,
+            links=self.links,
         )
 
     def reach(self, command: ReachLonger) -> None:
@@ -81,9 +87,21 @@ class Follower:
         newest = None
         if command.newest is not None:
             tokens = torch.empty(len(command.newest), dtype=torch.int64, device=self.deployment.device)
-            newest = NewestTokens(self.ranks.broadcast(tokens), command.newest)
-        for _ in self.runner.executor.run(command.batch, newest):
+            assert self.links.tensor is not None
+            newest = NewestTokens(self.links.tensor.broadcast(tokens), command.newest)
+        chunks = self.runner.executor.run(command.batch, newest)
+        if self.links.stages is not None and self.links.stages.is_first:
+            next(chunks)
+            self.in_flight.append(chunks)
+            return
+        for _ in chunks:
             raise AssertionError("logits belong to rank 0")
+
+    def run_head(self) -> None:
+        """Of the stages of a pipeline only the first has it."""
+        if self.in_flight:
+            for _ in self.in_flight.popleft():
+                raise AssertionError("logits belong to rank 0")
 
     def close_runner(self) -> None:
         runner, self.runner = self.runner, None
@@ -104,24 +122,30 @@ def open_follower(channel: RankChannel, opened: BeginEngine) -> Follower:
     deployment = Deployment(
         *(config, model, device, opened.dtype, opened.budgets, None, AdapterSet(model.arch, ())),
         shards=opened.shards,
+        stages=opened.stages,
         rank=mesh.rank,
     )
-    return Follower(opened, deployment, make_ranks(channel, opened, device))
+    return Follower(deployment, link(channel, deployment))
 
 
 @torch.inference_mode()
 def follow(channel: RankChannel) -> None:
     """Engine after engine, until rank 0 leaves. Raises whatever fails here: the process is then to end, which all
     others notice."""
+    commands = received(channel)
     with contextlib.ExitStack() as stack:
         follower: Follower | None = None
         while True:
-            command: RankCommand = channel.receive()
+            command = commands.get()
+            if isinstance(command, Exception):
+                raise command
             if isinstance(command, Leave):
                 return
             if isinstance(command, BeginEngine):
                 follower = stack.enter_context(contextlib.closing(open_follower(channel, command)))
             elif isinstance(command, CloseEngine):
+                assert follower is not None
+                follower.links.synchronize()
                 follower = None
                 stack.close()
             else:
@@ -129,10 +153,30 @@ def follow(channel: RankChannel) -> None:
                 do(follower, command, channel)
 
 
+def received(channel: RankChannel) -> queue.SimpleQueue[RankCommand | Exception]:
+    """What rank 0 tells, as it comes, from a thread of its own: rank 0 does not wait until a pass has ended here."""
+    commands: queue.SimpleQueue[RankCommand | Exception] = queue.SimpleQueue()
+
+    def listen() -> None:
+        try:
+            command: RankCommand | None = None
+            while not isinstance(command, Leave):
+                command = channel.receive()
+                commands.put(command)
+        except Exception as error:
+            commands.put(error)
+
+    threading.Thread(target=listen, name="commands of rank 0", daemon=True).start()
+    return commands
+
+
 def do(follower: Follower, command: RankCommand, channel: RankChannel) -> None:
     """What does not come to pass is told to rank 0, but for a pass: its other ranks wait in its middle."""
     if isinstance(command, RunPass):
         follower.run(command)
+        return
+    if isinstance(command, RunHead):
+        follower.run_head()
         return
     steps: dict[type, Callable] = {
         PlaceWeights: follower.place,

@@ -31,13 +31,14 @@ class Forecast:
         """What the job should take, every answer as long as it may get; in seconds where the machine's rates are
         known."""
         found = self.engine_plan
-        workload = workload_of(self.job)
-        passes = passes_of(workload, found.policy, sizes=self.sizes.cache)
+        parts = found.deployment.passes_in_flight
+        workload = workload_of(self.job.of_every(parts))
+        passes = passes_of(workload, found.policy, sizes=self.sizes.cache.part(parts))
         facts = {
-            "sequences": workload.num_sequences,
-            "waves": -(-self.job.num_requests // max(1, round(float(passes.in_flight.max())))),
-            "predicted_passes": round(float(passes.counts.sum())),
-            "tail_passes": round(passes.tail_passes),
+            "sequences": self.job.num_requests,
+            "waves": -(-self.job.num_requests // max(1, parts * round(float(passes.in_flight.max())))),
+            "predicted_passes": parts * round(float(passes.counts.sum())),
+            "tail_passes": parts * round(passes.tail_passes),
             "tail_sequences": passes.tail_sequences,
             "assumed_answer_tokens": workload.mean_output,
         }
@@ -46,7 +47,7 @@ class Forecast:
         config, model = found.config, found.model
         shape = model_shape(
             config.model,
-            found.arch,
+            found.deployment.most_layers,
             found.dtype.itemsize,
             config.weight_bits,
             model.prequantized,

@@ -1,4 +1,4 @@
-"""Rank 0 of a tensor-parallel engine: has the other ranks do what it does."""
+"""Rank 0 of an engine of several: has the other ranks do what it does."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 
 from flexbatch.execution.pass_batch import LogitsChunk, NewestTokens, PassBatch
 from flexbatch.execution.runner import Runner
-from flexbatch.parallel.channel import RankChannel, device_group, open_store
+from flexbatch.parallel.channel import RankChannel, open_store
 from flexbatch.parallel.mesh import Mesh
 from flexbatch.parallel.processes import RankProcesses
+from flexbatch.parallel.rank_links import RankLinks
+from flexbatch.parallel.stage_ranks import StageRanks
 from flexbatch.parallel.tensor_ranks import TensorRanks
 from flexbatch.planner.engine_plan import Deployment
-from flexbatch.planner.rank_commands import BeginEngine, CloseEngine, Leave, RankCommand, RunPass
+from flexbatch.planner.rank_commands import BeginEngine, CloseEngine, Leave, RankCommand, RunHead, RunPass
 from flexbatch.validation.errors import LostRankError
 
 FOLLOWER = "flexbatch.planner.follower"
@@ -24,27 +27,28 @@ FOLLOWER = "flexbatch.planner.follower"
 
 @dataclass
 class Leader:
-    """``ranks`` are the collectives inside of a pass, ``channel`` is for what decides it. ``processes``: those that
-    were started for this engine; None where somebody else has started them."""
+    """``links`` are what happens between ranks inside of a pass, ``channel`` is for what decides it. ``processes``:
+    those that were started for this engine; None where somebody else has started them."""
 
     channel: RankChannel
-    ranks: TensorRanks
+    links: RankLinks
     processes: RankProcesses | None
     threads: int
     """Of this process, before it shared its cores with the other ranks."""
     runner: Runner | None = field(default=None)
     """That of the latest block."""
-    unfinished: Iterator[LogitsChunk] | None = field(default=None)
-    """A pass in which the other ranks may be, and that nobody has read to its end."""
+    unfinished: list[Iterator[LogitsChunk]] = field(default_factory=list)
+    """Passes in which the other ranks may be, and that nobody has read to their ends, the oldest first."""
 
     def send(self, command: RankCommand) -> None:
-        """Raises LostRankError."""
+        """Passes that were given up come to their ends before anything but another pass. Raises LostRankError."""
         if self.channel.broken:
             raise LostRankError(
                 "a pass has failed before its end, where the other ranks wait for it: open a new engine"
             )
         with self.saying_who_is_lost():
-            self.finish()
+            if self.links.stages is None or not isinstance(command, RunPass | RunHead):
+                self.finish()
             self.channel.send(command)
 
     @contextlib.contextmanager
@@ -71,22 +75,32 @@ class Leader:
         assert self.runner is not None and self.runner.cache.orders is not None
         orders = self.runner.cache.orders.take()
         self.send(RunPass(batch, orders, None if newest is None else dict(newest.rows)))
-        self.unfinished = chunks
+        if self.links.stages is not None:
+            chunks = self.heading(chunks)
+        self.unfinished.append(chunks)
         with self.whole_or_broken(), self.saying_who_is_lost():
-            if newest is not None:
-                self.ranks.broadcast(newest.token_ids.clone())
+            if newest is not None and self.links.tensor is not None:
+                self.links.tensor.broadcast(newest.token_ids.clone())
             # Not `yield from`, which would close the pass with this generator; `finish` brings it to its end.
             for chunk in chunks:  # noqa: UP028
                 yield chunk
-            self.unfinished = None
+            self.unfinished.remove(chunks)
+
+    def heading(self, chunks: Iterator[LogitsChunk]) -> Iterator[LogitsChunk]:
+        """A pass of a pipeline: where its layers are launched here, and the rows that the head reads are wanted, those
+        with parts of the head are told to read them, too."""
+        yield from islice(chunks, 1)
+        if self.links.tensor is not None:
+            self.send(RunHead())
+        yield from chunks
 
     @torch.inference_mode()
     def finish(self) -> None:
-        """Bring a pass to its end that was given up here: the other ranks are still in it."""
-        unfinished, self.unfinished = self.unfinished, None
-        if unfinished is not None:
-            with self.whole_or_broken():
-                for _ in unfinished:
+        """Bring passes to their ends that were given up here: the other ranks are still in them."""
+        with self.whole_or_broken():
+            while self.unfinished:
+                chunks = self.unfinished.pop(0)
+                for _ in chunks:
                     pass
 
     @contextlib.contextmanager
@@ -97,7 +111,8 @@ class Leader:
         except GeneratorExit:
             raise
         except BaseException:
-            self.channel.broken, self.unfinished = True, None
+            self.channel.broken = True
+            self.unfinished.clear()
             if self.processes is not None:
                 self.processes.closing.set()
                 self.processes.kill()
@@ -123,6 +138,7 @@ class Leader:
             with contextlib.suppress(LostRankError):
                 self.finish()
                 self.send(CloseEngine())
+                self.links.synchronize()
                 if self.processes is not None:
                     self.channel.send(Leave())
         finally:
@@ -132,8 +148,8 @@ class Leader:
 
 def lead(deployment: Deployment) -> Leader | None:
     """Meets the other ranks, or starts them; None for an engine of one process. Raises LostRankError."""
-    size = len(deployment.shards)
-    if not size:
+    size = deployment.mesh.size
+    if size == 1:
         return None
     channel, processes, threads = deployment.channel, None, torch.get_num_threads()
     if channel is None:
@@ -145,14 +161,18 @@ def lead(deployment: Deployment) -> Leader | None:
         if channel is None:
             channel = RankChannel(mesh, store)
         own_threads = max(1, threads // channel.mesh.local_size)
-        channel.engines += 1
-        config, budgets, shards = deployment.config, deployment.budgets, tuple(deployment.shards)
         opened = BeginEngine(
-            channel.engines, config, deployment.device.type, deployment.dtype, budgets, shards, own_threads
+            deployment.config,
+            deployment.device.type,
+            deployment.dtype,
+            deployment.budgets,
+            deployment.shards,
+            deployment.stages,
+            own_threads,
         )
         channel.send(opened)
         torch.set_num_threads(own_threads)
-        return Leader(channel, make_ranks(channel, opened, deployment.device), processes, threads)
+        return Leader(channel, link(channel, deployment), processes, threads)
     except BaseException:
         torch.set_num_threads(threads)
         if processes is not None:
@@ -162,7 +182,18 @@ def lead(deployment: Deployment) -> Leader | None:
         raise
 
 
-def make_ranks(channel: RankChannel, opened: BeginEngine, device: torch.device) -> TensorRanks:
-    """The collectives of one engine, of this rank; all ranks make them together."""
-    group = device_group(channel.store, f"tensor {opened.number}", channel.mesh, device)
-    return TensorRanks(channel.mesh, group, [shard.vocabulary for shard in opened.shards])
+def link(channel: RankChannel, deployment: Deployment) -> RankLinks:
+    """What this rank has to others of its engine; all ranks make it together."""
+    shape, device, tensor, stages = deployment.mesh, deployment.device, None, None
+    at, sizes = shape.at(deployment.rank), f"{shape.pipeline} x {shape.tensor}"
+    if shape.tensor > 1:
+        group = channel.device_group(f"tensor {sizes} {at.pipeline}", at.tensor, shape.tensor, device)
+        tensor = TensorRanks(channel.mesh, group, at.tensor, [shard.vocabulary for shard in deployment.shards])
+    if shape.pipeline > 1:
+        forward, back = (
+            channel.device_group(f"{name} {sizes} {at.tensor}", at.pipeline, shape.pipeline, device)
+            for name in ("forward", "back")
+        )
+        like = torch.empty(0, deployment.arch.hidden_size, dtype=deployment.dtype, device=device)
+        stages = StageRanks(channel.mesh, at.pipeline, shape.pipeline, forward, back, like)
+    return RankLinks(tensor, stages)

@@ -21,7 +21,8 @@ from flexbatch.memory.weights import WeightStore
 from flexbatch.models.fingerprint import RECORDS, WeightFiles, combined
 from flexbatch.models.quantized.scheme import QuantizedPiece
 from flexbatch.models.sharding import sharded
-from flexbatch.models.specs import Piece
+from flexbatch.models.specs import Piece, weight_specs
+from flexbatch.models.stage import staged
 from flexbatch.parallel import numa
 from flexbatch.planner.engine_plan import Deployment, EnginePlan
 from flexbatch.planner.leader import lead
@@ -164,10 +165,18 @@ def run_near(device: torch.device) -> Callable[[], None]:
 
 
 def pieces_of(engine_plan: EnginePlan, skip: set[Key]) -> Iterator[Piece | QuantizedPiece]:
-    """The tensors of the model, without those in ``skip``, and of its adapters."""
-    dtype, deployment = engine_plan.dtype, engine_plan.deployment
-    pieces = engine_plan.model.pieces(skip, engine_plan.config.seed, dtype, packed=True)
-    yield from pieces if deployment.shard is None else sharded(pieces, engine_plan.model.arch, deployment.shard)
+    """The tensors of this rank, without those in ``skip``, and of its adapters. Layers of other stages are not read."""
+    dtype, deployment, arch = engine_plan.dtype, engine_plan.deployment, engine_plan.model.arch
+    stage, unread = deployment.stage, skip
+    if stage is not None:
+        here = {
+            (spec.layer, spec.role): stage.here(spec.layer, spec.role, arch.num_layers) for spec in weight_specs(arch)
+        }
+        unread = {key for key, found in here.items() if found is None or found in skip}
+    pieces = engine_plan.model.pieces(unread, engine_plan.config.seed, dtype, packed=True)
+    if deployment.shard is not None:
+        pieces = sharded(pieces, arch, deployment.shard)
+    yield from pieces if stage is None else staged(pieces, stage, arch.num_layers)
     yield from engine_plan.deployment.adapters.pieces(dtype)
 
 
@@ -191,6 +200,8 @@ def make_loader(engine_plan: EnginePlan, weights: WeightStore, keeps_files: bool
         dtype = f"{adapter.digest}-{dtype}"
     if (shard := engine_plan.deployment.shard) is not None:
         dtype = f"{dtype}-rank-{shard.rank}-of-{shard.ranks}"
+    if (stage := engine_plan.deployment.stage) is not None:
+        dtype = f"{dtype}-layers-{stage.first}-to-{stage.end}"
     if engine_plan.model.folder is None:
         drawn = f"{torch.__version__} {engine_plan.config.seed} {engine_plan.model.arch}"
         identity = f"dummy-{combined(drawn, ())[:32]}"

@@ -24,6 +24,7 @@ from flexbatch.validation.errors import ConfigurationError, DoesNotFitError
 logger = logging.getLogger("flexbatch")
 
 NO_ROOM = "does not fit the memory"
+AXES = "engines x stages x tensor ranks"
 PLAN_ERROR = 0.02
 """Between meshes whose plans differ by less, the one with fewer ranks in an engine is taken: they wait for nobody."""
 
@@ -43,13 +44,16 @@ class MeshPlan:
 
     def summary(self) -> dict[str, Any]:
         """For ``--json``."""
-        sizes = {"data_parallel_size": self.shape.data, "tensor_parallel_size": self.shape.tensor}
-        return {**sizes, "predicted_tokens_per_second_together": self.tokens_per_second, "problem": self.problem}
+        return {
+            **sizes_of(self.shape),
+            "predicted_tokens_per_second_together": self.tokens_per_second,
+            "problem": self.problem,
+        }
 
 
 @dataclass(frozen=True)
 class Meshes:
-    """The plans of every product of engines and tensor ranks, the smallest engines first."""
+    """The plans of every product of engines, stages and tensor ranks, the smallest engines first."""
 
     plans: tuple[MeshPlan, ...]
 
@@ -72,10 +76,10 @@ class Meshes:
         """The fastest. Raises DoesNotFitError, or ConfigurationError, where there is none."""
         fastest = max(self.plans, key=lambda each: each.tokens_per_second)
         if fastest.plan is None:
-            told = "; ".join(f"{each.shape.data} x {each.shape.tensor}: {each.problem}" for each in self.plans)
+            told = "; ".join(f"{named(each.shape)}: {each.problem}" for each in self.plans)
             if any(each.problem == NO_ROOM for each in self.plans):
-                raise DoesNotFitError(f"no mesh of {fastest.shape.size} GPUs holds the job (engines x ranks): {told}")
-            raise ConfigurationError(f"no mesh of {fastest.shape.size} GPUs runs this model (engines x ranks): {told}")
+                raise DoesNotFitError(f"no mesh of {fastest.shape.size} GPUs holds the job ({AXES}): {told}")
+            raise ConfigurationError(f"no mesh of {fastest.shape.size} GPUs runs this model ({AXES}): {told}")
         least = (1 - PLAN_ERROR) * fastest.tokens_per_second
         return next(each for each in self.plans if each.tokens_per_second >= least)
 
@@ -88,7 +92,7 @@ class Meshes:
         rows, chosen = [], self.best
         for each in self.plans:
             shape, plan = each.shape, each.plan
-            sizes = [f"{'-> ' if each is chosen else ''}{shape.data}", str(shape.tensor)]
+            sizes = [f"{'-> ' if each is chosen else ''}{shape.data}", str(shape.pipeline), str(shape.tensor)]
             if plan is None:
                 rows.append([*sizes, "-", "-", "-", each.problem])
                 continue
@@ -96,17 +100,42 @@ class Meshes:
             off = shape.size * sum(plan.memory[tier].get("weights", 0) for tier in ("cpu", "disk"))
             rate = f"{each.tokens_per_second:,.4g}"
             rows.append([*sizes, rate, f"{share:.0%}", size_text(off), plan.limiting_resource])
-        header = ["engines", "tensor ranks", "tokens/s", "of the chosen", "weights off the GPUs", "limited by"]
-        flags = f"--data-parallel-size {chosen.shape.data} --tensor-parallel-size {chosen.shape.tensor}"
+        sizes = ["engines", "stages", "tensor ranks"]
+        header = [*sizes, "tokens/s", "of the chosen", "weights off the GPUs", "limited by"]
+        flags = " ".join(f"--{name.replace('_', '-')} {size}" for name, size in sizes_of(chosen.shape).items())
         return f"meshes of {chosen.shape.size} GPUs; chosen: {flags}\n{table(header, rows)}"
 
 
 def shapes_of(gpus: int) -> Iterator[MeshShape]:
-    yield from (MeshShape(gpus // size, 1, size) for size in range(1, gpus + 1) if gpus % size == 0)
+    """Between those with as many ranks in an engine, more of them share every layer in the first ones: they have one
+    block, where stages have one each."""
+    for size in (size for size in range(1, gpus + 1) if gpus % size == 0):
+        yield from (
+            MeshShape(gpus // size, stages, size // stages) for stages in range(1, size + 1) if size % stages == 0
+        )
+
+
+def sizes_of(shape: MeshShape) -> dict[str, int]:
+    """As settings."""
+    return {
+        "data_parallel_size": shape.data,
+        "pipeline_parallel_size": shape.pipeline,
+        "tensor_parallel_size": shape.tensor,
+    }
+
+
+def named(shape: MeshShape) -> str:
+    return f"{shape.data} x {shape.pipeline} x {shape.tensor}"
 
 
 def with_shape(config: EngineConfig, shape: MeshShape) -> EngineConfig:
-    return dataclasses.replace(config, parallel=None, data_parallel_size=shape.data, tensor_parallel_size=shape.tensor)
+    return dataclasses.replace(
+        config,
+        parallel=None,
+        data_parallel_size=shape.data,
+        pipeline_parallel_size=shape.pipeline,
+        tensor_parallel_size=shape.tensor,
+    )
 
 
 def gpus_here(config: EngineConfig) -> int:

@@ -284,7 +284,7 @@ class PlanMonitor(RunObserver):
         if change is None:
             return
         share = change.cpu_attention if self.cpu_attention else 0.0
-        scheduler.adjust(change.admission_limit, change.prefill_budget, share)
+        scheduler.adjust(self.meter.plan.shape.stages * change.admission_limit, change.prefill_budget, share)
         if not self.replans:
             logger.info("re-planned: %s; the report counts what follows", change.reason)
         self.replans.append(change.reason)

@@ -241,7 +241,7 @@ def prepare_everywhere(others: OtherEngines | None, capacity: Capacity, job: Job
     if others is None:
         capacity.prepare(job)
         return
-    part = job.part(others.count)
+    part = job.of_every(others.count)
     with others.preparing(capacity, part):
         capacity.prepare(part)
 

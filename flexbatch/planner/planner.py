@@ -15,21 +15,20 @@ from flexbatch.calibrate.profile_file import write_hardware
 from flexbatch.config import EngineConfig
 from flexbatch.execution.job import Job
 from flexbatch.memory.tiers import MemoryRequirement, check_budgets
-from flexbatch.memory.weight_plan import WeightPlan
 from flexbatch.models.generation_config import generation_of
 from flexbatch.models.lora.adapter_set import AdapterSet
 from flexbatch.models.opened import OpenModel
 from flexbatch.parallel.channel import RankChannel
 from flexbatch.parallel.links import EngineGroup
 from flexbatch.planner import budgets
-from flexbatch.planner.choose import Choice, choose_policy, differs, priced, without_reserves
+from flexbatch.planner.choose import Choice, choose_policy, differs, on_slowest, priced, without_reserves
 from flexbatch.planner.deploy import deploy, refuse_adapters
 from flexbatch.planner.engine_plan import EnginePlan, described
 from flexbatch.planner.placements import baseline_policy, fallbacks, overshoot
 from flexbatch.planner.problem import Problem
 from flexbatch.planner.relocation import Kind, Relocation, could_gain, fits_while_moving, kind_of
 from flexbatch.policy.hardware import Hardware
-from flexbatch.policy.policy import Policy, Split
+from flexbatch.policy.policy import Policy
 from flexbatch.policy.shared_host import shared_by
 from flexbatch.text.prompts import PromptEncoder
 from flexbatch.validation.devices import named_machine
@@ -80,15 +79,13 @@ class Planner:
         """Whose weights are in memory."""
         self.job_is_known = job is not None
         self._engine_plan: EnginePlan | None = None
-        self._weight_plans: dict[tuple[Split, int, int], WeightPlan] = {}
-        """By what they depend on: a search asks for the same ones with many sizes of a block."""
         self._settled: set[Kind] = set()
         """Kinds of jobs for which the weights that are in memory were found to be good enough."""
         if job is None:
             self._check_smallest()
             model.check()
         else:
-            found = self._engine_plan = self._decide(job.part(config.data_parallel_size))
+            found = self._engine_plan = self._decide(job.of_every(config.data_parallel_size))
             check_budgets(found.requirements(found.sizes(job.first(1))), self.deployment.budgets)
 
     def _check_smallest(self) -> None:
@@ -139,9 +136,8 @@ class Planner:
 
     def adopt(self, loras: AdapterSet) -> None:
         """Plan with more adapters from now on: the next job brings them to their tiers."""
-        refuse_adapters(self.deployment.shard is not None)
+        refuse_adapters(self.deployment.mesh.size > 1)
         self.deployment = dataclasses.replace(self.deployment, adapters=loras)
-        self._weight_plans.clear()
         self._settled.clear()
         self.placed = self.placed and self.placed.on(self.deployment)
         self._engine_plan = self._engine_plan and self._engine_plan.on(self.deployment)
@@ -175,7 +171,7 @@ class Planner:
 
     def _decide_for(self, job: Job, before: EnginePlan | None, answer_share: float = 1.0) -> EnginePlan:
         problem = self._problem(job, before)
-        choice = self._chosen(problem, None if before is None else before.weight_plan.num_slabs)
+        choice = self._chosen(problem, job, None if before is None else before.weight_plan.num_slabs)
         self.problem = problem
         weight_plan = self.deployment.weight_plan(choice.policy) if before is None else before.weight_plan
         return EnginePlan(self.deployment, choice.policy, choice.plan, weight_plan, answer_share)
@@ -188,11 +184,18 @@ class Planner:
             )
         element_bytes, loaded = self.deployment.dtype.itemsize, None if before is None else before.policy
         held, loras = self.deployment.budgets, self.deployment.adapters
-        return Problem(self.deployment.arch, config, job, held, element_bytes, model.prequantized, loaded, loras)
+        arch, part = self.deployment.most_layers, self._part(job)
+        whole = job.num_requests if part is not job else None
+        return Problem(arch, config, part, held, element_bytes, model.prequantized, loaded, loras, whole)
 
-    def _chosen(self, problem: Problem, num_slabs: int | None = None) -> Choice:
-        needs = partial(self.requirements_of, job=problem.job, num_slabs=num_slabs)
+    def _part(self, job: Job) -> Job:
+        """What a pass runs, and the ones after it on the same part of the block."""
+        return job.of_every(self.deployment.passes_in_flight)
+
+    def _chosen(self, problem: Problem, job: Job, num_slabs: int | None = None) -> Choice:
+        needs = partial(self.requirements_of, job=job, num_slabs=num_slabs)
         choice = choose_policy(problem, lambda: self.hardware, needs)
+        choice = on_slowest(problem, self.deployment.stage_arches, choice, lambda: self.hardware)
         if not self.dry:
             problem.known.sizes.clear()  # tens of MB, and only another search for this job would use them
         if choice.plan is not None:
@@ -202,10 +205,8 @@ class Planner:
 
     def requirements_of(self, policy: Policy, job: Job, num_slabs: int | None = None) -> list[MemoryRequirement]:
         """Returns the exact requirements of a job under any policy."""
-        kind = policy.weights, policy.weight_bits, num_slabs or policy.num_weight_slabs
-        if kind not in self._weight_plans:
-            self._weight_plans[kind] = self.deployment.weight_plan(policy, num_slabs)
-        return self.deployment.requirements(self._weight_plans[kind], policy, self.deployment.sizes(policy, job))
+        weight_plan = self.deployment.weight_plan(policy, num_slabs)
+        return self.deployment.requirements(weight_plan, policy, self.deployment.sizes(policy, job))
 
     def replan(self, job: Job) -> EnginePlan:
         """The plan for a job, a new one where it is not like the one that the policy was chosen for. The weights move
@@ -218,7 +219,7 @@ class Planner:
         fits = not overshoot(current.requirements(current.sizes(job)), self.deployment.budgets)
         kept: EnginePlan | None = current
         refusal: DoesNotFitError | None = None
-        if not fits or differs(self.problem, current.policy, job):
+        if not fits or differs(self.problem, current.policy, self._part(job)):
             try:
                 kept = self._decide(job, before)
             except DoesNotFitError as error:
@@ -240,7 +241,7 @@ class Planner:
         problem = self._problem(job, bits=before.policy)
         if kept is None or could_gain(problem, self.hardware, kept):
             with contextlib.suppress(DoesNotFitError):
-                choice = self._chosen(problem)
+                choice = self._chosen(problem, job)
                 weight_plan = self.deployment.weight_plan(choice.policy)
                 found = EnginePlan(self.deployment, choice.policy, choice.plan, weight_plan)
                 relocation = Relocation(problem, self.hardware, kept, found) if kept else None
@@ -257,7 +258,7 @@ class Planner:
         """A plan for what is left of a job whose answers are not as long as assumed; it is the latest from now on.
         None where the block in flight is as good, to within ``LEAST_GAIN``."""
         before = self.engine_plan
-        if before.plan is None or not differs(self.problem, before.policy, job):
+        if before.plan is None or not differs(self.problem, before.policy, self._part(job)):
             return None
         try:
             found = self._decide(job, self.placed or before)
@@ -288,7 +289,7 @@ class Planner:
 
     def describe(self, job: Job) -> dict[str, Any]:
         """What running the job would put where; the plan itself is "plan". Raises DoesNotFitError."""
-        rows = (found := self.engine_plan).requirements(found.sizes(job.part(self.config.data_parallel_size)))
+        rows = (found := self.engine_plan).requirements(found.sizes(job.of_every(self.config.data_parallel_size)))
         check_budgets(rows, self.deployment.budgets)
         plan = found.plan or priced(self.problem, without_reserves(self.hardware), found.policy)
         return {

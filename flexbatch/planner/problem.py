@@ -29,7 +29,8 @@ from flexbatch.validation.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Problem:
-    """What a policy is chosen for. ``budgets``: bytes by tier."""
+    """What a policy is chosen for. ``budgets``: bytes by tier. In a pipeline, one stage, and the part of the job that
+    one of as many parts of the block runs."""
 
     arch: Arch
     config: EngineConfig
@@ -41,6 +42,8 @@ class Problem:
     loaded: Policy | None = None
     """The policy whose weights and bits are in memory and stay as they are."""
     adapters: AdapterSet | None = None
+    whole_requests: int | None = None
+    """Of the job of which this is one part's."""
     known: Known = field(default_factory=Known, compare=False)
     """What searches for it have computed; a problem that differs in its budgets or in the bits of its cache alone may
     have it, too."""
@@ -53,14 +56,14 @@ class Problem:
                 f"{width} numbers are multiplied with {heads} heads each: that is work for the compute device; leave "
                 "cpu_attention out"
             )
+        if self.config.cpu_experts and (self.arch.shard or self.arch.stage):
+            raise ConfigurationError(
+                f"cpu_experts={self.config.cpu_experts:g}: several ranks share the cores, and only an engine of one "
+                "GPU leaves experts to them; leave cpu_experts out, or tensor_parallel_size and pipeline_parallel_size"
+            )
         if self.config.cpu_experts and self.arch.experts is None:
             raise ConfigurationError(
                 f"cpu_experts={self.config.cpu_experts:g}: {self.arch.family} has no experts; leave cpu_experts out"
-            )
-        if self.config.cpu_experts and self.arch.shard is not None:
-            raise ConfigurationError(
-                f"cpu_experts={self.config.cpu_experts:g}: {self.arch.shard.ranks} ranks share the cores, and each of "
-                "them would compute its part of every expert; leave cpu_experts or tensor_parallel_size out"
             )
 
     @property
@@ -72,13 +75,13 @@ class Problem:
     @property
     def cpu_experts(self) -> float | None:
         """The share that is fixed. None for a model without experts, and where several processes share the cores."""
-        if self.arch.experts is None or self.arch.shard is not None:
+        if self.arch.experts is None or self.arch.shard is not None or self.arch.stage is not None:
             return 0.0
         return None if self.config.cpu_experts is None else self.config.cpu_experts / 100
 
     @cached_property
     def workload(self) -> Workload:
-        return workload_of(self.job)
+        return dataclasses.replace(workload_of(self.job), whole_sequences=self.whole_requests)
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -169,6 +172,7 @@ def model_shape(
         cache_sides=arch.cache_sides,
         head_width=0 if arch.latent is None else arch.latent.head_width,
         adapter_tensors=() if adapters is None else adapters.elements_of_a_layer(),
+        stages=1 if arch.stage is None else arch.stage.stages,
         **_window_of(arch),
     )
 

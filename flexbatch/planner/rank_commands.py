@@ -11,6 +11,7 @@ from flexbatch.execution.block_sizes import BlockSizes
 from flexbatch.execution.pass_batch import PassBatch
 from flexbatch.memory.cache_orders import Order
 from flexbatch.models.shard import RankShard
+from flexbatch.models.stage import RankStage
 from flexbatch.policy.policy import Policy
 
 
@@ -18,12 +19,12 @@ from flexbatch.policy.policy import Policy
 class BeginEngine:
     """An engine begins. Budgets are those of one rank; threads are of the CPU."""
 
-    number: int
     config: EngineConfig
     device_type: str
     dtype: torch.dtype
     budgets: dict[str, int]
     shards: tuple[RankShard, ...]
+    stages: tuple[RankStage, ...]
     threads: int
 
 
@@ -52,6 +53,11 @@ class ReachLonger:
 
 
 @dataclass(frozen=True)
+class RunHead:
+    """Make logits of the oldest pass in flight in a pipeline: for the ranks that have a part of the head."""
+
+
+@dataclass(frozen=True)
 class RunPass:
     """Run a pass, after what was done to the cache since the last one. newest: rows of the tokens that rank 0 sends
     along, by sequence id; None where it has read them."""
@@ -71,4 +77,4 @@ class Leave:
     """No further engine begins."""
 
 
-RankCommand = BeginEngine | PlaceWeights | MakeRunner | ReachLonger | RunPass | CloseEngine | Leave
+RankCommand = BeginEngine | PlaceWeights | MakeRunner | ReachLonger | RunPass | RunHead | CloseEngine | Leave

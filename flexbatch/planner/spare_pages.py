@@ -31,7 +31,8 @@ def with_spare_pages(plan: EnginePlan, sizes: BlockSizes, job: Job) -> BlockSize
     layout, cache = plan.layout, sizes.cache
     if full == cache:
         return sizes
-    page = {"gpu": layout.num_layers * layout.page_bytes, "disk": layout.num_layers * layout.disk_page_bytes}
+    layers = plan.deployment.most_layers.num_layers  # of a pipeline every stage gets the same pages
+    page = {"gpu": layers * layout.page_bytes, "disk": layers * layout.disk_page_bytes}
     page["cpu"] = page["gpu"]
     left = left_of(plan, plan.requirements(sizes))
     staging = max(

@@ -23,7 +23,6 @@ logger = logging.getLogger("flexbatch")
 
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "trust_remote_code": (False,),
-    "pipeline_parallel_size": (1,),
     "distributed_executor_backend": ("mp",),
     "enable_prefix_caching": (True,),
     "enable_chunked_prefill": (True,),
@@ -59,13 +58,12 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 }
 """Values, beside None, that ask for what happens anyway; graphs are captured where they help, and change no token."""
 ONE_GPU = (
-    "several GPUs share every layer with tensor_parallel_size; several engines share a job with data_parallel_size, or "
-    "flexbatch batch --ray"
+    "several GPUs share every layer with tensor_parallel_size, and the layers with pipeline_parallel_size; several "
+    "engines share a job with data_parallel_size, or flexbatch batch --ray"
 )
 REMEDIES = {
     "trust_remote_code": "nothing that lies beside a model is executed; families that are supported need no code of "
     "their own",
-    "pipeline_parallel_size": ONE_GPU,
     "distributed_executor_backend": ONE_GPU,
     "enable_prefix_caching": "prompts that begin alike always share their cache pages, which changes no token",
     "enable_chunked_prefill": "prompts are read in chunks; prefill_chunk sets their length",

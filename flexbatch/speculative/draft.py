@@ -112,7 +112,8 @@ class DraftModel:
         """One tree per sequence, grown as its plan says. Children are the likeliest tokens, for sampled requests
         under the noise that the target will draw with: then a draft that agrees with the target's probabilities
         proposes the very token that the target draws."""
-        self.distributions = {}
+        for sequence in sequences:
+            self.distributions.pop(sequence, None)
         self.levels = []
         trees, followed = [], {}
         for i, (sequence, plan) in enumerate(zip(sequences, plans, strict=True)):
@@ -262,6 +263,7 @@ class DraftModel:
         return self.tiers.gpu.peak_bytes
 
     def release(self, sequence: Sequence) -> None:
+        self.distributions.pop(sequence, None)
         followed = self.followed.pop(sequence, None)
         if followed is not None and self.runner is not None:
             self.runner.cache.free(followed.table)

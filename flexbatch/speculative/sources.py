@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from typing import Protocol
 
@@ -30,7 +29,7 @@ class Source(Protocol):
         """Tokens read and seconds of every level of the latest trees."""
 
     @property
-    def distributions(self) -> Mapping[Sequence, Mapping[int, Tensor]]:
+    def distributions(self) -> dict[Sequence, dict[int, Tensor]]:
         """What the children of each node (-1: of the last committed token) were drawn from, [vocab], in the present
         stochastic trees."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
@@ -43,6 +44,16 @@ class Totals:
     emitted_tokens: int = 0
 
 
+@dataclass(frozen=True)
+class DraftedPass:
+    """A pass in flight with trees, perhaps empty ones. started: when these were drafted."""
+
+    sequence_ids: tuple[int, ...]
+    query_tokens: int
+    started: float
+    drafting_seconds: float
+
+
 class Speculator:
     """A `proposals.Proposer`. Sequences are grouped by whether they are sampled: the two accept differently.
 
@@ -54,10 +65,12 @@ class Speculator:
         self.sources, self.spec, self.max_nodes, self.simulate = list(sources), spec, max_nodes, simulate
         self.controller = Controller(max_nodes)
         self.totals = Totals()
+        self.passes: deque[DraftedPass] = deque()
+        """In flight, the oldest first: one, but for those of a pipeline."""
         self.proposed: dict[int, tuple[Sequence, TokenTree]] = {}
-        """The trees of the present pass, by sequence id."""
-        self.query_tokens = 0
-        self.pass_started = self.drafting_seconds = 0.0
+        """The trees of all of them, by sequence id: a sequence is in one."""
+        self.observed = 0.0
+        """When the last pass ended."""
 
     # Before a pass
 
@@ -76,13 +89,12 @@ class Speculator:
             self.observe_levels(time.perf_counter() - begun)
         else:
             trees = [TokenTree()] * len(sequences)
-        self.pass_started = time.perf_counter()
-        self.drafting_seconds = self.pass_started - started
-        self.totals.draft_seconds += self.drafting_seconds
-        self.proposed = {
-            sequence.sequence_id: (sequence, tree) for sequence, tree in zip(sequences, trees, strict=True)
-        }
-        self.query_tokens = other_query_tokens + len(trees) + sum(map(len, trees))
+        ended = time.perf_counter()
+        self.totals.draft_seconds += ended - started
+        ids = tuple(sequence.sequence_id for sequence in sequences)
+        self.proposed.update(zip(ids, zip(sequences, trees, strict=True), strict=True))
+        query_tokens = other_query_tokens + len(trees) + sum(map(len, trees))
+        self.passes.append(DraftedPass(ids, query_tokens, ended, ended - started))
         return trees
 
     def plans(self, sequences: Many[Sequence], max_depths: Many[int], other_query_tokens: int) -> list[TreePlan]:
@@ -119,7 +131,7 @@ class Speculator:
         """See `proposals.Proposer`: trees drawn by chance."""
         sequence, tree = self.proposed[query.sequence_id]
         (source,) = self.sources
-        kept = source.distributions[sequence]
+        kept = source.distributions.pop(sequence)
         accepted = verify(
             tree,
             target_probabilities(logits, sequence, query.paths),
@@ -154,26 +166,28 @@ class Speculator:
 
     def observe(self, results: Mapping[int, SampledTokens]) -> None:
         """See `proposals.Proposer`."""
-        if not self.query_tokens:
+        if not self.passes:
             return
-        seconds = time.perf_counter() - self.pass_started
-        totals = self.totals
-        new_tokens = sum(len(sampled.token_ids) for id, sampled in results.items() if id in self.proposed)
-        self.controller.observe_pass(self.query_tokens, seconds, bool(self.proposed), self.drafting_seconds, new_tokens)
-        totals.passes += bool(self.proposed)
-        totals.pass_seconds += seconds if self.proposed else 0.0
-        self.query_tokens = 0
+        drafted, now, totals = self.passes.popleft(), time.perf_counter(), self.totals
+        proposed = {id: found for id in drafted.sequence_ids if (found := self.proposed.pop(id, None)) is not None}
+        seconds, self.observed = now - max(drafted.started, self.observed), now
+        if not drafted.query_tokens:
+            return
+        new_tokens = sum(len(sampled.token_ids) for id, sampled in results.items() if id in proposed)
+        times = seconds, bool(proposed), drafted.drafting_seconds
+        self.controller.observe_pass(drafted.query_tokens, *times, new_tokens)
+        totals.passes += bool(proposed)
+        totals.pass_seconds += seconds if proposed else 0.0
         for sequence_id, sampled in results.items():
-            if sequence_id not in self.proposed:
+            if sequence_id not in proposed:
                 continue
-            sequence, tree = self.proposed[sequence_id]
+            sequence, tree = proposed[sequence_id]
             totals.sequence_passes += 1
             totals.drafted_tokens += len(tree)
             totals.emitted_tokens += len(sampled.token_ids)
             if len(tree):
                 accepted = AcceptedPath(tuple(node - 1 for node in sampled.path), sampled.token_ids[-1])
                 self.controller.statistics_of(group_of(sequence)).observe(tree, accepted)
-        self.proposed = {}
 
     def release(self, sequence: Sequence) -> None:
         """See `proposals.Proposer`."""
@@ -182,7 +196,8 @@ class Speculator:
 
     def forget(self) -> None:
         """Let go of all sequences, after a run that failed half-way; the next one opens its block anew."""
-        self.proposed, self.query_tokens = {}, 0
+        self.passes.clear()
+        self.proposed.clear()
         for source in self.sources:
             source.forget()
 

@@ -222,7 +222,7 @@ def test_tokens_that_only_the_device_knows_need_its_embedding(pair):
     """Where the host looks rows up, as in a table on the disk, it has to know the tokens."""
     tensors = pair[1].weights.tensors
     device, view = torch.device("cuda", 0), tensors.views[-1, "embed.weight"].dense
-    assert pair[1].runner.executor.takes_newest
+    assert pair[1].runner.executor.ends.takes_newest
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensors, "device", device)
         assert tensors.gathers_on_device("embed.weight") == (view.shape[1] * view.element_size() % 16 == 0)

@@ -18,6 +18,7 @@ from typing import Any
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.config import EngineConfig
+from flexbatch.execution.pipelined import PipelinedPasses
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.parallel.channel import RankChannel, open_store
 from flexbatch.parallel.mesh import Mesh
@@ -39,14 +40,14 @@ def stepping_aside(llm: LLM, counted: list[int]) -> Iterator[None]:
     lengths.update([])
     llm._loop.next_lengths_plan = 10**9
 
-    def disturbed(scheduler: Scheduler) -> Any:
-        if len(scheduler.running) > 1 and chance.random() < 0.4:
+    def disturbed(scheduler: Scheduler, *part: int) -> Any:
+        if scheduler.settled and len(scheduler.running) > 1 and chance.random() < 0.4:
             sequence = chance.choice(list(scheduler.running.values()))
             scheduler.step_aside(sequence, in_place=not scheduler.aside.recomputes or chance.random() < 0.5)
             counted.append(1)
             if not scheduler.running:
                 scheduler.admit()
-        return next_pass(scheduler)
+        return next_pass(scheduler, *part)
 
     Scheduler.next_pass = disturbed  # type: ignore[method-assign]
     try:
@@ -55,13 +56,35 @@ def stepping_aside(llm: LLM, counted: list[int]) -> Iterator[None]:
         Scheduler.next_pass = next_pass  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def counting_in_flight(most: list[int]) -> Iterator[None]:
+    """Notes how many passes of a pipeline are in flight, and checks them."""
+    fill = PipelinedPasses.fill
+
+    def counted(passes: PipelinedPasses) -> None:
+        fill(passes)
+        passes.check()
+        passes.scheduler.check()
+        most.append(len(passes.in_flight))
+
+    PipelinedPasses.fill = counted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PipelinedPasses.fill = fill  # type: ignore[method-assign]
+
+
 def generated(engine: dict[str, Any], channel: RankChannel | None = None) -> dict[str, Any]:
-    """Token ids and errors of every prompt, each of its samples; twice where ``again`` names further prompts."""
-    size = 1 if channel is None else channel.mesh.size
-    config = EngineConfig(model=engine["model"], tensor_parallel_size=size, **{**SETTINGS, **engine["settings"]})
+    """Token ids and errors of every prompt, each of its samples; twice where ``again`` names further prompts.
+    ``stages``: of a pipeline; the other ranks share each layer."""
+    size, stages = (1, 1) if channel is None else (channel.mesh.size, engine.get("stages", 1))
+    sizes = {"pipeline_parallel_size": stages, "tensor_parallel_size": size // stages}
+    config = EngineConfig(model=engine["model"], **{**SETTINGS, **sizes, **engine["settings"]})
+    in_flight = [0]
     params = [SamplingParams(**each) for each in engine["params"]]
     found, steps = [], list[int]()
     with LLM.from_planner(Planner(config, channel=channel)) as llm, contextlib.ExitStack() as stack:
+        stack.enter_context(counting_in_flight(in_flight))
         if engine.get("steps_aside"):
             stack.enter_context(stepping_aside(llm, steps))
         for prompts in (engine["prompts"], *engine.get("again", ())):
@@ -74,7 +97,8 @@ def generated(engine: dict[str, Any], channel: RankChannel | None = None) -> dic
             llm.speculator.check()
         weights = sum(llm.engine_plan.weight_plan.tier_bytes(tier) for tier in ("gpu", "cpu", "disk"))
         told = {"read": llm.report()["loaded_bytes"], "weights": weights, "percent": config.percent}
-    return {"answers": found, "steps_aside": len(steps), **told}
+        told["ring"] = 0 if llm.runner is None else llm.runner.cache.ring
+    return {"answers": found, "steps_aside": len(steps), "in_flight": max(in_flight), **told}
 
 
 def failing_at(number: int) -> None:

@@ -140,12 +140,12 @@ def test_speculation_tiers_and_bits(case, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(2, 2), (4, 1)], ids=["2 x tensor 2", "4"])
+@pytest.mark.parametrize("sizes", [(2, 1, 2), (2, 2, 1), (4, 1, 1)], ids=["2 x tensor 2", "2 x 2 stages", "4"])
 def test_engines_of_several_ranks(sizes, folder):
-    data, tensor = sizes
+    data, pipeline, tensor = sizes
     with opened(folder, 1) as llm:
         wanted = answers(llm)
-    with opened(folder, data, tensor_parallel_size=tensor) as llm:
+    with opened(folder, data, pipeline_parallel_size=pipeline, tensor_parallel_size=tensor) as llm:
         found = answers(llm)
         assert [[one[:3] for one in each] for each in found] == [[one[:3] for one in each] for each in wanted]
         assert len(llm.report()["engines"]) == data

@@ -26,9 +26,11 @@ def wait_for_all(ranks: list[Forked]) -> list[str]:
     return [rank.communicate(max(0.1, end - time.monotonic()))[1] for rank in ranks]
 
 
-def test_an_error_in_one_rank_ends_all_and_is_shown(tmp_path):
+@pytest.mark.parametrize("stages", [1, 3])
+def test_an_error_in_one_rank_ends_all_and_is_shown(stages, tmp_path):
     """In its third pass, in whose middle the others are."""
-    ranks = start(tmp_path, 3, [engine(tmp_path, "opt", {"num_attention_heads": 3, "hidden_size": 36}, fails_at=3)])
+    sizes = {"num_attention_heads": 3, "hidden_size": 36}
+    ranks = start(tmp_path, 3, [engine(tmp_path, "opt", sizes, fails_at=3, stages=stages)])
     said = wait_for_all(ranks)
     assert all(rank.returncode for rank in ranks), said
     assert "Traceback" in said[2] and "ArithmeticError: this rank cannot count any further" in said[2]
@@ -47,8 +49,9 @@ def parts(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow  # 20 s, most of them spent waiting
+@pytest.mark.parametrize("flag", ["--tensor-parallel-size", "--pipeline-parallel-size"])
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_batch_job_whose_rank_was_killed_goes_on_to_the_same_bytes(killed, tmp_path):
+def test_a_batch_job_whose_rank_was_killed_goes_on_to_the_same_bytes(killed, flag, tmp_path):
     folder, rows = tmp_path / "model", tmp_path / "rows.parquet"
     make_model("llama", folder)
     prompts = [" ".join(map(str, prompt)) for prompt in PROMPTS[:4]] * 6
@@ -57,7 +60,7 @@ def test_a_batch_job_whose_rank_was_killed_goes_on_to_the_same_bytes(killed, tmp
     words += ["--max-tokens", "40", "--ignore-eos", "--gpu-batch-size", "2", "--num-gpu-batches", "1"]
     words += ["--gpu-memory", "256MiB", "--cpu-memory", "256MiB", "--percent", "50", "50", "50", "50", "100", "0"]
     words += ["--offload-dir", str(tmp_path / "disk")]
-    out, two = tmp_path / "out", ["--tensor-parallel-size", "2"]
+    out, two = tmp_path / "out", [flag, "2"]
     ranks = torchrun("flexbatch.apps.batch", [str(rows), str(out), *words, *two], 2)
     end = time.monotonic() + 100
     while len(parts(out)) < 2 and time.monotonic() < end and ranks[0].poll() is None:
@@ -95,14 +98,15 @@ def test_rank_0_that_waits_for_something_else_is_ended():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("flag", ["--tensor-parallel-size", "--pipeline-parallel-size"])
 @pytest.mark.parametrize("lost", ["rank 0", "rank 1", "none"])
-def test_a_command_that_starts_its_ranks_ends_with_them(lost, tmp_path):
+def test_a_command_that_starts_its_ranks_ends_with_them(lost, flag, tmp_path):
     import psutil
 
     make_model("llama", tmp_path / "model")
     words = ["--model", str(tmp_path / "model"), "--device", "cpu", "--hardware", "cpu", "--gpu-memory", "256MiB"]
     words += ["--prompt-len", "9", "--limit", "3", "--json", "--ignore-eos", "--offload-dir", str(tmp_path / "disk")]
-    words += ["--gen-len", "8" if lost == "none" else "480", "--tensor-parallel-size", "2"]
+    words += ["--gen-len", "8" if lost == "none" else "480", flag, "2"]
     command = Forked("flexbatch.run", words)
     end = time.monotonic() + 100
     while "running 3 completions" not in command.said() and time.monotonic() < end and command.poll() is None:

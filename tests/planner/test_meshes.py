@@ -28,43 +28,48 @@ class Priced:
 
 
 def test_every_product_of_the_number_of_gpus_is_planned_for():
-    assert [(each.data, each.tensor) for each in shapes_of(6)] == [(6, 1), (3, 2), (2, 3), (1, 6)]
+    found = [(each.data, each.pipeline, each.tensor) for each in shapes_of(6)]
+    assert found[:5] == [(6, 1, 1), (3, 1, 2), (3, 2, 1), (2, 1, 3), (2, 3, 1)]
+    assert found[5:] == [(1, 1, 6), (1, 2, 3), (1, 3, 2), (1, 6, 1)]
     assert [*shapes_of(1)] == [MeshShape()]
 
 
 @pytest.mark.parametrize(
     ("rates", "wanted"),
     [
-        ({1: 10.0, 2: 15.0}, (2, 1)),  # 20 by two engines
-        ({1: 10.0, 2: 21.0}, (1, 2)),
-        ({1: 10.0, 2: 20.2}, (2, 1)),  # as fast as a plan can tell: engines that wait for nobody
-        ({1: DoesNotFitError(), 2: 3.0}, (1, 2)),
-        ({1: 3.0, 2: ConfigurationError("2 of 1 head")}, (2, 1)),
+        ((10.0, 15.0, 12.0), (2, 1, 1)),  # 20 by two engines
+        ((10.0, 21.0, 20.0), (1, 1, 2)),
+        ((10.0, 21.0, 21.2), (1, 1, 2)),  # as fast as a plan can tell: the one with less in flight
+        ((10.0, 20.2, 20.1), (2, 1, 1)),  # engines that wait for nobody
+        ((10.0, 15.0, 22.0), (1, 2, 1)),
+        ((DoesNotFitError(), 3.0, DoesNotFitError()), (1, 1, 2)),
+        ((3.0, ConfigurationError("2 of 1 head"), 5.0), (2, 1, 1)),
+        ((DoesNotFitError(), ConfigurationError("2 of 1 head"), 5.0), (1, 2, 1)),
     ],
 )
 def test_the_fastest_is_chosen_and_the_table_says_why(rates, wanted):
     def plan(config: EngineConfig) -> Priced:
         assert config.parallel is None
-        found = rates[config.tensor_parallel_size]
+        found = rates[{(2, 1): 0, (1, 1): 1, (1, 2): 2}[config.data_parallel_size, config.pipeline_parallel_size]]
         if isinstance(found, Exception):
             raise found
         return Priced(found)
 
     meshes = Meshes.planned(EngineConfig(parallel="auto"), 2, plan)
     config = meshes.config(EngineConfig(parallel="auto"))
-    assert (config.data_parallel_size, config.tensor_parallel_size) == wanted and config.parallel is None
-    text = meshes.text()
-    assert f"--data-parallel-size {wanted[0]} --tensor-parallel-size {wanted[1]}" in text and "100%" in text
-    for found in rates.values():
+    assert config.mesh_shape == MeshShape(*wanted) and config.parallel is None
+    text, flags = meshes.text(), zip(("data", "pipeline", "tensor"), wanted, strict=True)
+    assert " ".join(f"--{name}-parallel-size {size}" for name, size in flags) in text and "100%" in text
+    for found in rates:
         if isinstance(found, Exception):
             assert (str(found) or NO_ROOM) in text
 
 
 def test_where_nothing_runs_every_mesh_says_why():
     refused = MeshPlan(MeshShape(tensor=2), None, "1 head")
-    with pytest.raises(DoesNotFitError, match=r"2 x 1: does not fit.*; 1 x 2: 1 head"):
+    with pytest.raises(DoesNotFitError, match=r"2 x 1 x 1: does not fit.*; 1 x 1 x 2: 1 head"):
         _ = Meshes((MeshPlan(MeshShape(2), None, NO_ROOM), refused)).best
-    with pytest.raises(ConfigurationError, match="1 x 2: 1 head"):
+    with pytest.raises(ConfigurationError, match="1 x 1 x 2: 1 head"):
         _ = Meshes((refused,)).best
 
 
@@ -84,9 +89,10 @@ def test_a_machine_that_is_not_here_is_planned_for(capsys):
     """Resident weights: two engines; a model that one GPU's share of the host does not hold: ranks."""
     base = "opt-6.7b", "--gpu", "h200", "--gpus", "2", "--parallel", "auto"
     small = planned(capsys, *base)
-    assert (small["engines"], [each["data_parallel_size"] for each in small["meshes"]]) == (2, [2, 1])
+    assert (small["engines"], [each["data_parallel_size"] for each in small["meshes"]]) == (2, [2, 1, 1])
+    assert [each["pipeline_parallel_size"] for each in small["meshes"]] == [1, 1, 2]
     rates = [each["predicted_tokens_per_second_together"] for each in small["meshes"]]
-    assert rates[0] > rates[1] and small["predicted_tokens_per_second_together"] == pytest.approx(rates[0])
+    assert rates[0] > max(rates[1:]) and small["predicted_tokens_per_second_together"] == pytest.approx(rates[0])
     assert main(["opt-6.7b", "--gpu", "h200", "--parallel", "auto", *JOB]) == 2
     assert "--gpus N" in capsys.readouterr().err
 

@@ -26,8 +26,9 @@ GIB = 2**30
         ({"dtype": "float", "generation_config": "vllm"}, {"dtype": "float32", "generation_config": "none"}),
         ({"load_format": "dummy"}, {"dummy_weights": True}),
         ({"load_format": "safetensors", "max_logprobs": -1, "quantization": "awq"}, {}),
-        ({"enforce_eager": True, "trust_remote_code": False, "pipeline_parallel_size": 1}, {}),
+        ({"enforce_eager": True, "trust_remote_code": False}, {}),
         ({"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}, {"tensor_parallel_size": 2}),
+        ({"pipeline_parallel_size": 2}, {"pipeline_parallel_size": 2}),
         ({"speculative_config": None, "distributed_executor_backend": None, "seed": None, "revision": None}, {}),
         (
             {"seed": 3, "tokenizer": "folder", "gpu_memory": "1GiB"},
@@ -52,7 +53,7 @@ def test_a_share_of_the_memory_is_one_of_what_the_machine_has(monkeypatch):
     ("given", "problem"),
     [
         ({"trust_remote_code": True}, "trust_remote_code=True is not available: nothing .* is executed"),
-        ({"pipeline_parallel_size": 2}, "tensor_parallel_size; .* --ray"),
+        ({"distributed_executor_backend": "ray"}, "tensor_parallel_size, .* --ray"),
         ({"data_parallel_size": True}, "data_parallel_size=True"),
         ({"max_num_seqs": 256}, "use gpu_batch_size .* num_gpu_batches"),
         ({"kv_cache_dtype": "fp8"}, "use cache_bits"),
