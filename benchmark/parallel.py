@@ -76,6 +76,9 @@ def measured(case: Case, gpu_gib: float, sizes: dict[str, int], more: dict[str, 
         prompts = random_prompts(case.prompts, case.prompt_tokens, llm.arch.vocab_size, seed=1)
         began = time.perf_counter()
         llm.prepare(prompts, params)
+        # Kernels compile and the links wake up.
+        warm_up = random_prompts(61, case.prompt_tokens, llm.arch.vocab_size, seed=3)
+        llm.generate(warm_up, SamplingParams(max_tokens=3, temperature=0, ignore_eos=True))
         prepared = time.perf_counter()
         answers = llm.generate(prompts, params)
         seconds = time.perf_counter() - prepared

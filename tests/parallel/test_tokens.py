@@ -58,8 +58,8 @@ def on_four(folder: Path) -> list[dict[str, Any]]:
 
 
 def on_two_stages(folder: Path) -> list[dict[str, Any]]:
-    """Layers that do not divide, the head's rows on their way back, sequences that step aside between passes, and layers
-    that keep only their window on each stage."""
+    """Layers that do not divide, the head's rows on their way back, sequences that step aside between passes, and
+    layers that keep only their window on each stage."""
     moved = {"percent": (50, 50, 0, 0, 50, 50), "num_gpu_batches": 3}
     branches = {"draft": ["ngram"], "tree": "chain:3", "cpu_attention": 0.5}
     made = [
