@@ -26,7 +26,7 @@ def wait_for_all(ranks: list[Forked]) -> list[str]:
     return [rank.communicate(max(0.1, end - time.monotonic()))[1] for rank in ranks]
 
 
-@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize("stages", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_an_error_in_one_rank_ends_all_and_is_shown(stages, tmp_path):
     """In its third pass, in whose middle the others are."""
     sizes = {"num_attention_heads": 3, "hidden_size": 36}

@@ -23,18 +23,13 @@ ROWS_OF_A_PREFIX = [PROMPTS[3], PROMPTS[3][:48] + PROMPTS[1], PROMPTS[3][:40] + 
 
 
 def on_two(folder: Path) -> list[dict[str, Any]]:
-    """Biases that are added once, uneven MLPs, weights in codes, and a share of attention on the CPU."""
+    """Biases that are added once, uneven MLPs, weights in codes, a share of attention on the CPU, and sequences that
+    step aside on every tier."""
     branches = {"draft": ["ngram"], "tree": "chain:3", "cpu_attention": 0.5}
-    return [
-        engine(folder, "opt", settings={"overlap": False}, again=[PROMPTS[:3]]),
-        engine(folder, "llama", QUANTIZED, settings={"weight_bits": 4, **branches}),
-    ]
-
-
-def more_on_two(folder: Path) -> list[dict[str, Any]]:
-    """Samples, sequences that step aside on every tier, and codes of checkpoints."""
     moved = {"percent": (50, 50, 0, 0, 50, 50), "num_gpu_batches": 3}
     made = [
+        engine(folder, "opt", settings={"overlap": False}, again=[PROMPTS[:3]]),
+        engine(folder, "llama", QUANTIZED, settings={"weight_bits": 4, **branches}),
         engine(folder, "llama", params=[SAMPLED] * 6, settings={"async_scheduling": True}),
         engine(folder, "llama", prompts=ROWS_OF_A_PREFIX * 2, settings=moved, steps_aside=True),
         engine(folder, "qwen2", prompts=ROWS_OF_A_PREFIX * 2, steps_aside=True),
@@ -86,8 +81,7 @@ def on_two_by_two(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("size", "made"),
     [
-        pytest.param(2, on_two, id="2"),
-        pytest.param(2, more_on_two, id="2, more", marks=pytest.mark.slow),
+        pytest.param(2, on_two, id="2", marks=pytest.mark.slow),
         pytest.param(4, on_four, id="4", marks=pytest.mark.slow),
         pytest.param(2, on_two_stages, id="2 stages"),
         pytest.param(4, on_two_by_two, id="2 stages of 2"),
