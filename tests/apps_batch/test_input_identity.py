@@ -85,7 +85,7 @@ def test_other_inputs_of_equal_size_are_refused(tmp_path: Path, kind: str) -> No
             source.write_text("".join(f'{{"prompt": "{prompt}"}}\n' for prompt in prompts))
         elif kind == "openai":
             line = '{{"custom_id": "{0}", "method": "POST", "url": "/v1/completions", "body": {{"prompt": "{1}"}}}}\n'
-            source.write_text("".join(line.format(placement, prompt) for placement, prompt in enumerate(prompts)))
+            source.write_text("".join(line.format(index, prompt) for index, prompt in enumerate(prompts)))
         else:
             datasets = pytest.importorskip("datasets")
             state = (source / "state.json").read_bytes() if source.exists() else None

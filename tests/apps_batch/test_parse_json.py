@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -199,10 +200,11 @@ def test_the_log_says_what_is_json_text_and_what_is_left_out() -> None:
     assert len(list(told_types(typed(WHOLE)[1], typed(WHOLE)[0]))) == 1
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if placement % 20 == 5 else pytest.mark.slow)
-                                  for placement, name in enumerate(PUBLIC)])  # fmt: skip
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if index % 20 == 5 else pytest.mark.slow)
+                                  for index, name in enumerate(PUBLIC)])  # fmt: skip
 def test_every_random_answer_has_a_value_that_says_the_same(name: str, tmp_path: Path) -> None:
-    """Of public-style schemas: back from Parquet, it is what a reader of the text has."""
+    """Of public-style schemas: back from Parquet, it is what a reader of the text has. Whole numbers that no int64 holds
+    are refused, and nothing else is."""
     pytest.importorskip("llguidance")
     from flexbatch.text.grammars import Grammars
     from flexbatch.validation.structured_fields import StructuredOutputsParams
@@ -217,7 +219,13 @@ def test_every_random_answer_has_a_value_that_says_the_same(name: str, tmp_path:
     for seed in range(8):
         tokens, ended = random_answer(grammar, {tokenizer.eos_token_id}, seed, 200)
         texts += [grammars.decoder.decode(tokens)] if ended else []
-    values = [converter(field)(parse_json(text, exact=True)) for text in texts]
+    values, large = [], [text for text in texts if re.search(r"\d{19}", text)]
+    for text in texts:
+        try:
+            values.append(converter(field)(parse_json(text, exact=True)))
+        except UnfitValue as error:
+            assert text in large and "is no int64" in str(error), text
+            texts = [each for each in texts if each != text]
     found = through_parquet(field, values, tmp_path / "x.parquet")
     if not types.open:
         for text, value in zip(texts, found, strict=True):

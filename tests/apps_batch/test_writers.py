@@ -341,9 +341,9 @@ def test_finished_rows_are_durable_soon_though_no_other_comes(
 
     class Slow(FakeLLM):
         def stream(self, items, on_tokens=None):  # type: ignore[no-untyped-def]
-            for placement, pair in enumerate(super().stream(items)):
+            for index, pair in enumerate(super().stream(items)):
                 yield pair
-                if placement == pending:
+                if index == pending:
                     synced.clear()
                     lasts.append(synced.wait(20))
 

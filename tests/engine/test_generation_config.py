@@ -369,11 +369,11 @@ def test_samples_seeds_and_logprobs_keep_to_the_rules(model, engines):
     ]
     found = [llm.generate(PROMPTS, params) for llm in engines]
     for plain, *others in zip(*found, strict=True):
-        for placement, sample in enumerate(plain.samples):
+        for index, sample in enumerate(plain.samples):
             assert all(token % 2 for token in sample.token_ids if token < 300) and len(set(sample.token_ids)) == len(
                 sample.token_ids
             )
             assert any(set(entry) & set(barred) for entry in sample.logprobs), (
                 "log-probabilities are those of the model"
             )
-            assert all(other.samples[placement].token_ids == sample.token_ids for other in others)
+            assert all(other.samples[index].token_ids == sample.token_ids for other in others)

@@ -82,12 +82,11 @@ def test_logprobs_of_generated_tokens_equal_transformers(percent, folder, tmp_pa
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         wanted = model(torch.tensor([prompt + completion.token_ids])).logits[0].log_softmax(-1)
         rows = [*completion.prompt_logprobs[1:], *completion.logprobs]
-        for placement, (token, entries) in enumerate(zip((prompt + completion.token_ids)[1:], rows, strict=True)):
-            best = wanted[placement].topk(4 if placement >= len(prompt) - 1 else 2).indices.tolist()
+        for index, (token, entries) in enumerate(zip((prompt + completion.token_ids)[1:], rows, strict=True)):
+            best = wanted[index].topk(4 if index >= len(prompt) - 1 else 2).indices.tolist()
             assert set(entries) == {token, *best}
             assert all(
-                entry.logprob == pytest.approx(wanted[placement, name].item(), abs=1e-4)
-                for name, entry in entries.items()
+                entry.logprob == pytest.approx(wanted[index, name].item(), abs=1e-4) for name, entry in entries.items()
             )
 
 
@@ -138,7 +137,7 @@ def test_any_stored_dtype_runs_in_any_compute_dtype(source, dtype, folder, tmp_p
         completions = llm.generate(PROMPTS, SamplingParams(max_tokens=0, prompt_logprobs=0))
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         expected = wanted(torch.tensor([prompt])).logits[0].log_softmax(-1)
-        for placement, token in enumerate(prompt[1:]):
-            assert completion.prompt_logprobs[placement + 1][token].logprob == pytest.approx(
-                expected[placement, token].item(), abs=tolerance
+        for index, token in enumerate(prompt[1:]):
+            assert completion.prompt_logprobs[index + 1][token].logprob == pytest.approx(
+                expected[index, token].item(), abs=tolerance
             )

@@ -128,9 +128,9 @@ def test_a_part_that_was_retrained_is_never_taken_from_files(part, bits, model, 
 
 def test_a_start_with_damaged_files_gives_the_same_tokens(model, tmp_path, caplog):
     first, _, _ = start(model, tmp_path / "offload", percent=ON_DISK, weight_bits=4)
-    for placement, path in enumerate(sorted((tmp_path / "offload").rglob("*.bin"))):
+    for index, path in enumerate(sorted((tmp_path / "offload").rglob("*.bin"))):
         content = bytearray(path.read_bytes())
-        content[997 * placement % len(content)] ^= 16
+        content[997 * index % len(content)] ^= 16
         path.write_bytes(content)
     tokens, _, reused = start(model, tmp_path / "offload", percent=ON_DISK, weight_bits=4)
     assert (tokens, reused) == (first, 0) and "is written again" in caplog.text

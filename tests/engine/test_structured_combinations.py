@@ -104,9 +104,9 @@ def told(completion: Completion) -> list[Any]:
 
 
 def compare(found: list[Completion], wanted: list[Completion]) -> None:
-    for placement, (one, other) in enumerate(zip(found, wanted, strict=True)):
+    for index, (one, other) in enumerate(zip(found, wanted, strict=True)):
         for (*mine, logprobs), (*theirs, expected) in zip(told(one), told(other), strict=True):
-            assert mine == theirs, placement
+            assert mine == theirs, index
             assert [step.keys() for step in logprobs] == [step.keys() for step in expected]
             for step, right in zip(logprobs, expected, strict=True):
                 assert all(abs(step[token] - right[token]) < 2e-3 for token in right)

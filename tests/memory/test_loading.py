@@ -169,9 +169,9 @@ def test_damaged_files_of_tensors_in_memory_are_written_again(tmp_path: Path, bi
     with loaded(tmp_path, CPU, bits) as (store, _):
         filed = [t for t in store.plan.all_tensors if t.quantized]
     paths = [layer_file(tmp_path, t) for t in filed]
-    for placement, path in enumerate(paths[::2]):
+    for index, path in enumerate(paths[::2]):
         content = bytearray(path.read_bytes())
-        content[17 * placement % len(content)] ^= 4
+        content[17 * index % len(content)] ^= 4
         path.write_bytes(content)
     with loaded(tmp_path, CPU, bits) as (store, read):
         assert same_weights(store, bits)
