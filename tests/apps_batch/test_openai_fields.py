@@ -162,7 +162,7 @@ def test_echo_puts_the_prompt_before_the_answer_with_its_log_probabilities(
         assert len(found["top_logprobs"][placement]) == len(entries)
     text, offsets = texts(scored)[0], found["text_offset"]
     assert offsets == sorted(offsets) and offsets[0] == 0 and offsets[len(ids)] == len("the größer")
-    plainly = [placement for placement, name in enumerate(found["tokens"]) if not name.startswith("bytes:")]
+    plainly = [index for index, name in enumerate(found["tokens"]) if not name.startswith("bytes:")]
     assert all(
         text[offsets[placement] :].startswith(found["tokens"][placement])
         for placement in plainly

@@ -64,7 +64,7 @@ def race(tmp_path: Path, rounds: int) -> None:
     folders = [tmp_path / str(number) for number in range(rounds)]
     starting, tried, won = context.Barrier(4), context.Barrier(4), context.Queue()
     pairs = [[SHARDS[(number + placement) % 6] for number in range(rounds)] for placement in (0, 1, 2, 3)]
-    shards = [list(zip(*pairs[placement : placement + 2], strict=True)) for placement in (0, 2)]
+    shards = [list(zip(*pairs[index : index + 2], strict=True)) for index in (0, 2)]
     racers = [
         context.Process(target=open_at_once, args=(folders, pair, starting, tried, won), daemon=True) for pair in shards
     ]

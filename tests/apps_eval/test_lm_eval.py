@@ -398,7 +398,7 @@ def test_several_stops_in_one_token_cut_as_hf_does():
     mine = FlexBatchLM("demo", percent="100 0 100 0 100 0", gpu_batch_size=8, num_gpu_batches=1, **ENGINE)
     with mine.llm:
         (text,) = mine.generate_until(requests("generate_until", (context, {"until": [], "max_gen_toks": 8})), True)
-        pairs = [[text[placement], text[placement - 1 : placement + 2]] for placement in range(1, len(text) - 1, 2)]
+        pairs = [[text[index], text[index - 1 : index + 2]] for index in range(1, len(text) - 1, 2)]
         asked = [(context, {"until": until, "max_gen_toks": 8}) for pair in pairs for until in (pair, pair[::-1])]
         found = mine.generate_until(requests("generate_until", *asked), disable_tqdm=True)
     assert found == hugging_face(DEMO, 1).generate_until(requests("generate_until", *asked), disable_tqdm=True)

@@ -69,7 +69,7 @@ def main() -> None:
             # The next two meet the files of this one.
             shutil.rmtree(folder / "offload", ignore_errors=True)
         models = (one, two) if number % 2 else (one, one)
-        outputs = [folder / f"tokens-{placement}" for placement in range(2)]
+        outputs = [folder / f"tokens-{rank}" for rank in range(2)]
         begin, go = os.pipe()
         offload = str(folder / "offload")
         helpers = [container(model, offload, out, begin) for model, out in zip(models, outputs, strict=True)]

@@ -47,7 +47,7 @@ NAMES = (
 
 
 @pytest.mark.parametrize(
-    ("name", "percent"), sampled([(name, PLACEMENTS[placement]) for name in NAMES for placement in range(3)])
+    ("name", "percent"), sampled([(name, PLACEMENTS[index]) for name in NAMES for index in range(3)])
 )
 @torch.no_grad()
 def test_tokens_are_those_of_the_weights_that_are_meant(name: str, percent: tuple[int, int], tmp_path: Path) -> None:

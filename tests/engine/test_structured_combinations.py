@@ -77,7 +77,7 @@ def disturb(monkeypatch: pytest.MonkeyPatch, stays: float = 0.3) -> list[int]:
 
 def run(settings: dict[str, Any], tokens: int = 24) -> list[Completion]:
     forms = [*map(form, NAMES), *OTHERS]
-    prompts = [f"{PREFIX}# {kind} {placement}" for kind in KINDS for placement in range(len(forms))]
+    prompts = [f"{PREFIX}# {kind} {index}" for kind in KINDS for index in range(len(forms))]
     common = {"max_tokens": tokens, "temperature": 1.0}
     wanted = [
         SamplingParams(**{**common, **params, "structured_outputs": each})

@@ -56,8 +56,8 @@ def test_text_is_that_of_prompt_and_answer_less_the_prompts(kind: str, settings:
     ]
     bias = {token: 12.0 for token in few}
     params = [
-        dataclasses.replace(DRAWN, n=1 + placement % 3, logit_bias=bias if placement > 2 else None)
-        for placement in range(len(prompts))
+        dataclasses.replace(DRAWN, n=1 + index % 3, logit_bias=bias if index > 2 else None)
+        for index in range(len(prompts))
     ]
     where = {
         "percent": (100, 0, 100, 0, 100, 0),

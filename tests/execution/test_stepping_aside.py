@@ -226,10 +226,10 @@ class SteppingAside(RuleBasedStateMachine):
         sequence = self.scheduler.running[query.sequence_id]
         prompt = tuple(sequence.request.prompt_token_ids)
         keys = [
-            hash(prompt[: placement + 1])
-            if placement < len(prompt)
-            else hash((sequence.request.index, placement, "output"))
-            for placement in range(start, end)
+            hash(prompt[: position + 1])
+            if position < len(prompt)
+            else hash((sequence.request.index, position, "output"))
+            for position in range(start, end)
         ]
         return torch.tensor([key % 251 for key in keys], dtype=torch.uint8)[:, None].expand(
             -1, self.cache.layout.token_bytes

@@ -13,7 +13,11 @@ from tests.tiny_models import EOS, VOCAB, random_prompts
 
 TREES = ("chain:1", "chain:4", "<1,1,3,1,1>", "<3,2>", "best-first:100", "auto")
 DRAFTS = ("other", "target", "both")
-CELLS = [(index, TREES[(i + 2 * j) % 6], draft) for i, index in enumerate(PLACEMENTS) for j, draft in enumerate(DRAFTS)]
+CELLS = [
+    (placement, TREES[(i + 2 * j) % 6], draft)
+    for i, placement in enumerate(PLACEMENTS)
+    for j, draft in enumerate(DRAFTS)
+]
 
 
 def drafts_of(name: str, model, other) -> tuple[str, ...]:
