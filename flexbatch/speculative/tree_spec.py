@@ -14,6 +14,9 @@ SYNTAX = (
     "likeliest nodes) or auto (the policy decides)"
 )
 
+MOST_NODES = 1024
+"""Nodes of a tree for each sequence of a pass, which reads them all: published trees have 64 or fewer."""
+
 
 @dataclass(frozen=True)
 class TreeSpec:
@@ -39,15 +42,29 @@ def parse_tree(text: str) -> TreeSpec:
     if text == "auto":
         return TreeSpec("auto")
     if match := re.fullmatch(r"(chain|best-first):(\d+)", text):
-        nodes = int(match[2])
+        nodes = _count(match[2])
         if nodes < 1:
             raise ConfigurationError(
                 f"tree {text!r} needs at least one node; to decode without speculation leave --draft out"
             )
+        _check_size(text, nodes)
         return TreeSpec("widths", (1,) * nodes, nodes) if match[1] == "chain" else TreeSpec("best-first", (), nodes)
     if re.fullmatch(r"<\s*\d+(\s*,\s*\d+)*\s*>", text):
-        widths = tuple(int(width) for width in text[1:-1].split(","))
+        widths = tuple(_count(width.strip()) for width in text[1:-1].split(","))
         if min(widths) < 1:
             raise ConfigurationError(f"tree {text!r}: every depth needs at least one child per node")
-        return TreeSpec("widths", widths, sum(itertools.accumulate(widths, operator.mul)))
+        nodes = sum(itertools.accumulate(widths[: MOST_NODES + 1], operator.mul))
+        _check_size(text, nodes)
+        return TreeSpec("widths", widths, nodes)
     raise ConfigurationError(f"not a tree: {text!r}; write {SYNTAX}")
+
+
+def _count(digits: str) -> int:
+    """A number, or one above all limits for digits that Python refuses to convert."""
+    return int(digits) if len(digits) < 20 else MOST_NODES + 1
+
+
+def _check_size(text: str, nodes: int) -> None:
+    if nodes > MOST_NODES:
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
+        raise ConfigurationError(f"tree {shown!r} has more than {MOST_NODES:,} nodes; ask for fewer")

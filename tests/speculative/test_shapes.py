@@ -48,6 +48,14 @@ def test_wrong_syntax_names_the_text_and_a_remedy(text: str) -> None:
     assert repr(text) in str(error.value)
 
 
+@pytest.mark.parametrize("digits", ["1025", "99999999", "9" * 5000])
+@pytest.mark.parametrize("form", ["chain:{}", "best-first:{}", "<{}>", "<1, {}>", "<{0},{0},{0}>"])
+def test_a_tree_too_large_to_draw_is_refused(form: str, digits: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"^tree '.{1,45}' has more than 1,024 nodes"):
+        parse_tree(form.format(digits))
+    assert parse_tree(form.format(1)).nodes < parse_tree(form.format(9)).nodes < 1024
+
+
 def test_fixed_widths_of_specinfer() -> None:
     shape = fixed_widths((1, 1, 3, 1, 1))
     assert shape.depths == (1, 2, 3, 3, 3, 4, 4, 4, 5, 5, 5) and shape.parents == (-1, 0, 1, 1, 1, 2, 3, 4, 5, 6, 7)
