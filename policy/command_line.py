@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import shutil
@@ -78,7 +79,7 @@ class Parser(argparse.ArgumentParser):
             ),
         )
         self.groups = {title: self.add_argument_group(title) for title in groups}
-        self._first = first
+        self._first, self._typed = first, list[str]()
         self._examples = textwrap.dedent(examples).strip().replace(command, self.prog)
         show = self.add_argument_group("help").add_argument
         show("-h", "--help", action=_Show, text=self.format_first, help="show the flags that most people need")
@@ -131,6 +132,7 @@ class Parser(argparse.ArgumentParser):
             flag = word.partition("=")[0]
             if word.startswith("--") and flag not in known:
                 self.error(f"unknown flag {flag}{self._suggestion(flag)}")
+        self._typed = words
         found, left = self.parse_known_args(words, namespace)
         if hasattr(found, "words"):
             found.words = [*found.words, *(word for word in left if not word.startswith("-"))]
@@ -154,6 +156,15 @@ class Parser(argparse.ArgumentParser):
         shown = [name for name, action in self._option_string_actions.items() if action.help is not argparse.SUPPRESS]
         return did_you_mean(flag, shown) or f"; {self.prog} --help-all lists the flags"
 
+    def _dash_remedy(self, message: str) -> str:
+        """What to write where the word behind a flag begins with a dash, and is read as a flag for that."""
+        flags, expected, _ = message.partition(": expected ")
+        for flag, word in itertools.pairwise(self._typed if expected else ()):
+            known = word.partition("=")[0] in self._option_string_actions
+            if flag in flags.split("/") and word.startswith("-") and not known:
+                return f", and {word} is read as a flag: where it is the value, write {flag}={word}"
+        return ""
+
     def error(self, message: str) -> NoReturn:
         """One line, and exit code 2."""
         message = message.removeprefix("argument ")
@@ -161,6 +172,7 @@ class Parser(argparse.ArgumentParser):
         if choice is not None:
             message += did_you_mean(choice[1], [name.strip("' ") for name in choice[2].split(",")])
         message = message.replace("the following arguments are required: ", "missing ")
+        message += self._dash_remedy(message)
         hint = "" if "did you mean" in message or "--help" in message else f"; see {self.prog} --help"
         self.exit(USAGE_ERROR, f"{self.prog}: {message}{hint}\n")
 
