@@ -72,10 +72,11 @@ def _fetched(name: str) -> Path:
     known = f"Public shapes: {', '.join(SHAPES)}; or give a config.json, a folder that holds one, or a Hub id"
     if not HUB_ID.fullmatch(name) or (meant and "/" not in name):
         raise CheckpointError(f"{name} is no public shape, file or folder{meant or '.'} {known}")
-    from huggingface_hub import hf_hub_download  # 0.3 s that only a Hub id needs
+    from huggingface_hub import snapshot_download  # 0.3 s that only a Hub id needs
 
     try:
-        return Path(hf_hub_download(name, "config.json"))
+        # hf_hub_download asks for half a minute, with a warning each time, where there is no network.
+        return Path(snapshot_download(name, allow_patterns=["config.json"])) / "config.json"
     except Exception as error:  # every HTTP library of the Hub client has exceptions of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
