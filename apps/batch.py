@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from flexbatch.apps.jobs.locations import check_folders, check_input, check_output
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.cli.command import resume_command, run_command, set_up_logging
-from flexbatch.cli.early_checks import check_engine, check_folder_to_write
+from flexbatch.cli.early_checks import check_engine, check_folder_to_write, check_sampling
 from flexbatch.cli.help import CommandParser
 from flexbatch.cli.loras import lora_identity
 from flexbatch.cli.ranks import ALONE, Elsewhere, run_on_ranks
@@ -193,6 +193,7 @@ def run_rows(
     check_input(source, config)
     check_output(output)
     check_folder_to_write("output", output)
+    check_sampling(config)
     check_engine(engine)
     from flexbatch.apps.jobs.plan import plan_job
     from flexbatch.apps.jobs.runner import run_shard

@@ -11,14 +11,15 @@ from flexbatch.policy.units import LARGEST_BARE_GIB, parse_size
 from flexbatch.validation.errors import ConfigurationError
 
 
-def parse_bytes(text: int | str) -> int:
-    """Bytes of ``"16GiB"``, ``"500MB"``, ``"1.5 GiB"`` or a plain number. Raises ConfigurationError."""
+def parse_bytes(text: int | str, name: str | None = None) -> int:
+    """Bytes of ``"16GiB"``, ``"500MB"``, ``"1.5 GiB"`` or a plain number. Raises ConfigurationError that names the
+    setting, where it has a name."""
     if isinstance(text, int) and not 0 < text <= LARGEST_BARE_GIB:
         return text
     try:
         return parse_size(str(text))
     except ValueError as error:
-        raise ConfigurationError(str(error)) from error
+        raise ConfigurationError(str(error) if name is None else f"{name}: {error}") from error
 
 
 NGRAM = "ngram"
@@ -205,10 +206,7 @@ class EngineConfig:
                 refuse(f"allow_bits={bits!r} must be 16, 8 or 4")
         for name in ("gpu_memory", "cpu_memory"):
             if getattr(self, name) is not None:
-                try:
-                    parse_bytes(getattr(self, name))
-                except ConfigurationError as error:
-                    refuse(f"{name}: {error}")
+                parse_bytes(getattr(self, name), name)
 
     @property
     def mesh_shape(self) -> MeshShape:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flexbatch.cli.run_settings import STANDARD_INPUT, SamplingConfig
 from flexbatch.config import NGRAM, EngineConfig
-from flexbatch.models.lora.request import parse_loras
+from flexbatch.models.lora.request import CONFIG_FILE, check_default, parse_loras
 from flexbatch.policy.suggest import neighbor
 from flexbatch.validation.devices import check_device, check_dtype, named_machine
 from flexbatch.validation.errors import ConfigurationError, reason
@@ -41,10 +41,15 @@ def check_machine(config: EngineConfig) -> None:
 def check_models(config: EngineConfig) -> None:
     """The model, its adapters and its drafts; what has a Hub id is fetched. Raises CheckpointError,
     ConfigurationError."""
-    for adapter in parse_loras(config.lora):
-        if not Path(adapter.path).expanduser().is_dir():
+    adapters = parse_loras(config.lora)
+    check_default(config.lora_default, [adapter.name for adapter in adapters])
+    for adapter in adapters:
+        what, folder = f"--lora {adapter.name}={adapter.path}", Path(adapter.path).expanduser()
+        if not folder.is_dir():
+            raise ConfigurationError(f"{what}: no such folder{neighbor(Path(adapter.path))}")
+        if not (folder / CONFIG_FILE).is_file():
             raise ConfigurationError(
-                f"--lora {adapter.name}={adapter.path}: no such folder{neighbor(Path(adapter.path))}"
+                f"{what}: has no {CONFIG_FILE}; give the folder that save_pretrained of PEFT wrote"
             )
     if config.dummy_weights:
         from flexbatch.models.shapes import shape
@@ -71,7 +76,14 @@ def check_sampling(sampling: SamplingConfig) -> None:
     """Sampling settings by themselves, before what the model adds to them. Raises ConfigurationError."""
     from flexbatch.models.generation_config import GenerationDefaults
 
-    sampling.params(GenerationDefaults())
+    form = sampling.params(GenerationDefaults()).structured_outputs
+    if form is not None:
+        from flexbatch.text.grammars import problem_of
+
+        if problem := problem_of(form):
+            given = {"--json-schema": sampling.json_schema, "--choice": sampling.choice, "--regex": sampling.regex}
+            flag, value = next((flag, value) for flag, value in given.items() if value)
+            raise ConfigurationError(f"{flag} {value if isinstance(value, str) else ' '.join(value)}: {problem}")
 
 
 def check_files(files: Mapping[str, str | None]) -> None:
@@ -153,6 +165,17 @@ def check_plot(flag: str, path: str | None) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigurationError(f"{flag} {path} needs matplotlib: pip install 'flexbatch[plot]'")
     check_files_to_write({flag: path})
+
+
+def check_gpus(gpus: int | None, parallel: bool, named: bool) -> None:
+    """The number of GPUs of a plan. ``named``: of a machine that --gpu names. Raises ConfigurationError."""
+    if parallel and named and gpus is None:
+        raise ConfigurationError("--parallel auto for a machine that --gpu names: say how many it has, by --gpus N")
+    if gpus is not None and not parallel:
+        raise ConfigurationError(
+            f"--gpus {gpus} is for --parallel auto: add it, or leave --gpus out; sizes that are given need as many "
+            "GPUs as their product"
+        )
 
 
 def check_inputs(engine: EngineConfig, prompts: str | None) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 from flexbatch.cli.command import run_command, set_up_logging
-from flexbatch.cli.early_checks import check_plot
+from flexbatch.cli.early_checks import check_gpus, check_plot
 from flexbatch.cli.help import JOB, CommandParser
 from flexbatch.cli.settings import add_arguments, read_settings
 from flexbatch.config import EngineConfig, option, parse_bytes
@@ -85,7 +85,7 @@ class PlanConfig:
             if least < 1:
                 raise ConfigurationError(f"--{name.replace('_', '-')} {least} must be at least 1")
         if self.disk is not None:
-            parse_bytes(self.disk)
+            parse_bytes(self.disk, "--disk")
 
     def job(self, context: int) -> Job:
         """As many prompts as asked for, of all pairs of lengths in turn. Raises ConfigurationError."""
@@ -157,6 +157,7 @@ def command(args: argparse.Namespace, environ: Mapping[str, str], data: TextIO) 
     """Everything after parsing; returns the exit code. What needs no torch is checked before it is imported."""
     engine, config = read_settings([EngineConfig, PlanConfig], args, environ, args.config)
     hardware = chosen_hardware(engine, config)
+    check_gpus(config.gpus, engine.parallel is not None, hardware is not None)
     request = sweep_request(config.sweep)
     check_plot("--plot", config.plot)
     from flexbatch.models.described import describe
@@ -214,8 +215,6 @@ def planned_mesh(
     DoesNotFitError where none holds the job."""
     from flexbatch.planner.meshes import Meshes, gpus_here
 
-    if gpus is None and hardware is not None:
-        raise ConfigurationError("--parallel auto for a machine that --gpu names: say how many it has, by --gpus N")
     meshes = Meshes.planned(
         engine,
         gpus or gpus_here(engine),

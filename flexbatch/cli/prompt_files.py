@@ -15,6 +15,7 @@ from typing import Any
 from flexbatch.cli.run_settings import STANDARD_INPUT
 from flexbatch.text.csv_rows import CsvRows, delimiter_of
 from flexbatch.text.files import decode_text, parse_json, read_text, split_lines, with_doubles
+from flexbatch.validation.checks import short
 from flexbatch.validation.errors import ConfigurationError, reason
 
 LONGEST_LINE = 64 * 2**20
@@ -142,7 +143,15 @@ def _row_of(value: Any, location: str) -> PromptRow:
             f"{location} holds a {type(value).__name__}; "
             "a prompt is text, a list of token ids or a list of chat messages"
         )
+    if isinstance(value, list) and not (_all(value, int) or _all(value, dict)):
+        wrong = next((item for item in value if not isinstance(item, int | dict) or isinstance(item, bool)), None)
+        has = "token ids and chat messages" if wrong is None else short(wrong)
+        raise ConfigurationError(f"{location} is a list that holds {has}; a list is either of token ids or of messages")
     return PromptRow(with_doubles(value), fields)
+
+
+def _all(values: list[Any], kind: type) -> bool:
+    return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
 
 
 def _read_parquet(path: Path) -> Iterator[PromptRow]:

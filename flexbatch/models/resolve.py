@@ -25,6 +25,10 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 LIKE_BUNDLED = 0.75
 """Likeness from which a name without an organization is taken for a misspelled "demo"."""
 TOKENIZER_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
+LONGEST_REASON = 400
+TOKENIZER_FILES = ("*token*", "vocab*", "*.model")
+"""One of these is in every folder that transformers reads a tokenizer from."""
+TOKENIZER_REMEDY = "give a folder with tokenizer.json, tokenizer.model, or vocab.json and merges.txt"
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -87,6 +91,8 @@ def tokenizer_folder(name: str) -> Path:
     """The folder of a tokenizer: a local one, or a Hub id, of which no weights are fetched. Raises CheckpointError."""
     folder = Path(name).expanduser()
     if folder.is_dir() and not find_gguf(folder):
+        if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+            raise CheckpointError(f"tokenizer folder {folder} has no tokenizer: {TOKENIZER_REMEDY}")
         return folder
     if name in BUNDLED or not HUB_ID.fullmatch(name):
         return resolve(name)
@@ -142,7 +148,7 @@ def load_tokenizer(folder: Path | str, **options: Any) -> PreTrainedTokenizerBas
         options = {"trust_remote_code": False, "local_files_only": True, "config": _bare_config(Path(folder))} | options
         return AutoTokenizer.from_pretrained(str(folder), **options)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
         raise CheckpointError(
             f"{folder} has no tokenizer that can be read (tokenizer.json, tokenizer.model, or vocab.json with "
             f"merges.txt): {reason}"

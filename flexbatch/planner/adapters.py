@@ -15,7 +15,7 @@ from flexbatch.models.gguf.parts import is_gguf
 from flexbatch.models.lora.adapter import MERGE, Adapter, read_adapter
 from flexbatch.models.lora.adapter_set import AdapterSet
 from flexbatch.models.lora.replaced_reader import own_rows
-from flexbatch.models.lora.request import LoRARequest, parse_loras
+from flexbatch.models.lora.request import LoRARequest, check_default, parse_loras
 from flexbatch.models.opened import OpenModel
 from flexbatch.models.source import read_tensors
 from flexbatch.models.specs import Piece, weight_specs
@@ -30,9 +30,7 @@ def configured(config: EngineConfig, model: OpenModel) -> tuple[OpenModel, Adapt
     requests = parse_loras(config.lora)
     adapters = tuple(checked(request, model) for request in requests)
     default = config.lora_default
-    if default is not None and default not in [adapter.name for adapter in adapters]:
-        known = ", ".join(adapter.name for adapter in adapters) or "none"
-        raise ConfigurationError(f"lora_default={default!r} is none of the adapters that lora names: {known}")
+    check_default(default, [adapter.name for adapter in adapters])
     if default is None or len(adapters) > 1 or not can_merge(config, model, adapters[0]):
         return model, AdapterSet(model.arch, adapters, None, default)
     logger.info("adapter %r is merged into the weights", default)

@@ -136,7 +136,7 @@ class Grammars:
                         return grammar
                     del self._compiled[form]
                     problem = "no token of this model's vocabulary can begin such an answer"
-                self._failed[form] = " ".join(problem.split())[:LONGEST_MESSAGE]
+                self._failed[form] = _one_line(problem)
                 if len(self._failed) > KEPT_GRAMMARS:
                     self._failed.popitem(last=False)
             raise ConfigurationError(f"structured_outputs: the {form.kind} does not compile: {self._failed[form]}")
@@ -146,12 +146,7 @@ class Grammars:
         if self._made is None:
             if self._tokenizer is None:
                 raise ConfigurationError("structured_outputs needs a tokenizer, and the model has none")
-            try:
-                self._library = importlib.import_module("llguidance")
-            except ImportError as error:
-                raise ConfigurationError(
-                    f"structured_outputs needs llguidance ({error}): pip install 'flexbatch[structured]'"
-                ) from None
+            self._library = _library()
             vocabulary = Vocabulary(self._tokenizer, self._vocab_size)
             wrapped = self._library.LLTokenizer(self._library.TokenizerWrapper(_Wrapped(vocabulary)))
             self._made = vocabulary, ByteDecoder(self._tokenizer, vocabulary), wrapped
@@ -163,6 +158,29 @@ class Grammars:
         for grammar in self._compiled.values():
             assert grammar.root.mask is not None and (grammar.root.accepting or grammar.root.mask.any())
             assert grammar.num_kept <= KEPT_STATES + 64, "states are kept without end"
+
+
+def problem_of(form: StructuredOutputsParams) -> str:
+    """What the library has against a form, whatever the tokenizer is; empty where it has nothing. Raises
+    ConfigurationError where there is no library."""
+    matcher = _library().LLMatcher
+    try:
+        return _one_line(matcher.validate_grammar(source(form)))
+    except (ValueError, RecursionError) as error:
+        return _one_line(str(error))
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("llguidance")
+    except ImportError as error:
+        raise ConfigurationError(
+            f"structured_outputs needs llguidance ({error}): pip install 'flexbatch[structured]'"
+        ) from None
+
+
+def _one_line(problem: str) -> str:
+    return " ".join(problem.split())[:LONGEST_MESSAGE]
 
 
 def source(form: StructuredOutputsParams) -> str:

@@ -136,7 +136,7 @@ CHECKS: dict[str, Check] = {
     "frequency_penalty": _penalty,
     "logit_bias": optional(table(whole(), _bias, MOST_IDS, "token ids to biases")),
     "stop": one_or_several(str, text(LONGEST_STOP), MOST_STOPS, "texts"),
-    "stop_token_ids": several(whole(), MOST_IDS, "token ids"),
+    "stop_token_ids": several(_token, MOST_IDS, "token ids"),
     "ignore_eos": truth,
     "seed": optional(whole()),
     "n": whole(1, MOST_SAMPLES),

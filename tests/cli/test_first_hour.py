@@ -71,6 +71,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work")
     (folder / "prompts.jsonl").write_text('{"prompt": "def main():"}\n')
     (folder / "settings.yaml").write_text("gpu_memry: 16GiB\n")
+    (folder / "schema.json").write_text('{"type": "object", "properties": 5}')
+    (folder / "lists.jsonl").write_text('["a"]\n')
     (folder / "a-file").touch()
     (folder / "notes").mkdir()
     (folder / "notes" / "mine.txt").touch()
@@ -193,6 +195,31 @@ COMPLAINTS: dict[str, tuple[list[str], str]] = {
         r"prompt template 'Sum: \{text': expected '\}'",
     ),
     "no folder for a profile": (["profile", "-o", "none/x.json"], r"--output none/x\.json: no file can be written"),
+    "a default of no adapter": (["run", "--lora-default", "b"], r"lora_default='b' is none of the adapters .*: none"),
+    "a folder of no adapter": (
+        ["complete", "a", "--lora", "x=notes"],
+        r"--lora x=notes: has no adapter_config\.json; give the folder that save_pretrained",
+    ),
+    "an expression that is none": (["run", "--regex", "a("], r"--regex a\(: .*unclosed group"),
+    "an expression for a job": ([*BATCH, "out", "--regex", r"(a)\1"], r"--regex .*backreferences are not supported"),
+    "a schema that is none": (
+        ["complete", "a", "--json-schema", "schema.json"],
+        r"--json-schema schema\.json: properties must be an object",
+    ),
+    "a folder of no tokenizer": (["run", "--tokenizer", "notes"], r"notes has no tokenizer: give a folder with token"),
+    "a tree that is a forest": (
+        ["run", "--draft", "ngram", "--tree", "chain:99999999"],
+        r"'chain:99999999' has more than 1,024 nodes; ask for fewer",
+    ),
+    "a value like a flag": (
+        ["run", "--cpu-memory", "-4GiB"],
+        r"--cpu-memory: expected one argument, and -4GiB is read as a flag: .* write --cpu-memory=-4GiB;",
+    ),
+    "GPUs that nobody shares": (["plan", "opt-30b", "--gpus", "2"], r"--gpus 2 is for --parallel auto: add it"),
+    "GPUs that nobody counted": (["plan", "opt-30b", "--gpu", "t4", "--parallel", "auto"], r"say how many .*--gpus N"),
+    "a disk of less than nothing": (["plan", "opt-30b", "--disk", "-5"], r"--disk: not a size in bytes: '-5'"),
+    "a stop token below zero": (["run", "--stop-token-ids", "-1"], r"stop_token_ids=.* must be >= 0"),
+    "a list of words": (["complete", "--prompts", "lists.jsonl"], r"lists\.jsonl: line 1 is a list that holds 'a'; a "),
 }  # fmt: skip
 """What went wrong -> the words after ``flexbatch``, and what the line says."""
 

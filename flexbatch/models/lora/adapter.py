@@ -15,10 +15,10 @@ from flexbatch.models.assignment import NUMBERS, local_name
 from flexbatch.models.checkpoint import separated
 from flexbatch.models.families import FAMILIES, source_names
 from flexbatch.models.fingerprint import combined, file_digest
-from flexbatch.models.lora.peft_config import CONFIG_FILE, MERGE, PeftConfig, read_peft_config
+from flexbatch.models.lora.peft_config import MERGE, PeftConfig, read_peft_config
 from flexbatch.models.lora.replaced import ReplacedRows
 from flexbatch.models.lora.replaced_reader import ReplacedReader, plain_name
-from flexbatch.models.lora.request import LoRARequest
+from flexbatch.models.lora.request import CONFIG_FILE, LoRARequest
 from flexbatch.models.module_names import ModuleMapping
 from flexbatch.models.source import StoredTensor, list_file, read_tensors
 from flexbatch.models.specs import weight_specs

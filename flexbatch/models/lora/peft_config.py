@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flexbatch.models.lora.request import CONFIG_FILE
 from flexbatch.models.source import read_json
 from flexbatch.validation.checks import short
 from flexbatch.validation.errors import CheckpointError
 
-CONFIG_FILE = "adapter_config.json"
 USED = frozenset(
     {
         "peft_type",

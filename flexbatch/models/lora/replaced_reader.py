@@ -10,8 +10,9 @@ from torch import Tensor
 
 from flexbatch.models.arch import Arch
 from flexbatch.models.assignment import NUMBERS
-from flexbatch.models.lora.peft_config import CONFIG_FILE, MERGE, PeftConfig
+from flexbatch.models.lora.peft_config import MERGE, PeftConfig
 from flexbatch.models.lora.replaced import ReplacedRows
+from flexbatch.models.lora.request import CONFIG_FILE
 from flexbatch.models.source import StoredTensor, equal
 from flexbatch.models.specs import weight_specs
 from flexbatch.validation.errors import CheckpointError

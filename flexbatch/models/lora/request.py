@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from flexbatch.validation.checks import short
 from flexbatch.validation.errors import ConfigurationError
+
+CONFIG_FILE = "adapter_config.json"
+"""What PEFT writes beside the weights of an adapter."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,13 @@ def parse_loras(words: Iterable[str] | None) -> tuple[LoRARequest, ...]:
             raise ConfigurationError(f"lora: the name {name!r} stands there twice")
         found[name] = LoRARequest(name, len(found) + 1, path)
     return tuple(found.values())
+
+
+def check_default(default: str | None, names: Collection[str]) -> None:
+    """Raises ConfigurationError where ``lora_default`` is none of the adapters."""
+    if default is not None and default not in names:
+        known = ", ".join(names) or "none"
+        raise ConfigurationError(f"lora_default={default!r} is none of the adapters that lora names: {known}")
 
 
 def as_lora_request(value: Any, what: str = "lora_request") -> LoRARequest | None:
