@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.execution.pass_batch import QueryTokens
-from flexbatch.text.grammars import Grammar, State
+from flexbatch.text.grammars import Grammar, State, one_line
 
 if TYPE_CHECKING:
     from flexbatch.execution.sequence import Sequence
@@ -79,7 +79,7 @@ class GrammarFollower:
         state = self._ahead.get((token,)) or self._grammar.child(self._state, token)
         self._state, self._ahead = state, {}
         if not self.problem and not self._matcher.consume_token(token):
-            self.problem = self._matcher.get_error() or f"token {token} does not follow it"
+            self.problem = one_line(self._matcher.get_error()) or f"token {token} does not follow it"
 
     def forced(self) -> list[int]:
         """Tokens of which each is the only one that can come, in their order; [] where there is a choice, or the answer
@@ -122,7 +122,7 @@ class GrammarFollower:
         if count:
             matcher.rollback(count)
         if matcher.is_error():
-            self.problem = self.problem or matcher.get_error()
+            self.problem = self.problem or one_line(matcher.get_error())
 
     def check(self, num_tokens: int) -> None:
         """Invariant: every token of the answer was taken in."""

@@ -15,6 +15,7 @@ from flexbatch.execution.sampling import process_logits, sample
 from flexbatch.execution.sequence import Sequence
 from flexbatch.request import Request, SamplingParams
 from flexbatch.text.grammars import Grammars
+from flexbatch.validation.structured_fields import StructuredOutputsParams
 from tests.text.kinds import KINDS
 
 pytest.importorskip("llguidance")
@@ -172,6 +173,16 @@ def test_a_token_that_does_not_follow_the_grammar_is_a_fault(grammars: Grammars)
     assert sequence.fault is not None and not sequence.fault.in_model
     assert sequence.fault.problem.startswith("structured_outputs: ")
     assert not sequence.grammar.mask().any() and not sequence.grammar.complete and not sequence.grammar.forced()
+
+
+def test_a_fault_does_not_quote_the_grammar(grammars: Grammars) -> None:
+    """The library's message for a rule of more items than it takes holds all of them."""
+    many = " | ".join(f'"a{number}"' for number in range(2_500))
+    follower = GrammarFollower(grammars.compile(StructuredOutputsParams(grammar=f"start: {many}")), set())
+    for token in ids(grammars, "a12"):
+        follower.advance(token)
+    assert "max is 2000" in follower.problem and "a1499" not in follower.problem
+    assert "\n" not in follower.problem and len(follower.problem) < 600
 
 
 def query(sequence: Sequence, tokens: tuple[int, ...] = (), parents=None) -> QueryTokens:

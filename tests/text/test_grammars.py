@@ -16,7 +16,7 @@ from flexbatch.text import grammars as module
 from flexbatch.text.grammars import Grammars
 from flexbatch.text.token_bytes import ByteDecoder, Vocabulary
 from flexbatch.validation.errors import ConfigurationError
-from flexbatch.validation.structured_fields import StructuredOutputsParams
+from flexbatch.validation.structured_fields import MOST_CHOICES, StructuredOutputsParams
 from tests.public_schemas import PUBLIC
 from tests.schemas import REFUSED, SCHEMAS
 from tests.text.kinds import KINDS
@@ -232,6 +232,16 @@ def test_any_texts_may_be_choices(choices: list[str]) -> None:
     grammar = grammars.compile(StructuredOutputsParams(choice=choices))
     tokens, ended = random_answer(grammar, {tokenizer.eos_token_id}, len(choices[0]))
     assert ended and grammars.decoder.decode(tokens) in choices
+
+
+def test_as_many_choices_may_be_given_as_are_taken() -> None:
+    """The library's limit of 2,000 items is one of rules, and met at the first token of the answer."""
+    tokenizer = byte_level()
+    choices = [f"x{number}" for number in range(MOST_CHOICES)]
+    grammars = Grammars(tokenizer, len(tokenizer))
+    grammar = grammars.compile(StructuredOutputsParams(choice=choices))
+    tokens, ended = random_answer(grammar, {tokenizer.eos_token_id}, 7)
+    assert ended and grammars.decoder.decode(tokens) in set(choices)
 
 
 def test_special_tokens_end_an_answer_and_come_nowhere_else(grammars: Grammars, tokenizer) -> None:
