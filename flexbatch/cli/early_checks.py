@@ -83,7 +83,8 @@ def check_sampling(sampling: SamplingConfig) -> None:
         if problem := problem_of(form):
             given = {"--json-schema": sampling.json_schema, "--choice": sampling.choice, "--regex": sampling.regex}
             flag, value = next((flag, value) for flag, value in given.items() if value)
-            raise ConfigurationError(f"{flag} {value if isinstance(value, str) else ' '.join(value)}: {problem}")
+            text = value if isinstance(value, str) else " ".join(value)
+            raise ConfigurationError(f"{flag} {text}: does not compile: {problem}")
 
 
 def check_files(files: Mapping[str, str | None]) -> None:

@@ -124,7 +124,7 @@ def test_run_takes_the_flags_and_names_files_that_are_wrong(tmp_path: Path, caps
         (("--json-schema", str(tmp_path / "none.json")), "--json-schema .*none.json: .*No such file"),
         (("--json-schema", str(tmp_path / "bad.json")), "--json-schema .*bad.json: a JSON schema: an object"),
         (("--choice", "a", "--regex", "b"), "exactly one of .* and has regex and choice"),
-        (("--regex", "("), "the regex does not compile"),
+        (("--regex", "("), r"--regex \(: does not compile: .*unclosed group"),
         (("--disable-any-whitespace",), "is for JSON answers: give their --json-schema"),
         (("--choice", "a", "--disable-any-whitespace"), "is for JSON answers: give their --json-schema"),
     ):

@@ -204,7 +204,7 @@ COMPLAINTS: dict[str, tuple[list[str], str]] = {
     "an expression for a job": ([*BATCH, "out", "--regex", r"(a)\1"], r"--regex .*backreferences are not supported"),
     "a schema that is none": (
         ["complete", "a", "--json-schema", "schema.json"],
-        r"--json-schema schema\.json: properties must be an object",
+        r"--json-schema schema\.json: does not compile: properties must be an object",
     ),
     "a folder of no tokenizer": (["run", "--tokenizer", "notes"], r"notes has no tokenizer: give a folder with token"),
     "a tree that is a forest": (
