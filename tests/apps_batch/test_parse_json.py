@@ -203,8 +203,8 @@ def test_the_log_says_what_is_json_text_and_what_is_left_out() -> None:
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if index % 20 == 5 else pytest.mark.slow)
                                   for index, name in enumerate(PUBLIC)])  # fmt: skip
 def test_every_random_answer_has_a_value_that_says_the_same(name: str, tmp_path: Path) -> None:
-    """Of public-style schemas: back from Parquet, it is what a reader of the text has. Whole numbers that no int64 holds
-    are refused, and nothing else is."""
+    """Of public-style schemas: back from Parquet, it is what a reader of the text has. Whole numbers that no int64
+    holds are refused, and nothing else is."""
     pytest.importorskip("llguidance")
     from flexbatch.text.grammars import Grammars
     from flexbatch.validation.structured_fields import StructuredOutputsParams
