@@ -23,10 +23,10 @@ import torch
 from safetensors.torch import save_file
 
 from benchmark.loading import projections
-from benchmark.machine import machine
+from benchmark.machine import publish
 from flexbatch import LLM, SamplingParams
 from flexbatch.policy.shapes import SHAPES
-from flexbatch.policy.stdout import data_apart, run_process
+from flexbatch.policy.stdout import run_process
 
 
 def write_adapter(folder: Path, config: dict[str, Any], rank: int, seed: int) -> None:
@@ -114,12 +114,7 @@ def main() -> int:
     parser.add_argument("--without", action="store_true", help="also an engine that has no adapters")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    with data_apart() as stdout:
-        text = json.dumps({"machine": machine(), **measure(args)}, indent=1)
-        print(text, file=stdout)
-    if args.output is not None:
-        args.output.write_text(text + "\n", encoding="utf-8")
-    return 0
+    return publish(lambda: measure(args), args.output)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ timed run. Without a GPU the device is the CPU, and ``busy`` is left out.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -25,13 +24,13 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmark.machine import machine
+from benchmark.machine import publish
 from benchmark.part_times import Parts, PartTimes
 from flexbatch import LLM, SamplingParams
 from flexbatch.execution.passes import Passes
 from flexbatch.execution.sampler import SampledPass
 from flexbatch.execution.scheduler import Scheduler
-from flexbatch.policy.stdout import data_apart, run_process
+from flexbatch.policy.stdout import run_process
 
 PARTS: Parts = {
     "advance and admit": (Scheduler, "advance"),
@@ -155,13 +154,7 @@ def main() -> int:
     parser.add_argument("--sampled", action="store_true", help="temperature 0.8 and top-p 0.9, not greedy")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    with data_apart() as stdout:
-        report = {"machine": machine(), **measure(args)}
-        text = json.dumps(report, indent=1)
-        print(text, file=stdout)
-    if args.output is not None:
-        args.output.write_text(text + "\n", encoding="utf-8")
-    return 0
+    return publish(lambda: measure(args), args.output)
 
 
 if __name__ == "__main__":

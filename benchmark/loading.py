@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmark.machine import machine
+from benchmark.machine import publish
 from flexbatch import LLM, SamplingParams
 from flexbatch.models.resolve import DEMO
 from flexbatch.policy.shapes import SHAPES
-from flexbatch.policy.stdout import data_apart, run_process
+from flexbatch.policy.stdout import run_process
 
 GROUP = 128
 """Numbers that share a scale in the 4-bit checkpoint."""
@@ -173,12 +173,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True, help="for checkpoints and offload files")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    with data_apart() as stdout:
-        text = json.dumps({"machine": machine(), "starts": measure(args)}, indent=1)
-        print(text, file=stdout)
-    if args.output is not None:
-        args.output.write_text(text + "\n", encoding="utf-8")
-    return 0
+    return publish(lambda: {"starts": measure(args)}, args.output)
 
 
 if __name__ == "__main__":

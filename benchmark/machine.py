@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from flexbatch.policy.stdout import data_apart
 
 
 def machine() -> dict[str, str]:
@@ -21,6 +26,16 @@ def machine() -> dict[str, str]:
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         info |= {"gpu": torch.cuda.get_device_name(0), "driver": driver}
     return info
+
+
+def publish(measure: Callable[[], dict[str, Any]], output: Path | None) -> int:
+    """Measure, print the machine and what was measured as JSON, and write it to ``output`` as well. Returns 0."""
+    with data_apart() as stdout:
+        text = json.dumps({"machine": machine(), **measure()}, indent=1, default=str)
+        print(text, file=stdout)
+    if output is not None:
+        output.write_text(text + "\n", encoding="utf-8")
+    return 0
 
 
 def processor() -> str:

@@ -13,20 +13,19 @@ overhead: handing them out, waiting for them, applying them, taking in what was 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmark.machine import machine
+from benchmark.machine import publish
 from benchmark.part_times import Parts, PartTimes
 from flexbatch import LLM, SamplingParams, StructuredOutputsParams
 from flexbatch.execution import masks, sampling
 from flexbatch.execution.passes import Passes
 from flexbatch.execution.sequence import Sequence
-from flexbatch.policy.stdout import data_apart, run_process
+from flexbatch.policy.stdout import run_process
 
 PARTS: Parts = {
     "masks on threads": (masks, "_prepare"),
@@ -123,13 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="write the JSON here, too")
     args = parser.parse_args(argv)
-    with data_apart() as data:
-        result = {"machine": machine(), "model": args.model, **measure(args)}
-        text = json.dumps(result, indent=1, default=str)
-        print(text, file=data)
-        if args.output is not None:
-            args.output.write_text(text + "\n", encoding="utf-8")
-    return 0
+    return publish(lambda: {"model": args.model, **measure(args)}, args.output)
 
 
 if __name__ == "__main__":
