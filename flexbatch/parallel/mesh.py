@@ -46,11 +46,6 @@ class MeshShape:
         return self.pipeline * self.tensor
 
     @property
-    def replica(self) -> MeshShape:
-        """The mesh of one replica."""
-        return MeshShape(1, self.pipeline, self.tensor)
-
-    @property
     def sizes(self) -> str:
         """For messages, by the flags."""
         return (
@@ -62,26 +57,6 @@ class MeshShape:
         if not 0 <= rank < self.size:
             raise ValueError(f"rank {rank} of a mesh of {self.size}")
         return Coordinates(rank // self.replica_size, rank % self.replica_size // self.tensor, rank % self.tensor)
-
-    def rank_of(self, at: Coordinates) -> int:
-        return (at.data * self.pipeline + at.pipeline) * self.tensor + at.tensor
-
-    def tensor_ranks(self, rank: int) -> tuple[int, ...]:
-        """Those that share the layers of a rank, itself among them."""
-        first = rank - rank % self.tensor
-        return tuple(range(first, first + self.tensor))
-
-    def next_stage(self, rank: int) -> int:
-        """Whom a rank sends hidden states to. The last stage has the first one for its next."""
-        return self._neighbor(rank, 1)
-
-    def stage_before(self, rank: int) -> int:
-        """Whom a rank has hidden states from."""
-        return self._neighbor(rank, -1)
-
-    def _neighbor(self, rank: int, step: int) -> int:
-        at = self.at(rank)
-        return self.rank_of(Coordinates(at.data, (at.pipeline + step) % self.pipeline, at.tensor))
 
 
 @dataclass(frozen=True)
