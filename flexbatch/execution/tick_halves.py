@@ -100,7 +100,7 @@ class TickHalves:
         with self.tracer.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):
             stacks, given = self.weights.experts(tick.layer), (weights, pending.hidden, pending.attention, adapters)
             context = self.routing, self.ranks, stacks, self.elsewhere(tick.layer)
-            pending.halves = layers.post_attention_halves(self.arch, tick.layer, *given, *context)
+            pending.halves = layers.post_attention(self.arch, tick.layer, *given, *context)
             try:
                 next(pending.halves)
             except StopIteration as end:

@@ -99,23 +99,6 @@ def _normed_heads(arch: Arch, weights: Weights, query: Tensor, key: Tensor) -> t
     return query, key
 
 
-def post_attention(
-    arch: Arch,
-    layer: int,
-    weights: Weights,
-    hidden: Tensor,
-    attention: Tensor,
-    adapters: PassAdapters | None = None,
-    routing: RoutingCounts | None = None,
-    ranks: TensorRanks | None = None,
-    stacks: experts.Stacks | None = None,
-) -> Tensor:
-    """Hidden state [T, H] after the layer: output projection of ``attention`` [T, Hq, D], residuals and MLP.
-    ``hidden`` [T, H] is the layer's input. routing: counts the tokens of its experts; stacks: these, where they are not
-    among the weights."""
-    return end_of(post_attention_halves(arch, layer, weights, hidden, attention, adapters, routing, ranks, stacks))
-
-
 def end_of(halves: Halves) -> Tensor:
     """The result of what has been begun or not."""
     try:
@@ -125,7 +108,7 @@ def end_of(halves: Halves) -> Tensor:
         return end.value
 
 
-def post_attention_halves(
+def post_attention(
     arch: Arch,
     layer: int,
     weights: Weights,
@@ -137,7 +120,9 @@ def post_attention_halves(
     stacks: experts.Stacks | None = None,
     elsewhere: Elsewhere | None = None,
 ) -> Halves:
-    """`post_attention` with experts some of which are computed ``elsewhere``: the second half needs them."""
+    """Hidden state [T, H] after the layer: output projection of ``attention`` [T, Hq, D], residuals and MLP.
+    ``hidden`` [T, H] is the layer's input. routing: counts the tokens of its experts; stacks: these, where they are not
+    among the weights. elsewhere: where some experts are computed, whose results the second half needs."""
     mlp = partial(_mlp, arch, layer, weights, adapters=adapters, routing=routing, stacks=stacks, elsewhere=elsewhere)
     flat = attention.flatten(1) if arch.latent is None else latent.expand(arch, weights, attention)
     update = _linear(weights, "o", flat, layer, adapters)

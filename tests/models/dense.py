@@ -66,7 +66,7 @@ class DenseModel:
                     page_tokens=PAGE_TOKENS,
                     scale=self.arch.attention_scale,
                 )
-                hidden = layers.post_attention(self.arch, layer, weights, hidden, attention)
+                hidden = layers.end_of(layers.post_attention(self.arch, layer, weights, hidden, attention))
                 continue
             reference.append_rows(self.caches[layer], slots, key, value)
             attention = attention_reference.paged_attention(
@@ -81,7 +81,7 @@ class DenseModel:
                 soft_cap=self.arch.soft_cap,
                 sinks=self.stages[-1][sink_role(layer)] if self.arch.sinks else None,
             )
-            hidden = layers.post_attention(self.arch, layer, weights, hidden, attention)
+            hidden = layers.end_of(layers.post_attention(self.arch, layer, weights, hidden, attention))
         return list(layers.head(self.arch, self.head, hidden).split(counts))
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
