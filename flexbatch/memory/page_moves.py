@@ -133,7 +133,7 @@ def follow(cache: KVCache, orders: Iterable[Order]) -> None:
 
 def read(cache: KVCache, table: PageTable, layer: int) -> Tensor:
     """The pages of a sequence in one layer: uint8 [pages, page_bytes], where they lie or on the host."""
-    layout, location = cache.layout, table.place.of(cache.windowed[layer])
+    layout, location = cache.layout, table.held_pages.of(cache.windowed[layer])
     count = layout.num_pages(table.num_tokens) - location.first
     if table.tier != "disk":
         data = cache.layer_pages(table.tier, layer)
@@ -149,7 +149,7 @@ def read(cache: KVCache, table: PageTable, layer: int) -> Tensor:
 
 def write(cache: KVCache, table: PageTable, layer: int, pages: Tensor, num_tokens: int) -> None:
     """Fill the pages of a sequence of so many tokens in one layer."""
-    location, layout = table.place.of(cache.windowed[layer]), cache.layout
+    location, layout = table.held_pages.of(cache.windowed[layer]), cache.layout
     if table.tier != "disk":
         data = cache.layer_pages(table.tier, layer)
         indices = torch.tensor(location.pages[: len(pages)], dtype=torch.int64, device=data.device)
@@ -171,7 +171,7 @@ def write_open_page(cache: KVCache, table: PageTable) -> None:
     disk, layout, slot = cache.disk, cache.layout, table.tail_slot
     assert disk is not None
     for layer in range(layout.num_layers):
-        location = table.place.of(cache.windowed[layer])
+        location = table.held_pages.of(cache.windowed[layer])
         flushed = disk.catch_up(location, layer)
         first, count = flushed // layout.page_tokens - location.first, table.num_tokens - flushed
         rows = torch.zeros(layout.num_pages(count) * layout.page_tokens, layout.token_bytes, dtype=torch.uint8)
@@ -190,7 +190,7 @@ def read_open_page(cache: KVCache, table: PageTable) -> None:
     disk.mark_flushed(table.tail_slot, index * layout.page_tokens)
     page = torch.empty(1, layout.page_bytes, dtype=torch.uint8)
     for layer in range(layout.num_layers if rows else 0):
-        location = table.place.of(cache.windowed[layer])
+        location = table.held_pages.of(cache.windowed[layer])
         disk.read_pages([location.pages[index - location.first]], layer, page)
         disk.tails[layer, table.tail_slot, :rows] = page.view(-1, layout.token_bytes)[:rows]
 

@@ -251,16 +251,16 @@ class PageTable:
     waits: bool = False
     """Whether it shares a prefix whose pages in those layers it does not hold yet."""
     twins: dict[int, tuple[int, Key]] = field(default_factory=dict)
-    """Pages of the prefix index with the tokens of its own, by their place, and their keys."""
+    """Pages of the prefix index with the tokens of its own, by their index, and their keys."""
 
     @cached_property
     def location(self) -> SequencePages:
         """The pages as plain data: they are the same until the sequence needs more."""
         assert not self.parked, "a parked sequence takes part in no pass"
-        return self.place
+        return self.held_pages
 
     @property
-    def place(self) -> SequencePages:
+    def held_pages(self) -> SequencePages:
         """The same of one that may be parked."""
         windows = (
             SequencePages(self.tier, tuple(self.windows), self.tail_slot, self.cpu_attention, self.first_window)
