@@ -15,17 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from flexbatch.kernels import quant, reference
+from flexbatch.kernels.quant import _code
 
 TILE_ELEMENTS = 2048
-
-
-@triton.jit
-def _nearest(y, scale, minimum, LEVELS: tl.constexpr):
-    """Codes, as floats, ties to even; 0 where the scale is 0 or no finite number."""
-    usable = (scale > 0) & (scale < float("inf"))
-    code = tl.where(usable, (y - minimum) / tl.where(usable, scale, 1.0), 0.0)
-    code = tl.minimum(tl.maximum(code, 0.0), LEVELS)
-    return (code + 12582912.0) - 12582912.0  # 1.5 * 2^23 leaves no fraction bits
 
 
 @triton.jit(do_not_specialize=["num_groups"])
@@ -60,7 +52,7 @@ def _fit_kernel(
         minimum = tl.where(candidate == 0, plain_minimum, middle - below * half)
         for _ in range(STEPS + 1):
             scale, minimum = scale.to(dtype).to(tl.float32), minimum.to(dtype).to(tl.float32)
-            code = _nearest(y, scale, minimum, LEVELS)
+            code = _code(y, minimum, scale, LEVELS).to(tl.float32)
             gap = tl.where(inside, code * scale + minimum - y, 0.0)
             error = tl.sum(gap * gap, 1)[:, None]
             better = error < best_error
@@ -73,7 +65,7 @@ def _fit_kernel(
     tl.store(parameters + pair, best_scale.to(dtype), mask=there)
     tl.store(parameters + pair + 1, best_minimum.to(dtype), mask=there)
     held = inside & (group * GROUP + element < size)
-    code = tl.where(held, _nearest(y, best_scale, best_minimum, LEVELS).to(tl.int32), 0)
+    code = tl.where(held, _code(y, best_minimum, best_scale, LEVELS), 0)
     PIECES: tl.constexpr = 8 // BITS
     byte = tl.arange(0, ELEMENTS // PIECES)[None, :]
     if BITS == 4:
