@@ -2,12 +2,13 @@
 
     python -m benchmark.gpu_busy --model llama-3-8b --prompts 1000 --new-tokens 128
     python -m benchmark.gpu_busy --model llama-3-8b --async-scheduling false
+    python -m benchmark.gpu_busy --model qwen3-0.6b --lengths 20 60
 
-Random weights of a public shape, ragged prompts of 20 to 400 tokens. The job runs three times: to warm up, timed, and
-with torch's profiler on some passes in the middle, of the GPU alone: recording the host as well would slow it down.
-``busy`` is the share of those passes in which at least one kernel or copy ran; ``gaps`` are the waits between them, the
-longest first, each with the kernel before and after it. ``host`` are milliseconds a pass of the parts of a turn, of the
-timed run. Without a GPU the device is the CPU, and ``busy`` is left out.
+Random weights of a public shape, ragged prompts, by default of 20 to 400 tokens. The job runs three times: to warm up,
+timed, and with torch's profiler on some passes in the middle, of the GPU alone: recording the host as well would slow
+it down. ``busy`` is the share of those passes in which at least one kernel or copy ran; ``gaps`` are the waits between
+them, the longest first, each with the kernel before and after it. ``host`` are milliseconds a pass of the parts of a
+turn, of the timed run. Without a GPU the device is the CPU, and ``busy`` is left out.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from flexbatch import LLM, SamplingParams
 from flexbatch.execution.passes import Passes
 from flexbatch.execution.sampler import SampledPass
 from flexbatch.execution.scheduler import Scheduler
+from flexbatch.intake import Intake
+from flexbatch.loop import EngineLoop
 from flexbatch.policy.stdout import run_process
 
 PARTS: Parts = {
@@ -40,8 +43,11 @@ PARTS: Parts = {
     "commit": (Scheduler, "commit"),
     "sample": (Passes, "sample"),
     "turn": (Passes, "turn"),
+    "pass": (EngineLoop, "run_pass"),
+    "completions": (Intake, "completion_of"),
 }
-"""Parts of a turn; composing is in "compose and launch", too, and all of them in "turn"."""
+"""Parts of a pass; composing is in "compose and launch", too, these are in "turn", and a turn and what observers make
+of it in "pass"."""
 GAPS = 12
 
 
@@ -111,10 +117,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     chance = random.Random(0)
     sampled = {"temperature": 0.8, "top_p": 0.9, "seed": 1} if args.sampled else {"temperature": 0.0}
     params = SamplingParams(max_tokens=args.new_tokens, ignore_eos=True, **sampled)
-    settings = {} if args.async_scheduling is None else {"async_scheduling": args.async_scheduling == "true"}
+    settings: dict[str, Any] = {"hardware": args.hardware}
+    if args.async_scheduling is not None:
+        settings["async_scheduling"] = args.async_scheduling == "true"
     dummy = not Path(args.model).is_dir() and args.model != "demo"
     with LLM(args.model, dummy_weights=dummy, weight_bits=args.weight_bits, **settings) as llm:
-        lengths = [chance.randint(20, 400) for _ in range(args.prompts)]
+        lengths = [chance.randint(*args.lengths) for _ in range(args.prompts)]
         prompts = [
             {"prompt_token_ids": [chance.randrange(3, llm.arch.vocab_size) for _ in range(length)]}
             for length in lengths
@@ -130,6 +138,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "weight_bits": args.weight_bits,
             "async_scheduling": args.async_scheduling,
             "sampled": args.sampled,
+            "lengths": args.lengths,
             "block": llm.policy.block_size,
             "seconds": round(seconds, 3),
             "tokens_per_second": round(args.prompts * args.new_tokens / seconds, 1),
@@ -147,9 +156,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-3-8b", help="a public shape (random weights), a folder, or demo")
     parser.add_argument("--prompts", type=int, default=1000)
+    parser.add_argument("--lengths", type=int, nargs=2, default=(20, 400), help="tokens of a prompt, least and most")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--passes", type=int, default=40, help="passes that are profiled")
     parser.add_argument("--weight-bits", type=int, default=16, choices=(16, 8, 4))
+    parser.add_argument("--hardware", default="auto", help="as flexbatch.run takes it: a profile, or auto")
     parser.add_argument("--async-scheduling", choices=("true", "false"))
     parser.add_argument("--sampled", action="store_true", help="temperature 0.8 and top-p 0.9, not greedy")
     parser.add_argument("--output", type=Path)

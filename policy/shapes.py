@@ -148,6 +148,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-14b": _llama(5120, 13824, 48, 40, 8, **QWEN25),
     "qwen2.5-32b": _llama(5120, 27648, 64, 40, 8, **QWEN25),
     "qwen2.5-72b": _llama(8192, 29568, 80, 64, 8, **QWEN25),
+    "qwen3-0.6b": _llama(1024, 3072, 28, 16, 8, **QWEN3, tie_word_embeddings=True),
     "qwen3-8b": _llama(4096, 12288, 36, 32, 8, **QWEN3),
     "qwen3-14b": _llama(5120, 17408, 40, 40, 8, **QWEN3),
     "qwen3-32b": _llama(5120, 25600, 64, 64, 8, **QWEN3),
