@@ -47,11 +47,12 @@ class ObservedLoop(EngineLoop):
     """Logs every pass, also where nothing was planned."""
 
     pass_log: PassLog | None = None
+    log_class = PassLog
 
     def plan_monitor(self, runner: Runner) -> monitor.PlanMonitor:
         engine_plan = self.planner.engine_plan
         plan = engine_plan.plan or priced_by_sizes(self.planner, engine_plan.policy)
-        self.pass_log = PassLog(plan, monitor.BusySeconds(self.tracer))
+        self.pass_log = self.log_class(plan, monitor.BusySeconds(self.tracer))
         return monitor.PlanMonitor(self.planner, self.pass_log, self.statistics, self.replans, cpu_attention=False)
 
 

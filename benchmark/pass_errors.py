@@ -24,6 +24,7 @@ from flexbatch.policy.affine import point_of
 from flexbatch.policy.cost import RESOURCES, PassModel
 from flexbatch.policy.hardware import Hardware, load_hardware
 from flexbatch.policy.pass_load import PassLoad
+from flexbatch.policy.plan import Plan
 from flexbatch.policy.stdout import data_apart, run_process
 
 
@@ -38,24 +39,33 @@ class KindOfPass:
     predicted: float
     host: float
     launching: float
-    busiest: str
-    busiest_seconds: float
+    busy: dict[str, float]
+    """Predicted, by resource."""
+    measured_busy: dict[str, float]
+    """Of the passes that were timed, by resource; empty where none was."""
 
     @property
     def error(self) -> float:
         return self.predicted / self.measured - 1
 
+    @property
+    def busiest(self) -> str:
+        return max(self.busy, key=lambda name: self.busy[name])
+
 
 def kinds_of(run: dict, hardware: Hardware) -> Iterator[KindOfPass]:
     """The kinds of passes that a recorded run had; none without its passes."""
-    if not run.get("passes"):
-        return
-    plan = plan_of(run, hardware)
-    load = PassLoad(*np.array([each["load"] for each in run["passes"]], dtype=float).T)
-    measured = np.array([each["seconds"] for each in run["passes"]])
+    if run.get("passes"):
+        yield from kinds_of_passes(run["name"], plan_of(run, hardware), run["passes"], run.get("graphs", 1) > 0)
+
+
+def kinds_of_passes(name: str, plan: Plan, passes: list[dict], graphs: bool = True) -> Iterator[KindOfPass]:
+    """The kinds of the passes that `observed.PassLog` has kept; there must be some."""
+    load = PassLoad(*np.array([each["load"] for each in passes], dtype=float).T)
+    measured = np.array([each["seconds"] for each in passes])
     policy = plan.policy
-    model, point = PassModel(plan.shape, hardware, policy, load, run.get("graphs", 1) > 0), point_of(policy)
-    rows = {name: np.broadcast_to(value, measured.shape) for name, value in model.resource_seconds(point).items()}
+    model, point = PassModel(plan.shape, plan.hardware, policy, load, graphs), point_of(policy)
+    rows = {each: np.broadcast_to(value, measured.shape) for each, value in model.resource_seconds(point).items()}
     columns = [np.broadcast_to(each, measured.shape) for each in (model.pass_seconds(point), model.host_seconds)]
     launched = np.broadcast_to(model.launched(point), measured.shape) - columns[1]
     graph = model.in_graphs if model.on_gpu(point) else np.zeros(measured.shape, dtype=bool)
@@ -63,10 +73,11 @@ def kinds_of(run: dict, hardware: Hardware) -> Iterator[KindOfPass]:
     for kind, which in (("graph", graph), ("decode", ~graph & ~mixed), ("mixed", mixed)):
         if not which.any():
             continue
-        busy = {name: float(rows[name][which].mean()) for name in RESOURCES}
-        busiest = max(busy, key=lambda name: busy[name])
+        busy = {resource: float(rows[resource][which].mean()) for resource in RESOURCES}
+        timed = [passes[index]["busy"] for index in np.flatnonzero(which) if passes[index]["busy"]]
+        seen = {each: sum(one.get(each, 0.0) for one in timed) / len(timed) for each in RESOURCES if timed}
         means = [float(each[which].mean()) for each in (measured, *columns, launched)]
-        yield KindOfPass(run["name"], kind, int(which.sum()), *means, busiest, busy[busiest])
+        yield KindOfPass(name, kind, int(which.sum()), *means, busy, seen)
 
 
 def table(kinds: Iterable[KindOfPass]) -> list[str]:
@@ -75,7 +86,7 @@ def table(kinds: Iterable[KindOfPass]) -> list[str]:
     for each in kinds:
         numbers = [1e3 * value for value in (each.measured, each.predicted, each.host, each.launching)]
         shown = [f"{value:.1f}" for value in numbers]
-        resource = f"{each.busiest} {1e3 * each.busiest_seconds:.1f}"
+        resource = f"{each.busiest} {1e3 * each.busy[each.busiest]:.1f}"
         lines.append(
             f"| {each.setting} | {each.kind} | {each.count} | {shown[0]} | {shown[1]} | {each.error:+.0%} | "
             f"{shown[2]} | {shown[3]} | {resource} |"
