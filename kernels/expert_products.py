@@ -127,8 +127,10 @@ def routed_rows(
 def tiles_of(experts: Tensor, num_experts: int, tokens: int) -> tuple[Tensor, Tensor]:
     """Rows sorted by expert [R], and the tiles of at most ``tokens`` of them [as many as there may be, 3]: expert or
     -1, first row, end of the expert's rows."""
-    ordered, order = experts.sort(stable=True)
-    ends = torch.searchsorted(ordered, torch.arange(num_experts, device=experts.device), right=True)
+    # Numbers of 16 bits are sorted in two passes of a radix sort, of 64 bits in eight.
+    ordered, order = experts.to(torch.int16).sort(stable=True)
+    numbers = torch.arange(num_experts, dtype=torch.int16, device=experts.device)
+    ends = torch.searchsorted(ordered, numbers, right=True)
     most = len(experts) // tokens + min(len(experts), num_experts)
     tiles = torch.empty(most, 3, dtype=torch.int32, device=experts.device)
     expert_kernels.tiles_kernel[(triton.cdiv(most, BLOCK_TILES),)](

@@ -1,4 +1,5 @@
-"""What the CPU's experts read and compute in a layer of the passes of a load, and what that spares the link."""
+"""What experts cost in a layer of the passes of a load: their products on a GPU, and what the CPU's experts read and
+compute, and spare the link."""
 
 from __future__ import annotations
 
@@ -9,6 +10,29 @@ from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import cpu_expert_tokens
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.policy import Policy
+
+PRODUCT_ROWS = (4.0, 16.0, 64.0, 256.0, 1024.0)
+PRODUCT_TIMES = {
+    16: (1.0, 1.0, 1.0, 1.36, 1.41),
+    8: (0.92, 0.88, 0.92, 2.7, 2.77),
+    4: (0.74, 0.7, 1.22, 2.7, 2.77),
+}
+"""Times of the grouped products, by the bits of the weights and the rows that each expert is given, over those of a
+dense product of as many weights in 16 bits with as many rows. An H100's, the median of three models' experts; MXFP4 is
+as fast as other 4 bits, and 8 bits with 256 rows and more are taken for as slow
+(benchmark/results/expert_kernels-h100.json). Few rows are limited by the bytes of the weights or by expanding their
+codes, many by expanding them for every 128 rows."""
+
+
+def product_seconds(
+    hardware: Hardware, elements: float, rows: np.ndarray, weight_bits: int, element_bytes: int
+) -> np.ndarray:
+    """Of one expert of so many weights among many. Processors multiply one expert after another, as dense weights."""
+    seconds = hardware.gemm_seconds(elements, rows, element_bytes)
+    if hardware.device != "cuda":
+        return seconds
+    return seconds * np.interp(rows, PRODUCT_ROWS, PRODUCT_TIMES[weight_bits])
+
 
 NO_EXPERTS = {"experts": affine(), "expert_seconds": affine()}
 """What the CPU reads and computes of experts, where it has none."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from flexbatch.policy.affine import affine, total
 from flexbatch.policy.expert_shape import ExpertShape
-from flexbatch.policy.expert_traffic import NO_EXPERTS, routed_traffic, spared_bytes
+from flexbatch.policy.expert_traffic import NO_EXPERTS, product_seconds, routed_traffic, spared_bytes
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import DISK_THREADS, PAGE_TOKENS
 from flexbatch.policy.model_shape import ModelShape
@@ -157,11 +157,11 @@ class PassStages:
     def _routed_gemm(self, experts: ExpertShape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Every micro-batch multiplies with the experts that its tokens go to, each with the rows that it is given, and
         takes as long as if all had equally many."""
-        shape, elements = self.shape, experts.elements(self.shape.hidden_size)
+        shape, bits, elements = self.shape, self.policy.weight_bits, experts.elements(self.shape.hidden_size)
         tokens = self.tokens / self.batches
         hit = experts.hit(tokens)
-        each = self.hardware.gemm_seconds(elements, experts.rows(tokens), shape.element_bytes)
-        moved = self.batches * hit * shape.expert_bytes(self.policy.weight_bits) / experts.count
+        each = product_seconds(self.hardware, elements, experts.rows(tokens), bits, shape.element_bytes)
+        moved = self.batches * hit * shape.expert_bytes(bits) / experts.count
         return self.batches * hit * each, 2.0 * experts.top_k * elements * self.tokens, moved
 
     def _sum_seconds(self) -> np.ndarray:
