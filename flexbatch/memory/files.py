@@ -10,8 +10,9 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from flexbatch.files.atomic import replacing
 from flexbatch.policy.units import size_text
@@ -19,6 +20,8 @@ from flexbatch.validation.errors import reason
 
 if TYPE_CHECKING:
     from torch import Tensor  # the command line writes its output by way of this module, and must not wait for torch
+
+T, R = TypeVar("T"), TypeVar("R")
 
 ALIGNMENT = 4096
 """Bytes. Offsets and lengths of O_DIRECT transfers, and of every tensor in a slab that the disk fills."""
@@ -49,12 +52,16 @@ class DiskFile:
         """
         self.path = path
         self.buffered = open_readable(path) if num_bytes is None else open_scratch(path, num_bytes)
-        direct = (os.O_RDONLY if num_bytes is None else os.O_RDWR) | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0)
-        try:
-            # By the descriptor: a second look-up of the name might find another file.
-            self.direct = os.open(f"/proc/self/fd/{self.buffered}", direct)
-        except OSError:
-            self.direct = self.buffered
+        self.direct = open_direct(self.buffered, os.O_RDONLY if num_bytes is None else os.O_RDWR)
+
+    @classmethod
+    def over(cls, path: Path, descriptor: int) -> DiskFile:
+        """To write to a file that is open, whatever name it has so far; ``path`` stands in messages. The descriptor
+        stays its owner's."""
+        file = cls.__new__(cls)
+        file.path, file.buffered = path, os.dup(descriptor)
+        file.direct = open_direct(file.buffered, os.O_WRONLY)
+        return file
 
     @property
     def num_bytes(self) -> int:
@@ -99,6 +106,15 @@ class DiskFile:
             os.close(descriptor)
 
 
+def open_direct(descriptor: int, flags: int) -> int:
+    """The same file once more for unbuffered transfers, or ``descriptor`` where the file system has none."""
+    try:
+        # By the descriptor: a second look-up of the name might find another file.
+        return os.open(f"/proc/self/fd/{descriptor}", flags | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
+    except OSError:
+        return descriptor
+
+
 def open_readable(path: Path) -> int:
     """A descriptor of a regular file that the name itself stands for. Raises OffloadError."""
     try:
@@ -125,6 +141,20 @@ def open_scratch(path: Path, num_bytes: int) -> int:
 def chunks(num_bytes: int, chunk_bytes: int = READ_CHUNK_BYTES) -> list[tuple[int, int]]:
     """(start, end) byte ranges of at most ``chunk_bytes``."""
     return [(start, min(start + chunk_bytes, num_bytes)) for start in range(0, num_bytes, chunk_bytes)]
+
+
+def map_all(pool: ThreadPoolExecutor | None, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """The results of ``work``, by the threads of ``pool`` where there is one. When it raises, no thread is at it any
+    more: a descriptor that is closed then may be another file's while a late thread still writes to its number."""
+    if pool is None:
+        return [work(item) for item in items]
+    futures = [pool.submit(work, item) for item in items]
+    try:
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
 
 
 def offload_error(folder: Path, error: OSError, num_bytes: int) -> OffloadError:
@@ -167,17 +197,30 @@ def make_folder(folder: Path) -> None:
         raise OffloadError(errno.ENOTDIR, problem)
 
 
-def write_atomically(path: Path, pieces: Iterable[Tensor], num_bytes: int) -> None:
+def write_atomically(
+    path: Path, pieces: Iterable[Tensor], num_bytes: int, pool: ThreadPoolExecutor | None = None
+) -> None:
     """Write ``pieces`` (uint8, host) one after another, padded to ALIGNMENT, under a temporary name; fsync; rename.
+    With ``pool`` its threads write chunks of them, past the page cache where they are aligned.
 
     A crash leaves at most a dot-file, which nothing trusts and the next writer of ``path`` removes. Raises
     OffloadError.
     """
+    size = align(num_bytes)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, 0o600) as file:
-            for piece in pieces:
-                file.write(piece.contiguous().view(-1).numpy().data)
-            file.write(b"\0" * (align(num_bytes) - file.tell()))
+            # A disk that is full says so before anything is written.
+            os.posix_fallocate(file.fileno(), 0, max(size, 1))
+            target, offset = DiskFile.over(path, file.fileno()), 0
+            requests: list[tuple[Tensor, int]] = []
+            with contextlib.closing(target):
+                for piece in pieces:
+                    flat = piece.contiguous().view(-1)
+                    requests += [(flat[start:end], offset + start) for start, end in chunks(len(flat))]
+                    offset += len(flat)
+                map_all(pool, lambda request: target.write(*request), requests)
+    except OffloadError:
+        raise
     except OSError as error:
         raise offload_error(path.parent, error, num_bytes) from error

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from flexbatch.memory.disk_cache import aligned_empty
-from flexbatch.memory.files import ALIGNMENT, DiskFile, OffloadError, align, chunks, make_folder, write_atomically
+from flexbatch.memory.files import (
+    ALIGNMENT,
+    DiskFile,
+    OffloadError,
+    align,
+    chunks,
+    make_folder,
+    map_all,
+    write_atomically,
+)
 from flexbatch.memory.weight_plan import PlacedTensor
 from flexbatch.models.fingerprint import chunk_digest, combined
 
@@ -70,9 +79,9 @@ def write_layer_file(folder: Path, placed: PlacedTensor, buffer: Tensor, pool: T
     path = layer_file(folder, placed)
     make_folder(folder)
     make_folder(path.parent)
-    digests = list(pool.map(lambda part: chunk_digest(buffer[part[0] : part[1]].numpy().data), chunks(len(buffer))))
+    digests = map_all(pool, lambda part: chunk_digest(buffer[part[0] : part[1]].numpy().data), chunks(len(buffer)))
     last = seal(label_of(folder, placed), digests)
-    write_atomically(path, [buffer, last], file_bytes(placed))
+    write_atomically(path, [buffer, last], file_bytes(placed), pool)
     with contextlib.ExitStack() as stack:
         file = DiskFile(path)
         stack.callback(file.close)
@@ -131,5 +140,5 @@ def whole(file: DiskFile, folder: Path, placed: PlacedTensor, pool: ThreadPoolEx
         file.read(data, start)
         return chunk_digest(data.numpy().data)
 
-    digests = list(pool.map(digest, chunks(align(placed.num_bytes))))
+    digests = map_all(pool, digest, chunks(align(placed.num_bytes)))
     return torch.equal(read_seal(file, align(placed.num_bytes)), seal(label_of(folder, placed), digests))

@@ -1,134 +1,92 @@
-"""From a checkpoint's stream of tensors to their tiers, one tensor in memory at a time."""
+"""From a checkpoint's stream of tensors to their tiers: read, converted, and written to files beside each other."""
 
 from __future__ import annotations
 
-import logging
-import time
+import contextlib
+import os
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from flexbatch.kernels import ops
-from flexbatch.memory.layer_files import empty_buffer, open_layer_file, write_layer_file
+from flexbatch.memory.conversion import Converter
+from flexbatch.memory.file_writer import ByteBudget, FileWriter
+from flexbatch.memory.files import DiskFile, align
+from flexbatch.memory.layer_files import empty_buffer, open_layer_file
+from flexbatch.memory.load_meter import LoadMeter
+from flexbatch.memory.load_threads import THREADS, LoadThreads
 from flexbatch.memory.tensor_views import TensorView, view_of
 from flexbatch.memory.weight_plan import PlacedTensor
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.checkpoint import CheckpointError, Piece, QuantizedPiece
-from flexbatch.policy.units import duration_text, size_text
+from flexbatch.policy.limits import DISK_THREADS
 
-logger = logging.getLogger("flexbatch")
-
-SECONDS_PER_LINE = 5.0
-"""Of loading that takes longer."""
-QUANTIZE_CHUNK_BYTES = 32 << 20
-"""Bytes of fp32 of the rows that are quantized at a time; the search for their parameters holds eight times as many."""
-CACHED_CHUNK_BYTES = 1 << 20
-"""The same for every thread of a CPU, whose caches hold the search then: 5 million weights a second, where chunks of
-16 MiB leave 1.4."""
+FILE_BYTES = 1 << 30
+"""Of tensors that wait to be written to the offload folder, or are being read from there: at most, and no more than the
+budget of host memory leaves beside the weights (one tensor in any case)."""
+FILE_THREADS = 8
+"""That read, write and digest chunks of files, where there are as many cores: SHA-256 takes 0.7 s per GiB."""
 
 Key = tuple[int, str]
-
-
-class LoadMeter:
-    """Says every few seconds how far loading is, and how fast."""
-
-    def __init__(self, total_bytes: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.total_bytes, self.clock = total_bytes, clock
-        self.started = self.said = clock()
-        self.stored_bytes = 0.0
-
-    def loaded(self, stored_bytes: float, read_bytes: int) -> None:
-        """``stored_bytes`` more are on their tier; ``read_bytes`` were read from the checkpoint so far."""
-        self.stored_bytes += stored_bytes
-        now = self.clock()
-        if now - self.said < SECONDS_PER_LINE:
-            return
-        self.said, seconds = now, now - self.started
-        left = seconds * (self.total_bytes / self.stored_bytes - 1)
-        logger.info(
-            "loading: %s of %s are on their tiers, %.2f GB/s read, %s left",
-            *(
-                size_text(self.stored_bytes),
-                size_text(self.total_bytes),
-                read_bytes / seconds / 1e9,
-                duration_text(left),
-            ),
-        )
 
 
 class Loader:
     """Writes pieces to their tiers; converted tensors of the disk tier (and quantized ones, with ``cache_quantized``)
     become files that later runs reuse.
 
-    ``check_source`` is called before a tensor becomes a file, and raises when its pieces are no longer those of the
-    checkpoint that ``folder`` is named after.
+    Three things go on at once. The caller's thread reads the pieces, `LoadThreads` convert them, and a `FileWriter`
+    writes the tensors that are whole. What waits between them is bounded in bytes. ``check_source`` is called before a
+    tensor becomes a file, and raises when its pieces are no longer those of the checkpoint that ``folder`` is named
+    after. A ``folder`` that is a future holds no files yet.
     """
 
     def __init__(
         self,
         store: WeightStore,
-        folder: Path | None,
+        folder: Path | Future[Path] | None,
         cache_quantized: bool,
         check_source: Callable[[], None] = lambda: None,
+        threads: int | None = None,
     ) -> None:
+        """threads: that convert pieces (None: `THREADS` with a GPU; 0: the caller's)."""
         self.store, self.folder, self.check_source = store, folder, check_source
         tensors = store.plan.all_tensors
         self.placed: dict[Key, PlacedTensor] = {(tensor.spec.layer, tensor.spec.role): tensor for tensor in tensors}
         self.cache_quantized = cache_quantized and folder is not None
         self.building: dict[Key, tuple[Tensor, TensorView]] = {}
         self.rows_written: dict[Key, int] = {}
-        self.reused_bytes = 0
-        """Bytes of the tensors that came from files of earlier runs, as they are stored."""
-        self.rounded: set[Key] = set()
-        """Matrices of a quantized checkpoint whose scales lost bits in the compute dtype."""
-        self.requantized: set[Key] = set()
-        """Matrices of a quantized checkpoint that a store at --weight-bits does not hold as they are."""
-        self.squared_error = self.squared_sum = torch.zeros((), dtype=torch.float64, device=store.device)
-        """Of these: what their weights changed by, and the weights."""
+        self.converter = Converter(store.device, store.dtype)
+        self.reused_bytes = self.read_bytes = 0
+        """Bytes of the tensors that came from files of earlier runs, as they are stored; those of the others, as they
+        are in the checkpoint."""
+        cores = len(os.sched_getaffinity(0))
+        self.num_threads = (min(THREADS, cores) if store.device.type == "cuda" else 0) if threads is None else threads
+        self.num_file_threads = max(DISK_THREADS, min(FILE_THREADS, cores))
+        host = store.tiers.cpu
+        self.budget = ByteBudget(min(FILE_BYTES, max(0, host.budget_bytes - host.total_used_bytes)))
+        self._lock = threading.Lock()
 
     def filed(self, placed: PlacedTensor) -> bool:
         """Whether this tensor has a file in the offload folder."""
         return placed.tier == "disk" or (self.cache_quantized and placed.quantized)
 
-    def reuse(self) -> set[Key]:
-        """Use the files of earlier runs; returns the keys that need not be read from the checkpoint."""
-        reused = set()
-        for key, placed in self.placed.items():
-            if self.filed(placed) and self.reuse_file(key, placed):
-                reused.add(key)
-                self.reused_bytes += placed.num_bytes
-        return reused
-
-    def reuse_file(self, key: Key, placed: PlacedTensor) -> bool:
-        """Whether an earlier run's file of this tensor was found and used."""
-        assert self.folder is not None
-        pool = self.store.queues.disk_chunks
-        if placed.tier == "disk":
-            file = open_layer_file(self.folder, placed, pool)
-            if file is not None:
-                self.store.files[key] = file
-            return file is not None
-        data = empty_buffer(placed)
-        file = open_layer_file(self.folder, placed, pool, data)
-        if file is None:
-            return False
-        file.close()
-        self.store.views[key].copy_codes(view_of(data, placed, 0, self.store.dtype))
-        return True
-
     def load(self, stream: Callable[[set[Key]], Iterator[Piece | QuantizedPiece]]) -> int:
         """Read what is not there yet; ``stream(skip)`` yields the pieces of all other tensors. Returns the bytes
         that came from the checkpoint."""
-        reused = self.reuse()
-        read_bytes = 0
-        if len(reused) < len(self.placed):
-            meter = LoadMeter(sum(placed.num_bytes for key, placed in self.placed.items() if key not in reused))
-            for piece in stream(reused):
-                read_bytes += self.write(piece)
-                meter.loaded(self.stored_bytes(piece), read_bytes)
-        self.warn_of_losses()
+        meter = LoadMeter(sum(placed.num_bytes for placed in self.placed.values()))
+        pool = ThreadPoolExecutor(self.num_file_threads, thread_name_prefix="flexbatch-chunks")
+        with contextlib.closing(meter), pool:
+            reused = self.reuse(pool, meter)
+            if len(reused) < len(self.placed):
+                meter.to_file_bytes = sum(
+                    placed.num_bytes for key, placed in self.placed.items() if key not in reused and self.filed(placed)
+                )
+                self.read(stream(reused), pool, meter)
+            meter.check()
+        self.converter.warn_of_losses(self.placed)
         missing = [
             key
             for key, placed in self.placed.items()
@@ -138,13 +96,138 @@ class Loader:
             raise CheckpointError(
                 f"incomplete weights: {missing[:5]}{' ...' if len(missing) > 5 else ''} were not delivered in full"
             )
-        return read_bytes
+        return self.read_bytes
 
-    def stored_bytes(self, piece: Piece | QuantizedPiece) -> float:
-        """Bytes that a piece takes on its tier."""
-        placed = self.placed[(piece.layer, piece.role)]
-        rows = placed.spec.shape[0]
-        return placed.num_bytes * (rows if piece.rows is None else piece.rows.stop - piece.rows.start) / rows
+    # From files
+
+    def reuse(self, pool: ThreadPoolExecutor, meter: LoadMeter) -> set[Key]:
+        """Use the files of earlier runs, several at a time; returns the keys that need not be read from the
+        checkpoint."""
+        folder = self.folder
+        if not isinstance(folder, Path):
+            return set()
+        wanted = [key for key, placed in self.placed.items() if self.filed(placed)]
+        threads, found = LoadThreads(self.store.device, DISK_THREADS), set[Key]()
+
+        def reuse_file(key: Key) -> None:
+            placed = self.placed[key]
+            if self.reuse_file(folder, key, placed, pool):
+                threads.wait_for_device()
+                found.add(key)
+                meter.reused(placed.num_bytes)
+
+        try:
+            for key in wanted:
+                threads.run(partial(reuse_file, key), 0)
+        except BaseException:
+            threads.close(dropped=True)
+            raise
+        threads.close()
+        self.reused_bytes = sum(self.placed[key].num_bytes for key in found)
+        return found
+
+    def reuse_file(self, folder: Path, key: Key, placed: PlacedTensor, pool: ThreadPoolExecutor) -> bool:
+        """Whether an earlier run's file of this tensor was found and used."""
+        if placed.tier == "disk":
+            file = open_layer_file(folder, placed, pool)
+            if file is not None:
+                self.store.files[key] = file
+            return file is not None
+        self.budget.take(align(placed.num_bytes))
+        try:
+            data = empty_buffer(placed)
+            file = open_layer_file(folder, placed, pool, data)
+            if file is None:
+                return False
+            file.close()
+            self.store.views[key].copy_codes(view_of(data, placed, 0, self.store.dtype))
+            return True
+        finally:
+            self.budget.give(align(placed.num_bytes))
+
+    # From the checkpoint
+
+    def read(self, pieces: Iterator[Piece | QuantizedPiece], pool: ThreadPoolExecutor, meter: LoadMeter) -> None:
+        """Bring all pieces to their tiers, and the tensors that have files into these."""
+        threads = LoadThreads(self.store.device, self.num_threads)
+        writer = None if self.folder is None else FileWriter(self.path, self.budget, pool, self.written(meter))
+        try:
+            for piece in pieces:
+                threads.run(partial(self.write, piece, threads, writer, meter), piece.num_bytes)
+            threads.close()
+            if writer is not None:
+                writer.finish()
+        except BaseException as error:
+            # What was whole before a fault of the checkpoint is of use to the next start; Ctrl-C does not wait for it.
+            dropped = not isinstance(error, Exception)
+            threads.close(dropped=True)
+            if writer is not None:
+                writer.close(dropped)
+            raise
+        if writer is not None:
+            writer.close()
+
+    def path(self) -> Path:
+        """The folder of the files, once it is known."""
+        assert self.folder is not None
+        return self.folder.result() if isinstance(self.folder, Future) else self.folder
+
+    def written(self, meter: LoadMeter) -> Callable[[PlacedTensor, DiskFile], None]:
+        """What becomes of a file that was written: it stays open where the tensor is placed on disk."""
+
+        def keep(placed: PlacedTensor, file: DiskFile) -> None:
+            if placed.tier == "disk":
+                self.store.files[placed.spec.layer, placed.spec.role] = file
+            else:
+                file.close()
+            meter.filed(placed.num_bytes)
+
+        return keep
+
+    def write(
+        self, piece: Piece | QuantizedPiece, threads: LoadThreads, writer: FileWriter | None, meter: LoadMeter
+    ) -> None:
+        """Write one piece, and hand over the tensor that is complete with it."""
+        key = (piece.layer, piece.role)
+        placed = self.placed[key]
+        num_rows = placed.spec.shape[0]
+        rows = piece.rows or slice(0, num_rows)
+        self.converter.write(piece, self.target(key, placed), rows)
+        threads.wait_for_device()
+        count = rows.stop - rows.start
+        with self._lock:
+            self.rows_written[key] = self.rows_written.get(key, 0) + count
+            self.read_bytes += piece.num_bytes
+            complete = self.rows_written[key] >= num_rows
+        meter.loaded(placed.num_bytes * count / num_rows, piece.num_bytes)
+        if complete and writer is not None and self.filed(placed):
+            self.file(key, placed, writer)
+
+    def target(self, key: Key, placed: PlacedTensor) -> TensorView:
+        """The view to write into: the tensor on its tier, or a buffer for a tensor that becomes a file."""
+        if placed.tier != "disk":
+            return self.store.views[key]
+        with self._lock:
+            if key not in self.building:
+                buffer = empty_buffer(placed)
+                self.building[key] = (buffer, view_of(buffer, placed, 0, self.store.dtype))
+            return self.building[key][1]
+
+    def file(self, key: Key, placed: PlacedTensor, writer: FileWriter) -> None:
+        """Have a complete tensor written to its file."""
+        writer.reserve(placed)
+        try:
+            if placed.tier == "disk":
+                with self._lock:
+                    buffer, _ = self.building.pop(key)
+            else:
+                buffer = empty_buffer(placed)
+                view_of(buffer, placed, 0, self.store.dtype).copy_codes(self.store.views[key])
+            self.check_source()
+        except BaseException:
+            self.budget.give(align(placed.num_bytes))
+            raise
+        writer.submit(placed, buffer)
 
     def check(self) -> None:
         """Invariants: no row is delivered twice; only unfinished tensors of the disk tier are held in memory."""
@@ -152,110 +235,5 @@ class Loader:
             assert rows <= self.placed[key].spec.shape[0], (key, rows)
         for key in self.building:
             assert self.placed[key].tier == "disk" and key not in self.store.files, key
-
-    def write(self, piece: Piece | QuantizedPiece) -> int:
-        """Write one piece, and the file of a tensor that is complete with it; returns the piece's bytes."""
-        key = (piece.layer, piece.role)
-        placed = self.placed[key]
-        target = self.target(key, placed)
-        rows = piece.rows or slice(0, placed.spec.shape[0])
-        if isinstance(piece, QuantizedPiece):
-            num_bytes = self.write_codes(piece, target, rows)
-        else:
-            self.write_dense(piece, target, rows)
-            num_bytes = piece.tensor.nbytes
-        self.rows_written[key] = self.rows_written.get(key, 0) + rows.stop - rows.start
-        if self.rows_written[key] >= placed.spec.shape[0] and self.filed(placed):
-            self.file(key, placed)
-        return num_bytes
-
-    def write_codes(self, piece: QuantizedPiece, target: TensorView, rows: slice) -> int:
-        """Write codes of a quantized checkpoint as they are where ``target`` holds them, else dequantized. Returns the
-        bytes of the codes and parameters."""
-        num_bytes = piece.codes.nbytes + piece.parameters.nbytes
-        if target.codes is None or target.parameters is None or not piece.fits(target.placed.form):
-            self.write_dense(piece.dense(), target, rows)
-        elif piece.floats:
-            target.codes[rows].copy_(piece.codes)
-            target.parameters[rows].copy_(piece.parameters)
-        else:
-            piece = piece.stored_as(target.placed.bits, target.placed.group)
-            target.codes[rows].copy_(piece.codes)
-            target.parameters[rows].copy_(piece.parameters)
-            # Minima of float16 are rounded no more than the weights that are computed of them.
-            told = piece.parameters if self.store.dtype == torch.bfloat16 else piece.parameters[..., :1]
-            if not torch.equal(told.to(self.store.dtype).float(), told.float()):
-                self.rounded.add((piece.layer, piece.role))
-        return num_bytes
-
-    def write_dense(self, piece: Piece, target: TensorView, rows: slice) -> None:
-        """Write rows of a dense tensor, quantized where ``target`` is."""
-        tensor = piece.tensor
-        if target.dense is not None:
-            target.dense[rows].copy_(tensor)
-            return
-        assert target.codes is not None and target.parameters is not None
-        placed, device = target.placed, self.store.device
-        assert not placed.floats, f"{placed.spec.role} is MXFP4, which is kept and never made"
-        num_bytes = QUANTIZE_CHUNK_BYTES if device.type == "cuda" else CACHED_CHUNK_BYTES * torch.get_num_threads()
-        step = max(1, num_bytes // (4 * tensor.shape[1]))
-        for start in range(0, tensor.shape[0], step):
-            chunk = tensor[start : start + step].to(device=device, dtype=self.store.dtype)
-            codes, parameters = (
-                ops.fit(chunk, placed.bits, placed.group)
-                if placed.bits == 4
-                else ops.quantize(chunk, placed.bits, placed.group)
-            )
-            target_rows = slice(rows.start + start, rows.start + start + len(chunk))
-            target.codes[target_rows].copy_(codes)
-            target.parameters[target_rows].copy_(parameters)
-            if piece.from_codes:
-                self.requantized.add((piece.layer, piece.role))
-                found = ops.dequantize(codes, parameters, tensor.shape[1], placed.bits, placed.group)
-                # Read when all is loaded: a number on the host would wait for the device at every chunk.
-                self.squared_error = self.squared_error + (found.float() - chunk.float()).square().sum()
-                self.squared_sum = self.squared_sum + chunk.float().square().sum()
-
-    def warn_of_losses(self) -> None:
-        """Say what a quantized checkpoint lost on its way."""
-        bits = {torch.bfloat16: 8, torch.float16: 11}.get(self.store.dtype)
-        if self.rounded and bits is not None:
-            name = str(self.store.dtype).removeprefix("torch.")
-            wider = "float32" if self.store.dtype == torch.float16 else "float16 or float32"
-            logger.warning(
-                "the scales of %d quantized matrices are rounded to the %d bits of %s; the files have more: --dtype %s "
-                "keeps them",
-                len(self.rounded), bits, name, wider,
-            )  # fmt: skip
-        if self.requantized:
-            error, total = float(self.squared_error), float(self.squared_sum)
-            share = 100 * (error / total) ** 0.5 if total else 0.0
-            logger.warning(
-                "%d matrices that are quantized in the checkpoint were quantized anew, in the %d bits of "
-                "--weight-bits: their weights changed by %.2g %% (root mean square); --weight-bits 16 keeps them",
-                len(self.requantized), min(self.placed[key].bits for key in self.requantized), share,
-            )  # fmt: skip
-
-    def target(self, key: Key, placed: PlacedTensor) -> TensorView:
-        """The view to write into: the tensor on its tier, or a buffer for a tensor that becomes a file."""
-        if placed.tier != "disk":
-            return self.store.views[key]
-        if key not in self.building:
-            buffer = empty_buffer(placed)
-            self.building[key] = (buffer, view_of(buffer, placed, 0, self.store.dtype))
-        return self.building[key][1]
-
-    def file(self, key: Key, placed: PlacedTensor) -> None:
-        """Write a complete tensor to its file, atomically, and keep it open when it is placed on disk."""
-        assert self.folder is not None
-        if placed.tier == "disk":
-            buffer, _ = self.building.pop(key)
-        else:
-            buffer = empty_buffer(placed).zero_()
-            view_of(buffer, placed, 0, self.store.dtype).copy_codes(self.store.views[key])
-        self.check_source()
-        file = write_layer_file(self.folder, placed, buffer, self.store.queues.disk_chunks)
-        if placed.tier == "disk":
-            self.store.files[key] = file
-        else:
-            file.close()
+        assert self.budget.used_bytes == 0, self.budget.used_bytes
+        self.budget.check()

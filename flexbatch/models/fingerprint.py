@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -199,13 +200,27 @@ class WeightFiles:
     differs. Raises CheckpointError.
     """
 
-    def __init__(self, folder: Path | str, records: Path | None = None) -> None:
+    def __init__(self, folder: Path | str, records: Path | None = None, later: bool = False) -> None:
+        """later: digest the files when `digests` or `identity` are first asked for, beside their use."""
         self.paths = weight_identity_files(Path(folder))
         self.signatures = {path: _signature(path) for path in self.paths}
-        self.digests = {path: file_digest(path, records) for path in self.paths}
-        self.identity = combined("weights", (f"{path.name} {self.digests[path]}\n".encode() for path in self.paths))[
-            :32
-        ]
+        self.records = records
+        if not later:
+            assert self.digests
+
+    @cached_property
+    def digests(self) -> dict[Path, str]:
+        """Hex digests by file. Raises CheckpointError for a file that is no longer what it was at the beginning: what
+        was read of it may be of another content than the digest."""
+        digests = {path: file_digest(path, self.records) for path in self.paths}
+        for path, before in self.signatures.items():
+            if _signature(path) != before:
+                raise CheckpointError(f"{path} changed while it was loaded; start again when nobody writes to it")
+        return digests
+
+    @cached_property
+    def identity(self) -> str:
+        return combined("weights", (f"{path.name} {self.digests[path]}\n".encode() for path in self.paths))[:32]
 
     def check(self) -> None:
         """Raises CheckpointError when one of the files holds something else by now. One that was touched or linked is

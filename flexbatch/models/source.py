@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import pickle
 import zipfile
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,19 +24,23 @@ from flexbatch.models.gguf.parts import WEIGHT_FILES, is_gguf, pointer_remedy
 from flexbatch.validation.errors import CheckpointError, reason
 
 REMAP_BYTES = 256 * 2**20
+AHEAD_BYTES = 256 * 2**20
+"""Of the files that the system is asked to read before they are touched: a mapping alone is read page by page, 128 KiB
+at a time, which leaves a disk idle while tensors are converted."""
 COMPARED_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: its name there, its shape, its dtype as the file says it; of a GGUF file also the byte where
-    it begins."""
+    """A tensor in a file: its name there, its shape, its dtype as the file says it; of safetensors and GGUF files also
+    the byte where it begins, of safetensors how many there are."""
 
     name: str
     file: Path
     shape: tuple[int, ...]
     dtype: str
     offset: int = 0
+    num_bytes: int = 0
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -95,7 +102,7 @@ def read_tensors(stored: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor,
     file: Path | None = None
     handle: Any = None
     touched = 0
-    for tensor in stored:
+    for tensor in reading_ahead(stored):
         if is_gguf(tensor.file):
             rows, _ = blocks.rows_and_columns(tensor)
             yield tensor, blocks.numbers(blocks.raw_rows(tensor, 0, rows), tensor.dtype).view(tensor.shape)
@@ -110,6 +117,32 @@ def read_tensors(stored: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor,
         touched += value.nbytes
         yield tensor, value
         del value
+
+
+def reading_ahead(stored: Iterable[StoredTensor]) -> Iterator[StoredTensor]:
+    """The tensors in their order, with the system reading those that come next; of files without offsets nothing is
+    known."""
+    coming: deque[StoredTensor] = deque()
+    ahead, file, descriptor = 0, Path(), -1
+    try:
+        for tensor in stored:
+            with contextlib.suppress(OSError):  # a file system that takes no advice; whoever reads says what is wrong
+                if tensor.num_bytes and hasattr(os, "posix_fadvise"):
+                    if tensor.file != file and descriptor >= 0:
+                        os.close(descriptor)
+                        descriptor = -1
+                    if descriptor < 0:
+                        descriptor, file = os.open(tensor.file, os.O_RDONLY | os.O_CLOEXEC), tensor.file
+                    os.posix_fadvise(descriptor, tensor.offset, tensor.num_bytes, os.POSIX_FADV_WILLNEED)
+            coming.append(tensor)
+            ahead += tensor.num_bytes
+            while coming and ahead > AHEAD_BYTES:
+                ahead -= coming[0].num_bytes
+                yield coming.popleft()
+        yield from coming
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def equal(first: StoredTensor, second: StoredTensor) -> bool:
@@ -165,8 +198,15 @@ def _open_safetensors(file: Path) -> Any:
 
 def _list_safetensors(file: Path) -> list[StoredTensor]:
     handle = _open_safetensors(file)
-    slices = ((name, handle.get_slice(name)) for name in handle.offset_keys())
-    return [StoredTensor(name, file, tuple(part.get_shape()), part.get_dtype()) for name, part in slices]
+    with open(file, "rb") as opened:  # safetensors has checked the header, and tells no offsets
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+    found = []
+    for name in handle.offset_keys():
+        part, (begin, end) = handle.get_slice(name), header[name]["data_offsets"]
+        shape = tuple(part.get_shape())
+        found.append(StoredTensor(name, file, shape, part.get_dtype(), 8 + size + begin, end - begin))
+    return found
 
 
 def _open_bin(file: Path) -> dict[str, Tensor]:

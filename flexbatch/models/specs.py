@@ -52,6 +52,10 @@ class Piece:
     tensor: Tensor
     from_codes: bool = False
 
+    @property
+    def num_bytes(self) -> int:
+        return self.tensor.nbytes
+
 
 def weight_specs(arch: Arch) -> list[WeightSpec]:
     """Every tensor that is here in the order of a pass. With tied embeddings there is no ``head.weight``: the table

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -206,5 +209,18 @@ def make_loader(engine_plan: EnginePlan, weights: WeightStore, keeps_files: bool
         drawn = f"{torch.__version__} {engine_plan.config.seed} {engine_plan.model.arch}"
         identity = f"dummy-{combined(drawn, ())[:32]}"
         return Loader(weights, engine_plan.offload_dir / f"{identity}-{dtype}", cache_quantized=keeps_files)
-    files = WeightFiles(engine_plan.model.folder, engine_plan.offload_dir / RECORDS)
-    return Loader(weights, engine_plan.offload_dir / f"{files.identity}-{dtype}", keeps_files, files.check)
+    known = any(engine_plan.offload_dir.glob(f"*-{dtype}"))
+    files = WeightFiles(engine_plan.model.folder, engine_plan.offload_dir / RECORDS, later=not known)
+    if known:
+        return Loader(weights, engine_plan.offload_dir / f"{files.identity}-{dtype}", keeps_files, files.check)
+    # There is nothing that could be reused: the checkpoint is digested while it is loaded.
+    folder: Future[Path] = Future()
+
+    def digest() -> None:
+        try:
+            folder.set_result(engine_plan.offload_dir / f"{files.identity}-{dtype}")
+        except BaseException as error:
+            folder.set_exception(error)
+
+    threading.Thread(target=digest, name="flexbatch-identity", daemon=True).start()
+    return Loader(weights, folder, keeps_files, files.check)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.memory import layer_files, loading
+from flexbatch.memory import conversion, layer_files
 from flexbatch.models import fingerprint, shapes
 from tests.grids import grid
 from tests.tiny_models import LLAMA_SIZES, make_model, random_prompts
@@ -49,7 +49,7 @@ def test_a_second_start_skips_the_work(bits, model, tmp_path, monkeypatch):
     assert loaded == (model / "model.safetensors").stat().st_size - header_bytes(model) and reused == 0
     before = files(tmp_path / "offload")
     assert before
-    monkeypatch.setattr(loading.ops, "quantize", None)
+    monkeypatch.setattr(conversion.ops, "quantize", None)
     monkeypatch.setattr(layer_files, "write_atomically", None)
     second, loaded, reused = start(model, tmp_path / "offload", percent=ON_DISK, weight_bits=bits)
     assert (second, loaded, files(tmp_path / "offload")) == (first, 0, before)
@@ -65,7 +65,7 @@ def test_quantized_weights_in_memory_come_from_files_too(model, tmp_path, monkey
     takes the same ones."""
     first, everything, _ = start(model, tmp_path / "offload", percent=ON_GPU_AND_CPU, weight_bits=4)
     before = files(tmp_path / "offload")
-    monkeypatch.setattr(loading.ops, "quantize", None)
+    monkeypatch.setattr(conversion.ops, "quantize", None)
     second, loaded, reused = start(model, tmp_path / "offload", percent=ON_GPU_AND_CPU, weight_bits=4)
     assert (second, files(tmp_path / "offload")) == (first, before)
     assert 0 < reused <= sum(path.stat().st_size for path in before)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from flexbatch.memory.files import (
     OffloadError,
     align,
     chunks,
+    map_all,
     prepare_offload_dir,
     write_atomically,
 )
@@ -90,7 +93,7 @@ def test_a_file_appears_whole_padded_and_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("operation", ["fsync", "replace"])
+@pytest.mark.parametrize("operation", ["posix_fallocate", "pwritev", "fsync", "replace"])
 def test_a_write_that_fails_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, error: BaseException
 ) -> None:
@@ -101,8 +104,9 @@ def test_a_write_that_fails_leaves_what_was_there(
         raise error
 
     monkeypatch.setattr(os, operation, fail)
-    with pytest.raises(OffloadError if isinstance(error, OSError) else KeyboardInterrupt) as caught:
-        write_atomically(path, [torch.ones(MIB, dtype=torch.uint8)], MIB)
+    wanted = OffloadError if isinstance(error, OSError) else KeyboardInterrupt
+    with ThreadPoolExecutor(2) as pool, pytest.raises(wanted) as caught:
+        write_atomically(path, [torch.ones(MIB, dtype=torch.uint8)], MIB, pool)
     assert path.read_bytes() == bytes(ALIGNMENT) and list(tmp_path.iterdir()) == [path]
     if isinstance(error, OSError):
         assert caught.value.errno == errno.ENOSPC
@@ -111,6 +115,27 @@ def test_a_write_that_fails_leaves_what_was_there(
             and "iB free there" in str(caught.value)
             and "--offload-dir" in str(caught.value)
         )
+
+
+def test_no_thread_writes_any_more_when_one_has_failed() -> None:
+    """The descriptor is closed then, and its number may be another file's."""
+    running, begun = set[int](), threading.Barrier(3)
+
+    def work(item: int) -> None:
+        running.add(item)
+        if item < 3:
+            begun.wait(60)
+        if item == 0:
+            running.discard(item)
+            raise OSError("full")
+        time.sleep(0.05)
+        running.discard(item)
+
+    with ThreadPoolExecutor(3) as pool:
+        with pytest.raises(OSError, match="full"):
+            map_all(pool, work, range(50))
+        assert not running
+        assert map_all(pool, str, range(9)) == map_all(None, str, range(9)) == list("012345678")
 
 
 def test_a_cache_file_that_does_not_fit_takes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,12 @@ same kind."""
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from flexbatch.kernels import reference
 from flexbatch.memory import layer_files
 from flexbatch.memory.files import OffloadError
 from flexbatch.memory.layer_files import layer_file, open_layer_file
-from flexbatch.memory.loading import Loader, LoadMeter
+from flexbatch.memory.load_meter import LoadMeter
+from flexbatch.memory.loading import Loader
 from flexbatch.memory.weight_plan import PlacedTensor, plan_weights
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.checkpoint import CheckpointError
@@ -33,7 +36,7 @@ DISK, CPU, MIXED = Split(0, 0, 1), Split(0, 1, 0), Split(0.4, 0.2, 0.4)
 
 @contextmanager
 def loaded(
-    folder: Path, split: Split = DISK, bits: int = 16, seed: int = 3, stream=None
+    folder: Path, split: Split = DISK, bits: int = 16, seed: int = 3, stream=None, threads: int = 0
 ) -> Iterator[tuple[WeightStore, set[tuple[int, str]]]]:
     """A store loaded from random weights by way of ``folder``, and which tensors were read from the checkpoint."""
     read: set[tuple[int, str]] = set()
@@ -48,7 +51,7 @@ def loaded(
     with open_tiers(folder) as (tiers, queues):
         store = WeightStore(plan_weights(ARCH, split, bits, 8, 4), tiers, queues, torch.float32)
         try:
-            loader = Loader(store, folder, cache_quantized=True)
+            loader = Loader(store, folder, cache_quantized=True, threads=threads)
             loader.load(stream or source)
             loader.check()
             store.check()
@@ -81,7 +84,7 @@ def same_weights(store: WeightStore, bits: int = 16, seed: int = 3) -> bool:
 
 @pytest.mark.parametrize(("split", "bits"), [(DISK, 16), (MIXED, 16), (DISK, 4), (CPU, 8), (MIXED, 8)])
 def test_a_second_run_reads_the_files_of_the_first(tmp_path: Path, split: Split, bits: int) -> None:
-    with loaded(tmp_path, split, bits) as (store, read):
+    with loaded(tmp_path, split, bits, threads=3) as (store, read):
         assert len(read) == len(store.plan.all_tensors) and same_weights(store, bits)
         filed = {(t.spec.layer, t.spec.role) for t in store.plan.all_tensors if t.tier == "disk" or t.quantized}
     with loaded(tmp_path, split, bits) as (store, read):
@@ -240,28 +243,95 @@ def test_another_checkpoint_never_meets_these_files(tmp_path: Path) -> None:
     assert WeightFiles(tmp_path / "copy").identity != one
 
 
-@pytest.mark.parametrize("count", [0, 1, 7, 14])
+@pytest.mark.parametrize(("count", "threads"), [(0, 0), (1, 0), (7, 3), (14, 0)])
 def test_a_load_that_breaks_off_leaves_whole_files_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, threads: int
 ) -> None:
     """The disk fills up after ``count`` files; the next run takes what is there and writes the rest."""
     written: list[Path] = []
     write = layer_files.write_atomically
 
-    def fill_up(path: Path, tensors, num_bytes: int) -> None:
+    def fill_up(path: Path, tensors, num_bytes: int, pool: ThreadPoolExecutor) -> None:
         if len(written) == count:
             raise OffloadError(28, "No space left on device")
-        write(path, tensors, num_bytes)
+        write(path, tensors, num_bytes, pool)
         written.append(path)
 
     monkeypatch.setattr(layer_files, "write_atomically", fill_up)
-    with pytest.raises(OffloadError), loaded(tmp_path):
+    with pytest.raises(OffloadError, match="No space left"), loaded(tmp_path, threads=threads):
         pass
     monkeypatch.setattr(layer_files, "write_atomically", write)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert sorted(files) == sorted(written)
     with loaded(tmp_path) as (store, read):
         assert same_weights(store) and len(read) == len(store.plan.all_tensors) - count
+
+
+def test_files_are_written_while_the_next_tensors_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits to be written is bounded meanwhile, and a tensor that is larger than the bound comes through alone."""
+    last_read, write = threading.Event(), layer_files.write_atomically
+    late: list[Path] = []
+
+    def slow(path: Path, tensors, num_bytes: int, pool: ThreadPoolExecutor) -> None:
+        if not last_read.wait(0 if late else 60):
+            late.append(path)
+        write(path, tensors, num_bytes, pool)
+
+    def watched() -> Iterator[Piece]:
+        yield from pieces(ARCH)
+        last_read.set()
+
+    def load(most_bytes: int) -> Loader:
+        with open_tiers(tmp_path) as (tiers, queues):
+            store = WeightStore(plan_weights(ARCH, DISK, 16, 8, 4), tiers, queues, torch.float32)
+            loader = Loader(store, tmp_path / str(most_bytes), cache_quantized=True)
+            loader.budget.most_bytes = most_bytes
+            loader.load(lambda skip: watched())
+            loader.check()
+            assert same_weights(store)
+            store.close()
+        return loader
+
+    monkeypatch.setattr(layer_files, "write_atomically", slow)
+    assert load(1 << 20).budget.peak_bytes > 5 * 4096 and not late
+    last_read.set()
+    assert load(2 * 4096).budget.peak_bytes <= 2 * 4096
+    assert load(1).budget.peak_bytes == 2 * 4096, "the largest tensor"
+
+
+def test_an_interrupt_does_not_wait_for_what_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, go_on = layer_files.write_atomically, threading.Event()
+
+    def slow(path: Path, tensors, num_bytes: int, pool: ThreadPoolExecutor) -> None:
+        assert go_on.wait(60)
+        write(path, tensors, num_bytes, pool)
+
+    def interrupted(skip: set[tuple[int, str]]) -> Iterator[Piece]:
+        yield from pieces(ARCH)
+        threading.Timer(0.2, go_on.set).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layer_files, "write_atomically", slow)
+    with pytest.raises(KeyboardInterrupt), loaded(tmp_path, stream=interrupted):
+        pass
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
+
+
+def test_a_folder_that_is_not_known_yet_is_asked_for_when_there_is_a_file(tmp_path: Path) -> None:
+    """Its name is a digest, which is worked out while the tensors are read."""
+    later: Future[Path] = Future()
+
+    def watched(skip: set[tuple[int, str]]) -> Iterator[Piece]:
+        yield from pieces(ARCH)
+        later.set_result(tmp_path / "model")
+
+    with open_tiers(tmp_path) as (tiers, queues):
+        store = WeightStore(plan_weights(ARCH, DISK, 16, 8, 4), tiers, queues, torch.float32)
+        Loader(store, later, cache_quantized=True).load(watched)
+        assert same_weights(store)
+        store.close()
+    with loaded(tmp_path / "model") as (store, read):
+        assert not read and same_weights(store)
 
 
 def test_a_tensor_that_is_not_delivered_in_full_is_named_and_not_filed(tmp_path: Path) -> None:
@@ -279,8 +349,8 @@ def test_a_tensor_that_is_not_delivered_in_full_is_named_and_not_filed(tmp_path:
     assert not list((tmp_path / "layer-0000").glob("*o.weight*"))
 
 
-@pytest.mark.parametrize("bits", [16, 4])
-def test_pieces_of_rows_come_in_any_order(tmp_path: Path, bits: int) -> None:
+@pytest.mark.parametrize(("bits", "threads"), [(16, 0), (4, 0), (4, 4)])
+def test_pieces_of_rows_come_in_any_order(tmp_path: Path, bits: int, threads: int) -> None:
     def cut(skip: set[tuple[int, str]]) -> Iterator[Piece]:
         for piece in pieces(ARCH):
             half = piece.tensor.shape[0] // 2
@@ -288,7 +358,7 @@ def test_pieces_of_rows_come_in_any_order(tmp_path: Path, bits: int) -> None:
                 yield Piece(piece.layer, piece.role, slice(half, len(piece.tensor)), piece.tensor[half:])
             yield Piece(piece.layer, piece.role, slice(0, half or 1), piece.tensor[: half or 1])
 
-    with loaded(tmp_path, MIXED, bits, stream=cut) as (store, _):
+    with loaded(tmp_path, MIXED, bits, stream=cut, threads=threads) as (store, _):
         assert same_weights(store, bits)
 
 
@@ -298,6 +368,26 @@ def test_loading_says_how_far_it_is_and_how_fast(caplog: pytest.LogCaptureFixtur
     with caplog.at_level("INFO"):
         for step in range(1, 9):
             now[0] = 2.0 * step
-            meter.loaded(2**30, step * 2**31)
+            meter.loaded(2**30, 2**31)
     assert len(caplog.messages) == 2
     assert caplog.messages[0] == "loading: 3.000 GiB of 8.000 GiB are on their tiers, 1.07 GB/s read, 10 s left"
+
+
+def test_a_terminal_shows_a_bar_with_bytes_rate_and_what_is_done() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    now, shown = [0.0], Terminal()
+    meter = LoadMeter(8 * 2**30, lambda: now[0], shown)
+    meter.to_file_bytes = 2**30
+    now[0] = 2.0
+    meter.reused(2**30)
+    meter.filed(2**29)
+    meter._bar.mininterval = 0
+    meter.loaded(2**30, 2**31)
+    meter.check()
+    meter.close()
+    last = shown.getvalue().split("\r")[-3]
+    assert "25%" in last and "2.00G/8.00G" in last, last
+    assert "1.07 GB/s read, 1.000 GiB found in the offload folder, 512.000 MiB of 1.000 GiB written there" in last, last

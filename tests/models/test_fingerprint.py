@@ -254,3 +254,13 @@ def test_a_file_that_changes_under_the_reading_is_an_error(tmp_path: Path, monke
     monkeypatch.setattr(fingerprint, "combined", slowly)
     with pytest.raises(CheckpointError, match="changed while it was read"):
         file_digest(path)
+
+
+def test_files_that_change_before_they_are_digested_are_refused(folder: Path) -> None:
+    """Tensors may have been read before: they would get the name of what came later."""
+    files = WeightFiles(folder, later=True)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match="changed while it was loaded"):
+        assert files.identity
+    assert WeightFiles(folder, later=True).identity == WeightFiles(folder).identity

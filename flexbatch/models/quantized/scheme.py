@@ -80,6 +80,10 @@ class QuantizedPiece:
         return Form(self.bits, self.group, self.floats)
 
     @property
+    def num_bytes(self) -> int:
+        return self.codes.nbytes + self.parameters.nbytes
+
+    @property
     def columns(self) -> int:
         return 8 // self.bits * self.codes.shape[1]
 

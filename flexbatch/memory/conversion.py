@@ -1,0 +1,116 @@
+"""Pieces of a checkpoint -> the form in which a tensor is stored: dense, or quantized on the compute device."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from flexbatch.kernels import ops
+from flexbatch.memory.tensor_views import TensorView
+from flexbatch.memory.weight_plan import PlacedTensor
+from flexbatch.models.quantized.scheme import QuantizedPiece
+from flexbatch.models.specs import Piece
+
+logger = logging.getLogger("flexbatch")
+
+QUANTIZE_CHUNK_BYTES = 32 << 20
+"""Bytes of fp32 of the rows that are quantized at a time: what a thread of a load holds on a GPU is less than that."""
+CACHED_CHUNK_BYTES = 1 << 20
+"""The same for every thread of a CPU, whose caches hold the search for parameters then, which takes eight times as
+much: 5 million weights a second, where chunks of 16 MiB leave 1.4."""
+
+Key = tuple[int, str]
+
+
+class Converter:
+    """Writes pieces into views of tensors, in any thread, and knows what quantized checkpoints lost on the way."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.rounded: set[Key] = set()
+        """Matrices of a quantized checkpoint whose scales lost bits in the compute dtype."""
+        self.requantized: set[Key] = set()
+        """Matrices of a quantized checkpoint that a store at --weight-bits does not hold as they are."""
+        self.squared_error = self.squared_sum = 0.0
+        """Of these: what their weights changed by, and the weights."""
+        self._lock = threading.Lock()
+
+    def write(self, piece: Piece | QuantizedPiece, target: TensorView, rows: slice) -> None:
+        """``rows`` of a tensor."""
+        if isinstance(piece, QuantizedPiece):
+            self.write_codes(piece, target, rows)
+        else:
+            self.write_dense(piece, target, rows)
+
+    def write_codes(self, piece: QuantizedPiece, target: TensorView, rows: slice) -> None:
+        """Write codes of a quantized checkpoint as they are where ``target`` holds them, else dequantized."""
+        if target.codes is None or target.parameters is None or not piece.fits(target.placed.form):
+            self.write_dense(piece.dense(), target, rows)
+        elif piece.floats:
+            target.codes[rows].copy_(piece.codes)
+            target.parameters[rows].copy_(piece.parameters)
+        else:
+            piece = piece.stored_as(target.placed.bits, target.placed.group)
+            target.codes[rows].copy_(piece.codes)
+            target.parameters[rows].copy_(piece.parameters)
+            # Minima of float16 are rounded no more than the weights that are computed of them.
+            told = piece.parameters if self.dtype == torch.bfloat16 else piece.parameters[..., :1]
+            if not torch.equal(told.to(self.dtype).float(), told.float()):
+                with self._lock:
+                    self.rounded.add((piece.layer, piece.role))
+
+    def write_dense(self, piece: Piece, target: TensorView, rows: slice) -> None:
+        """Write rows of a dense tensor, quantized where ``target`` is."""
+        tensor = piece.tensor
+        if target.dense is not None:
+            target.dense[rows].copy_(tensor)
+            return
+        assert target.codes is not None and target.parameters is not None
+        placed = target.placed
+        assert not placed.floats, f"{placed.spec.role} is MXFP4, which is kept and never made"
+        num_bytes = QUANTIZE_CHUNK_BYTES if self.device.type == "cuda" else CACHED_CHUNK_BYTES * torch.get_num_threads()
+        step = max(1, num_bytes // (4 * tensor.shape[1]))
+        losses: list[tuple[Tensor, Tensor]] = []
+        for start in range(0, tensor.shape[0], step):
+            chunk = tensor[start : start + step].to(device=self.device, dtype=self.dtype)
+            codes, parameters = (
+                ops.fit(chunk, placed.bits, placed.group)
+                if placed.bits == 4
+                else ops.quantize(chunk, placed.bits, placed.group)
+            )
+            target_rows = slice(rows.start + start, rows.start + start + len(chunk))
+            target.codes[target_rows].copy_(codes)
+            target.parameters[target_rows].copy_(parameters)
+            if piece.from_codes:
+                found = ops.dequantize(codes, parameters, tensor.shape[1], placed.bits, placed.group)
+                error = (found.float() - chunk.float()).square().sum(dtype=torch.float64)
+                losses.append((error, chunk.float().square().sum(dtype=torch.float64)))
+        if piece.from_codes:
+            with self._lock:
+                self.requantized.add((piece.layer, piece.role))
+                # Read here, after all chunks: a number on the host waits for the device.
+                self.squared_error += sum(float(error) for error, _ in losses)
+                self.squared_sum += sum(float(total) for _, total in losses)
+
+    def warn_of_losses(self, placed: Mapping[Key, PlacedTensor]) -> None:
+        """Say what a quantized checkpoint lost on its way."""
+        bits = {torch.bfloat16: 8, torch.float16: 11}.get(self.dtype)
+        if self.rounded and bits is not None:
+            name = str(self.dtype).removeprefix("torch.")
+            wider = "float32" if self.dtype == torch.float16 else "float16 or float32"
+            logger.warning(
+                "the scales of %d quantized matrices are rounded to the %d bits of %s; the files have more: --dtype %s "
+                "keeps them",
+                len(self.rounded), bits, name, wider,
+            )  # fmt: skip
+        if self.requantized:
+            share = 100 * (self.squared_error / self.squared_sum) ** 0.5 if self.squared_sum else 0.0
+            logger.warning(
+                "%d matrices that are quantized in the checkpoint were quantized anew, in the %d bits of "
+                "--weight-bits: their weights changed by %.2g %% (root mean square); --weight-bits 16 keeps them",
+                len(self.requantized), min(placed[key].bits for key in self.requantized), share,
+            )  # fmt: skip
