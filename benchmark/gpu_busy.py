@@ -2,8 +2,9 @@
 
     python -m benchmark.gpu_busy --model llama-3-8b --prompts 1000 --new-tokens 128
     python -m benchmark.gpu_busy --model llama-3-8b --async-scheduling false
+    python -m benchmark.gpu_busy --model opt-6.7b --prompts 4 --lengths 512 512
 
-Random weights of a public shape, ragged prompts of 20 to 400 tokens. The job runs three times: to warm up, timed, and
+Random weights of a public shape, ragged prompts of 20 to 400 tokens unless told. The job runs three times: to warm up, timed, and
 with torch's profiler on some passes in the middle, of the GPU alone: recording the host as well would slow it down.
 ``busy`` is the share of those passes in which at least one kernel or copy ran; ``gaps`` are the waits between them, the
 longest first, each with the kernel before and after it. ``host`` are milliseconds a pass of the parts of a turn, of the
@@ -111,10 +112,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     chance = random.Random(0)
     sampled = {"temperature": 0.8, "top_p": 0.9, "seed": 1} if args.sampled else {"temperature": 0.0}
     params = SamplingParams(max_tokens=args.new_tokens, ignore_eos=True, **sampled)
-    settings = {} if args.async_scheduling is None else {"async_scheduling": args.async_scheduling == "true"}
+    settings: dict[str, Any] = {"weight_bits": args.weight_bits, "cache_bits": args.cache_bits}
+    if args.async_scheduling is not None:
+        settings["async_scheduling"] = args.async_scheduling == "true"
+    if args.gpu_memory:
+        settings["gpu_memory"] = args.gpu_memory
     dummy = not Path(args.model).is_dir() and args.model != "demo"
-    with LLM(args.model, dummy_weights=dummy, weight_bits=args.weight_bits, **settings) as llm:
-        lengths = [chance.randint(20, 400) for _ in range(args.prompts)]
+    with LLM(args.model, dummy_weights=dummy, **settings) as llm:
+        lengths = [chance.randint(*args.lengths) for _ in range(args.prompts)]
         prompts = [
             {"prompt_token_ids": [chance.randrange(3, llm.arch.vocab_size) for _ in range(length)]}
             for length in lengths
@@ -128,6 +133,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         report = {
             "model": args.model,
             "weight_bits": args.weight_bits,
+            "cache_bits": args.cache_bits,
+            "gpu_memory": args.gpu_memory,
+            "lengths": args.lengths,
             "async_scheduling": args.async_scheduling,
             "sampled": args.sampled,
             "block": llm.policy.block_size,
@@ -150,6 +158,9 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--passes", type=int, default=40, help="passes that are profiled")
     parser.add_argument("--weight-bits", type=int, default=16, choices=(16, 8, 4))
+    parser.add_argument("--cache-bits", type=int, default=16, choices=(16, 8, 4))
+    parser.add_argument("--gpu-memory", help='budget, e.g. "24GiB" (default: what is free)')
+    parser.add_argument("--lengths", type=int, nargs=2, default=(20, 400), help="shortest and longest prompt")
     parser.add_argument("--async-scheduling", choices=("true", "false"))
     parser.add_argument("--sampled", action="store_true", help="temperature 0.8 and top-p 0.9, not greedy")
     parser.add_argument("--output", type=Path)
