@@ -3,6 +3,7 @@
     python -m benchmark.gpu_busy --model llama-3-8b --prompts 1000 --new-tokens 128
     python -m benchmark.gpu_busy --model llama-3-8b --async-scheduling false
     python -m benchmark.gpu_busy --model qwen3-0.6b --lengths 20 60
+    python -m benchmark.gpu_busy --model opt-6.7b --prompts 4 --lengths 512 512
 
 Random weights of a public shape, ragged prompts, by default of 20 to 400 tokens. The job runs three times: to warm up,
 timed, and with torch's profiler on some passes in the middle, of the GPU alone: recording the host as well would slow
@@ -117,11 +118,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     chance = random.Random(0)
     sampled = {"temperature": 0.8, "top_p": 0.9, "seed": 1} if args.sampled else {"temperature": 0.0}
     params = SamplingParams(max_tokens=args.new_tokens, ignore_eos=True, **sampled)
-    settings: dict[str, Any] = {"hardware": args.hardware}
+    settings: dict[str, Any] = {
+        "weight_bits": args.weight_bits,
+        "cache_bits": args.cache_bits,
+        "hardware": args.hardware,
+    }
     if args.async_scheduling is not None:
         settings["async_scheduling"] = args.async_scheduling == "true"
+    if args.gpu_memory:
+        settings["gpu_memory"] = args.gpu_memory
     dummy = not Path(args.model).is_dir() and args.model != "demo"
-    with LLM(args.model, dummy_weights=dummy, weight_bits=args.weight_bits, **settings) as llm:
+    with LLM(args.model, dummy_weights=dummy, **settings) as llm:
         lengths = [chance.randint(*args.lengths) for _ in range(args.prompts)]
         prompts = [
             {"prompt_token_ids": [chance.randrange(3, llm.arch.vocab_size) for _ in range(length)]}
@@ -136,6 +143,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         report = {
             "model": args.model,
             "weight_bits": args.weight_bits,
+            "cache_bits": args.cache_bits,
+            "gpu_memory": args.gpu_memory,
             "async_scheduling": args.async_scheduling,
             "sampled": args.sampled,
             "lengths": args.lengths,
@@ -161,6 +170,8 @@ def main() -> int:
     parser.add_argument("--passes", type=int, default=40, help="passes that are profiled")
     parser.add_argument("--weight-bits", type=int, default=16, choices=(16, 8, 4))
     parser.add_argument("--hardware", default="auto", help="as flexbatch.run takes it: a profile, or auto")
+    parser.add_argument("--cache-bits", type=int, default=16, choices=(16, 8, 4))
+    parser.add_argument("--gpu-memory", help='budget, e.g. "24GiB" (default: what is free)')
     parser.add_argument("--async-scheduling", choices=("true", "false"))
     parser.add_argument("--sampled", action="store_true", help="temperature 0.8 and top-p 0.9, not greedy")
     parser.add_argument("--output", type=Path)
