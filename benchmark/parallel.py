@@ -2,189 +2,232 @@
 plan chosen by the engine.
 
     python -m benchmark.parallel --output parallel.json
-    python -m benchmark.parallel --output parallel.json --models opt-30b --meshes 1 tp2 pp2 --gpu-gib 24 --limit 900
+    python -m benchmark.parallel --output p.json --models opt-30b --meshes 1 tp2 pp2 --gpu-gib 24 --limit 900
+    python -m benchmark.parallel --output p.json --models opt-30b --prompts 191 --prompt-tokens 256 --new-tokens 16
 
-A mesh is 1, or sizes in any order joined by x: tp2, pp2, dp2, pp2xtp2. Every run is a process of its own, ended after
---limit seconds, and its result is written before the next one begins; with an output that exists, what it has is not
-run again. Figures are generated tokens / seconds of a whole job, its fill and tail included; loading is not. The bound
-is what the busiest links allow.
+A mesh is 1, or sizes in any order joined by x: tp2, pp2, dp2, pp2xtp2. Every run is a process of its own. What it does,
+with the time, is on stderr, of every rank; some seconds before --limit every rank writes where each of its threads is,
+and at the limit the run is ended. A result is written as soon as it is there; with an output that exists, what it has
+is not run again. Figures are generated tokens / seconds of a whole job, its fill and tail included; loading is not. The
+bound is what the busiest links allow. With --of-gpus N a mesh of fewer GPUs gets cores and host memory in proportion,
+as a machine of its own would have them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import faulthandler
 import json
-import random
-import re
+import logging
+import os
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmark.machine import machine
+from benchmark.mesh_jobs import CASES, Tell, checked, measured, sizes_of
 from flexbatch.policy.stdout import data_apart, run_process
 
-SIZES = {"dp": "data_parallel_size", "pp": "pipeline_parallel_size", "tp": "tensor_parallel_size"}
-RESERVE_GIB = 1.0
-"""Of every GPU, outside of the engine's pools: context, libraries, collectives."""
 CHECKED = "tokens"
 """The name of the run that compares tokens."""
+LAST_SECONDS = 8.0
+"""Of a run's limit: for writing where its ranks are."""
+logger = logging.getLogger("flexbatch")
 
 
-@dataclass(frozen=True)
-class Case:
-    """A model and a job whose number of prompts is prime: nothing divides evenly."""
-
-    model: str
-    settings: dict[str, Any]
-    prompts: int
-    prompt_tokens: int
-    new_tokens: int
-
-
-CASES = {
-    "opt-30b": Case("opt-30b", {}, 383, 512, 32),
-    "llama-3-70b": Case("llama-3-70b", {"weight_bits": 4, "cache_bits": 4}, 1021, 512, 32),
-    "llama-3-8b": Case("llama-3-8b", {}, 509, 512, 64),
-}
-
-
-def sizes_of(mesh: str) -> dict[str, int]:
-    """The settings of a mesh. Raises ValueError."""
-    parts = [] if mesh == "1" else [re.fullmatch(r"(dp|pp|tp)([1-9]\d*)", part) for part in mesh.split("x")]
-    if None in parts:
-        raise ValueError(f"mesh {mesh!r}: 1, or sizes as in tp2, pp2, dp2, pp2xtp2")
-    return {SIZES[part[1]]: int(part[2]) for part in parts if part is not None}
-
-
-def random_prompts(count: int, tokens: int, vocabulary: int, seed: int) -> list[list[int]]:
-    """Distinct ones, of different lengths."""
-    generator = random.Random(seed)
-    lengths = [generator.randint(3 * tokens // 4, tokens) for _ in range(count)]
-    return [[generator.randrange(10, vocabulary) for _ in range(length)] for length in lengths]
-
-
-def measured(case: Case, gpu_gib: float, sizes: dict[str, int], more: dict[str, Any]) -> dict[str, Any]:
-    """One job on one mesh."""
-    from flexbatch import LLM, SamplingParams
-
-    settings = {"gpu_memory": f"{gpu_gib - RESERVE_GIB}GiB", "dtype": "bfloat16", **case.settings, **sizes, **more}
-    params = SamplingParams(max_tokens=case.new_tokens, temperature=0, ignore_eos=True)
-    with LLM(case.model, dummy_weights=True, **settings) as llm:
-        prompts = random_prompts(case.prompts, case.prompt_tokens, llm.arch.vocab_size, seed=1)
-        began = time.perf_counter()
-        llm.prepare(prompts, params)
-        # Kernels compile and the links wake up.
-        warm_up = random_prompts(61, case.prompt_tokens, llm.arch.vocab_size, seed=3)
-        llm.generate(warm_up, SamplingParams(max_tokens=3, temperature=0, ignore_eos=True))
-        prepared = time.perf_counter()
-        answers = llm.generate(prompts, params)
-        seconds = time.perf_counter() - prepared
-        report = llm.report()
-    tokens = sum(len(answer.token_ids) for answer in answers)
-    names = ("plan", "prediction", "job", "policy", "percent", "memory", "peak_bytes", "moved_bytes", "passes")
-    prediction = report.get("prediction", {})
-    predicted = prediction.get("predicted_tokens_per_second")
-    return {
-        "load_seconds": prepared - began,
-        "seconds": seconds,
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds,
-        "predicted_tokens_per_second": predicted,
-        "bound_tokens_per_second": prediction.get("bound_tokens_per_second"),
-        "measured_over_predicted": tokens / seconds / predicted if predicted else None,
-        **{name: report[name] for name in names if name in report},
-    }
-
-
-def checked(model: str, sizes: dict[str, int], device: str) -> dict[str, Any]:
-    """Greedy tokens of a small model in float32, weights and cache on GPU and host."""
-    from flexbatch import LLM, SamplingParams
-
-    settings = {"dtype": "float32", "percent": (40, 60, 40, 60, 50, 50), "gpu_batch_size": 3, "num_gpu_batches": 2}
-    params = SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)
-    with LLM(model, device=device, gpu_memory="4GiB", cpu_memory="4GiB", **settings, **sizes) as llm:
-        prompts = random_prompts(13, 90, min(256, llm.arch.vocab_size), seed=2)
-        return {"token_ids": [answer.token_ids for answer in llm.generate(prompts, params)]}
-
-
-def run_one(words: dict[str, Any]) -> dict[str, Any]:
+def run_one(words: dict[str, Any], tell: Tell) -> None:
     """In the process of a run."""
+    if cores := words.get("cores"):
+        os.sched_setaffinity(0, cores)
+    import torch
+
+    if cores:
+        torch.set_num_threads(len(cores))
     sizes = sizes_of(words["mesh"])
     if words["case"] == CHECKED:
-        return checked(words["model"], sizes, words["device"])
-    return measured(CASES[words["case"]], words["gpu_gib"], sizes, words["set"])
+        return checked(words["model"], sizes, words["device"], tell)
+    case = dataclasses.replace(CASES[words["case"]], **words["job"])
+    return measured(case, words["gpu_gib"], sizes, words["set"], tell)
 
 
-def in_process(words: dict[str, Any], limit: float) -> dict[str, Any]:
-    """A run as a process; what went wrong is its result."""
-    command = [sys.executable, "-m", "benchmark.parallel", "--run", json.dumps(words)]
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, timeout=limit, text=True)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done within {limit:g} s"}
-    if done.returncode:
-        return {"error": f"exit code {done.returncode}; its error is above"}
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+def serve_run(data: Any) -> int:
+    """The process of a run: imports everything, and then reads from stdin what to run. So the next run's process can
+    start while one is measured."""
+    faulthandler.register(signal.SIGUSR1)
+    logging.basicConfig(format="%(asctime)s rank 0: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    import flexbatch.engine  # noqa: F401
+
+    words = json.loads(sys.stdin.readline() or "null")
+    if words is None:
+        return 0
+    logger.setLevel(logging.DEBUG)
+    faulthandler.dump_traceback_later(max(1.0, words["limit"] - LAST_SECONDS))
+
+    def tell(found: dict[str, Any]) -> None:
+        print(json.dumps(found, default=str), file=data, flush=True)
+
+    run_one(words, tell)
+    return 0
+
+
+class Run:
+    """A run's process. It has a group of its own, which its ranks are in, too."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.file = folder / f"{number}.json"
+        command = [sys.executable, "-m", "benchmark.parallel", "--run"]
+        with self.file.open("w") as out:
+            self.process = subprocess.Popen(command, stdin=-1, stdout=out, text=True, start_new_session=True)
+
+    def result(self, words: dict[str, Any], limit: float) -> dict[str, Any]:
+        """What it told last; what went wrong is in it."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps({**words, "limit": limit}) + "\n")
+            self.process.stdin.flush()
+        found = {}
+        try:
+            if self.process.wait(limit - LAST_SECONDS):
+                found = {"error": f"exit code {self.process.returncode}; its error is above"}
+        except subprocess.TimeoutExpired:
+            found = {"error": f"not done within {limit:g} s; where its ranks were is above"}
+            os.killpg(self.process.pid, signal.SIGUSR1)
+            time.sleep(LAST_SECONDS / 2)
+        self.end()
+        told = self.file.read_text().splitlines()
+        return {**(json.loads(told[-1]) if told else {}), **found}
+
+    def end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def equal_share(one: str, other: str) -> float:
+    """Of the words of two texts, in order."""
+    pairs = list(zip(one.split(), other.split(), strict=True))
+    return sum(a == b for a, b in pairs) / len(pairs)
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:
-    """Of every model and budget, throughput beside one GPU's; and whether tokens are those of one."""
+    """Of every model and budget, throughput beside one GPU's and beside its plan; and whether tokens are those of one.
+    In 16 bits a sum over ranks is rounded elsewhere: there it is the share of prompts with the same first token."""
     told: dict[str, Any] = {}
     for name, result in results.items():
         case = name.rpartition(" ")[0]
         one = results.get(f"{case} 1", {})
         if result.get("tokens_per_second") and one.get("tokens_per_second"):
-            told[name] = result["tokens_per_second"] / one["tokens_per_second"]
+            told[name] = {
+                "tokens_per_second": result["tokens_per_second"],
+                "speedup": result["tokens_per_second"] / one["tokens_per_second"],
+                "measured_over_predicted": result["measured_over_predicted"],
+                "same_first_tokens": equal_share(result["first_tokens"], one["first_tokens"])
+                if "first_tokens" in result and "first_tokens" in one
+                else None,
+            }
         elif case == CHECKED and "token_ids" in result and "token_ids" in one:
             told[name] = result["token_ids"] == one["token_ids"]
     return told
 
 
-def runs(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def share_of(mesh: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Cores and settings of a mesh: its part of the machine, and the machine's rates as all of its ranks share them."""
+    gpus = prod(sizes_of(mesh).values())
+    share = min(1.0, gpus / arguments.of_gpus) if arguments.of_gpus else 1.0
+    found: dict[str, Any] = {}
+    cores = sorted(os.sched_getaffinity(0))
+    if share < 1:
+        found["cores"] = cores[: round(share * len(cores))]
+    settings: dict[str, Any] = {}
+    if arguments.cpu_gib:
+        settings["cpu_memory"] = f"{share * arguments.cpu_gib}GiB"
+    if arguments.hardware:
+        from flexbatch.policy.hardware import read_hardware
+        from flexbatch.policy.shared_host import OF_THE_HOST, scaled
+
+        file = folder / f"{gpus}.hardware.json"
+        whole = scaled(read_hardware(arguments.hardware), OF_THE_HOST, gpus if arguments.of_gpus else 1)
+        file.write_text(whole.to_json())
+        settings["hardware"] = str(file)
+    return {**found, "set": settings}
+
+
+def runs(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
     """Every run by its name."""
     more = {name: json.loads(value) for name, value in (item.split("=", 1) for item in arguments.set)}
     device = "cuda" if arguments.device == "auto" else arguments.device
     check = {"case": CHECKED, "model": arguments.check_model, "device": device}
     found = {f"{CHECKED} {mesh}": {**check, "mesh": mesh} for mesh in arguments.meshes} if arguments.check_model else {}
+    job = {name: getattr(arguments, name) for name in ("prompts", "prompt_tokens", "new_tokens")}
+    job = {name: value for name, value in job.items() if value is not None}
     for name in arguments.models:
         for gib in arguments.gpu_gib:
             for mesh in arguments.meshes:
-                words = {"case": name, "gpu_gib": gib, "mesh": mesh, "set": more}
-                found[f"{name} {gib:g}GiB {mesh}"] = words
+                share = share_of(mesh, arguments, folder)
+                words = {**share, "case": name, "gpu_gib": gib, "mesh": mesh, "job": job}
+                found[f"{name} {gib:g}GiB {mesh}"] = {**words, "set": {**share["set"], **more}}
     return found
 
 
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--output", type=Path)
+    found.add_argument("--models", nargs="*", default=["opt-30b", "llama-3-70b"], choices=list(CASES))
+    found.add_argument("--meshes", nargs="+", default=["1", "tp2", "pp2", "dp2"])
+    found.add_argument("--gpu-gib", nargs="+", type=float, default=[16.0, 24.0])
+    for name in ("prompts", "prompt-tokens", "new-tokens"):
+        found.add_argument(f"--{name}", type=int, help="of a job, instead of the model's own")
+    found.add_argument("--limit", type=float, default=1200.0, help="seconds of one run")
+    found.add_argument("--total", type=float, default=float("inf"), help="seconds of all runs")
+    found.add_argument("--check-model", default="demo", help="whose tokens are compared; empty: none")
+    found.add_argument("--device", default="auto", help="of that comparison: auto, cuda or cpu")
+    found.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="further settings of the engine")
+    found.add_argument("--of-gpus", type=int, help="of the machine: fewer GPUs have their share of its host")
+    found.add_argument("--cpu-gib", type=float, help="of host memory, for all GPUs")
+    found.add_argument("--hardware", help="a profile; with --of-gpus that of one GPU and its share of the host")
+    found.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
+    return found
+
+
+def run_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The result of every run by its name; what is known is in the output after every run."""
+    path: Path = arguments.output
+    kept = json.loads(path.read_text())["results"] if path.exists() else {}
+    results = {name: result for name, result in kept.items() if "error" not in result}
+    todo = {name: words for name, words in runs(arguments, folder).items() if name not in results}
+    end = time.monotonic() + arguments.total
+    following = Run(folder, 0) if todo else None
+    for number, (name, words) in enumerate(todo.items(), 1):
+        assert following is not None
+        run, following = following, Run(folder, number) if number < len(todo) else None
+        limit = min(arguments.limit, end - time.monotonic())
+        if limit < 2 * LAST_SECONDS:
+            run.end()
+            results[name] = {"error": f"not begun within {arguments.total:g} s"}
+        else:
+            print(f"{time.strftime('%H:%M:%S')} {name}: {words}", file=sys.stderr, flush=True)
+            results[name] = run.result(words, limit)
+        told = {"machine": machine(), "speedup": summary(results), "results": results}
+        path.write_text(json.dumps(told, indent=1))
+        print(f"{name}: {summary(results).get(name, results[name].get('error'))}", file=sys.stderr, flush=True)
+    return results
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--models", nargs="*", default=["opt-30b", "llama-3-70b"], choices=list(CASES))
-    parser.add_argument("--meshes", nargs="+", default=["1", "tp2", "pp2", "dp2"])
-    parser.add_argument("--gpu-gib", nargs="+", type=float, default=[16.0, 24.0])
-    parser.add_argument("--limit", type=float, default=1200.0, help="seconds of one run")
-    parser.add_argument("--check-model", default="demo", help="whose tokens are compared; empty: none")
-    parser.add_argument("--device", default="auto", help="of that comparison: auto, cuda or cpu")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="further settings of the engine")
-    parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    with data_apart() as data:
-        if arguments.run is not None:
-            print(json.dumps(run_one(arguments.run), default=str), file=data)
-            return 0
+    arguments = parser().parse_args()
+    with data_apart() as data, TemporaryDirectory() as folder:
+        if arguments.run:
+            return serve_run(data)
         if arguments.output is None:
-            parser.error("--output is needed")
-        path: Path = arguments.output
-        kept = json.loads(path.read_text())["results"] if path.exists() else {}
-        results = {name: result for name, result in kept.items() if "error" not in result}
-        for name, words in runs(arguments).items():
-            if name not in results:
-                print(name, file=sys.stderr, flush=True)
-                results[name] = in_process(words, arguments.limit)
-            told = {"machine": machine(), "speedup": summary(results), "results": results}
-            path.write_text(json.dumps(told, indent=1))
+            parser().error("--output is needed")
+        results = run_all(arguments, Path(folder))
         print(json.dumps(summary(results), indent=1), file=data)
     return 1 if any("error" in result for result in results.values()) else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from flexbatch.policy.curve import Curve
@@ -23,11 +24,15 @@ def shared_by(hardware: Hardware, ranks: int, tensor_ranks: int = 1) -> Hardware
     """The machine of one rank: a GPU and its link, and an equal part of the host's memory bandwidth, disk and cores.
     tensor_ranks: those that share every layer."""
     names = OF_THE_HOST | (OF_A_CPU if hardware.device == "cpu" else frozenset())
+    return dataclasses.replace(scaled(hardware, names, 1 / ranks), tensor_ranks=tensor_ranks)
 
-    def part(value: Any) -> Any:
+
+def scaled(hardware: Hardware, names: Iterable[str], factor: float) -> Hardware:
+    """With these rates times a factor."""
+
+    def times(value: Any) -> Any:
         if isinstance(value, Curve):
-            return Curve(value.points, tuple(each / ranks for each in value.values))
-        return value / ranks if value else value
+            return Curve(value.points, tuple(factor * each for each in value.values))
+        return factor * value if value else value
 
-    parts = {name: part(getattr(hardware, name)) for name in names}
-    return dataclasses.replace(hardware, tensor_ranks=tensor_ranks, **parts)
+    return dataclasses.replace(hardware, **{name: times(getattr(hardware, name)) for name in names})

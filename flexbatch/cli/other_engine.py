@@ -21,7 +21,7 @@ from flexbatch.execution.shared_line import DrawnLine
 from flexbatch.execution.watch import Watch
 from flexbatch.parallel.channel import open_store
 from flexbatch.parallel.links import EngineGroup, Link, link_to_rank_0
-from flexbatch.parallel.processes import live_as_long_as_rank_0, log_error, mesh_of_words
+from flexbatch.parallel.processes import live_as_long_as_rank_0, log_as_rank_0, log_error, mesh_of_words
 from flexbatch.planner import engine_messages as messages
 from flexbatch.planner.planner import Planner
 from flexbatch.request import Request
@@ -227,7 +227,8 @@ def use_gpus(first: int, count: int) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     """An engine that rank 0 has started."""
+    words = sys.argv[1:] if words is None else words
     live_as_long_as_rank_0()
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    mesh = mesh_of_words(sys.argv[1:] if words is None else words)
+    log_as_rank_0(words)
+    mesh = mesh_of_words(words)
     return run_engine(link_to_rank_0(mesh, open_store(mesh), mesh.rank), mesh.rank)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -12,6 +14,8 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
 
 from flexbatch.parallel.mesh import Mesh
 from flexbatch.validation.errors import LostRankError
+
+logger = logging.getLogger("flexbatch")
 
 Group = Any
 """torch's ProcessGroupGloo or ProcessGroupNCCL. Their stubs have no common type with the collectives."""
@@ -75,8 +79,19 @@ class RankChannel:
         """See `device_group`. Kept for later engines: NCCL takes a second to make one."""
         name = f"{name} {device.type}"
         if name not in self.groups:
+            began = time.perf_counter()
             self.groups[name] = device_group(self.store, name, rank, size, device)
+            logger.debug("joined group %s of %d in %.1f s", name, size, time.perf_counter() - began)
         return self.groups[name]
+
+    def abort(self) -> None:
+        """Have the compute device give up what it waits for: of another rank that is gone nothing will come. Closed
+        connections say so to the host; a GPU that waits in a collective goes on for ever, and whoever waits for that
+        GPU with it. The groups are of no use any more."""
+        self.broken = True
+        for group in self.groups.values():
+            if not isinstance(group, ProcessGroupGloo):
+                group.abort()
 
     def send(self, message: Any) -> None:
         """Raises LostRankError."""

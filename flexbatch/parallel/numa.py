@@ -8,7 +8,7 @@ pinned ones; a rank that runs on the right cores has its memory there.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 SYSTEM = Path("/sys")
@@ -46,6 +46,12 @@ def cores_near(pci: str, system: Path = SYSTEM) -> frozenset[int]:
     except (OSError, ValueError):
         return frozenset()
     return of_node.get(node, frozenset()) if len(of_node) > 1 else frozenset()
+
+
+def threads_near(near: Sequence[frozenset[int]], number: int, threads: int) -> int:
+    """Of a rank that would have ``threads``, on the node of its GPU ``number``. near: the cores of the node of every
+    GPU whose rank runs on this host, as far as this process sees it."""
+    return max(1, min(threads, len(near[number]) // near.count(near[number])))
 
 
 def run_on(cores: Iterable[int], threads: Iterable[int] | None = None) -> Callable[[], None]:

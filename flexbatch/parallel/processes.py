@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ GRACE = 10.0
 """Seconds in which rank 0 may end by itself once another rank has: it finds its connections closed, and cleans up."""
 ENDING = 20.0
 """Seconds that ranks have for giving back what they hold."""
+WHERE_IT_STANDS = signal.SIGUSR1
+"""Has a rank write to stderr where each of its threads is."""
 PACKAGE_ROOT = Path(__file__).parents[2]
 
 
@@ -27,19 +30,28 @@ class RankProcesses:
     """Ranks 1 and up of a mesh on one host. What they print goes to stderr."""
 
     def __init__(self, module: str, meshes: Sequence[Mesh], grace: float = GRACE) -> None:
-        """module: has a ``main`` that takes the words of `mesh_words`."""
-        self.grace = grace
-        code = f"import sys; sys.path.insert(0, {str(PACKAGE_ROOT)!r}); from {module} import main; sys.exit(main())"
+        """module: has a ``main`` that takes the words of `mesh_words`. Ranks log everything where this process does,
+        and warnings elsewhere."""
+        self.grace, began = grace, time.perf_counter()
+        code = (
+            f"import faulthandler, os, sys; faulthandler.register({WHERE_IT_STANDS.value}); "
+            f"sys.path.insert(0, {str(PACKAGE_ROOT)!r}); from {module} import main; code = main(); "
+            # A GPU that waits for a rank that is gone keeps an interpreter from ending by itself.
+            "sys.stderr.flush(); os._exit(code) if code else sys.exit()"
+        )
+        level = "DEBUG" if logger.isEnabledFor(logging.DEBUG) else "WARNING"
         self.closing, self.lost = threading.Event(), ""
         self.told = threading.Event()
         """Whether whoever uses the engine knows that a rank has ended."""
         self.processes: list[subprocess.Popen[bytes]] = []
         for mesh in meshes:
-            words = [sys.executable, "-c", code, *mesh_words(mesh)]
+            words = [sys.executable, "-c", code, *mesh_words(mesh), level]
             # A rank ends when its stdin does: whatever ends rank 0 closes it.
             self.processes.append(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=2))
         for mesh, process in zip(meshes, self.processes, strict=True):
             threading.Thread(target=self._watch, args=(mesh.rank, process), daemon=True).start()
+        told = ", ".join(f"{each.rank} (process {it.pid})" for each, it in zip(meshes, self.processes, strict=True))
+        logger.debug("started rank %s in %.1f s", told, time.perf_counter() - began)
 
     def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
         code = process.wait()
@@ -79,8 +91,15 @@ def mesh_words(mesh: Mesh) -> list[str]:
 
 
 def mesh_of_words(words: Sequence[str]) -> Mesh:
-    rank, size, address = words
+    rank, size, address = words[:3]
     return Mesh(int(rank), int(size), address, int(rank), int(size), hosts_store=False)
+
+
+def log_as_rank_0(words: Sequence[str]) -> None:
+    """In a process of `RankProcesses`: its log, with the time and the rank."""
+    rank, level = words[0], words[3]
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format=f"%(asctime)s rank {rank}: %(message)s")
+    logger.setLevel(level)
 
 
 def live_as_long_as_rank_0() -> None:

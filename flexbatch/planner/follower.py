@@ -7,6 +7,7 @@ import logging
 import queue
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
@@ -18,7 +19,13 @@ from flexbatch.memory import page_moves
 from flexbatch.models.lora.adapter_set import AdapterSet
 from flexbatch.models.opened import open_configured
 from flexbatch.parallel.channel import RankChannel, open_store
-from flexbatch.parallel.processes import ignore_interruptions, live_as_long_as_rank_0, log_error, mesh_of_words
+from flexbatch.parallel.processes import (
+    ignore_interruptions,
+    live_as_long_as_rank_0,
+    log_as_rank_0,
+    log_error,
+    mesh_of_words,
+)
 from flexbatch.parallel.rank_links import RankLinks
 from flexbatch.planner.adapters import configured
 from flexbatch.planner.engine_plan import Deployment, EnginePlan
@@ -40,6 +47,9 @@ from flexbatch.validation.errors import CRASH, DONE, LostRankError
 
 logger = logging.getLogger("flexbatch")
 
+PASSES_PER_LINE = 10
+"""Of the log, at level DEBUG."""
+
 
 class Follower:
     """One engine, as far as a rank has it: its tiers, its part of the weights, and its heads of the cache."""
@@ -50,6 +60,8 @@ class Follower:
         self.runner: Runner | None = None
         self.in_flight: deque[Iterator[LogitsChunk]] = deque()
         """Passes of a pipeline whose head this rank has a part of, the oldest first."""
+        self.passes = 0
+        """Begun here so far."""
 
     def place(self, command: PlaceWeights) -> None:
         weight_plan = self.deployment.weight_plan(command.policy, command.num_slabs)
@@ -89,6 +101,9 @@ class Follower:
             tokens = torch.empty(len(command.newest), dtype=torch.int64, device=self.deployment.device)
             assert self.links.tensor is not None
             newest = NewestTokens(self.links.tensor.broadcast(tokens), command.newest)
+        self.passes += 1
+        if self.passes % PASSES_PER_LINE == 0:
+            logger.debug("pass %d", self.passes)
         chunks = self.runner.executor.run(command.batch, newest)
         if self.links.stages is not None and self.links.stages.is_first:
             next(chunks)
@@ -133,7 +148,7 @@ def follow(channel: RankChannel) -> None:
     """Engine after engine, until rank 0 leaves. Raises whatever fails here: the process is then to end, which all
     others notice."""
     commands = received(channel)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, aborting(channel):
         follower: Follower | None = None
         while True:
             command = commands.get()
@@ -153,6 +168,16 @@ def follow(channel: RankChannel) -> None:
                 do(follower, command, channel)
 
 
+@contextlib.contextmanager
+def aborting(channel: RankChannel) -> Iterator[None]:
+    """Where the body fails, this rank's device waits no longer for others: nothing could be closed before."""
+    try:
+        yield
+    except BaseException:
+        channel.abort()
+        raise
+
+
 def received(channel: RankChannel) -> queue.SimpleQueue[RankCommand | Exception]:
     """What rank 0 tells, as it comes, from a thread of its own: rank 0 does not wait until a pass has ended here."""
     commands: queue.SimpleQueue[RankCommand | Exception] = queue.SimpleQueue()
@@ -160,9 +185,10 @@ def received(channel: RankChannel) -> queue.SimpleQueue[RankCommand | Exception]
     def listen() -> None:
         try:
             command: RankCommand | None = None
-            while not isinstance(command, Leave):
-                command = channel.receive()
-                commands.put(command)
+            with aborting(channel):
+                while not isinstance(command, Leave):
+                    command = channel.receive()
+                    commands.put(command)
         except Exception as error:
             commands.put(error)
 
@@ -183,9 +209,10 @@ def do(follower: Follower, command: RankCommand, channel: RankChannel) -> None:
         MakeRunner: follower.make_runner,
         ReachLonger: follower.reach,
     }
-    failure = ""
+    failure, began = "", time.perf_counter()
     try:
         steps[type(command)](command)
+        logger.debug("%s took %.1f s", type(command).__name__, time.perf_counter() - began)
     except Exception as error:
         log_error(channel.mesh.rank, error)
         failure = f"{type(error).__name__}: {error}"
@@ -207,9 +234,10 @@ def followed(channel: RankChannel) -> int:
 
 def main(words: Sequence[str] | None = None) -> int:
     """A rank that rank 0 has started."""
+    words = sys.argv[1:] if words is None else words
     live_as_long_as_rank_0()
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    mesh = mesh_of_words(sys.argv[1:] if words is None else words)
+    log_as_rank_0(words)
+    mesh = mesh_of_words(words)
     return followed(RankChannel(mesh, open_store(mesh)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from flexbatch.parallel.tensor_ranks import TensorRanks
 from flexbatch.planner.engine_plan import Deployment
 from flexbatch.planner.rank_commands import BeginEngine, CloseEngine, Leave, RankCommand, RunHead, RunPass
 from flexbatch.validation.errors import LostRankError
+
+logger = logging.getLogger("flexbatch")
 
 FOLLOWER = "flexbatch.planner.follower"
 
@@ -97,6 +100,8 @@ class Leader:
     @torch.inference_mode()
     def finish(self) -> None:
         """Bring passes to their ends that were given up here: the other ranks are still in them."""
+        if self.channel.broken:
+            self.unfinished.clear()
         with self.whole_or_broken():
             while self.unfinished:
                 chunks = self.unfinished.pop(0)
@@ -111,11 +116,11 @@ class Leader:
         except GeneratorExit:
             raise
         except BaseException:
-            self.channel.broken = True
             self.unfinished.clear()
             if self.processes is not None:
                 self.processes.closing.set()
                 self.processes.kill()
+            self.channel.abort()
             raise
 
     @contextlib.contextmanager
@@ -124,6 +129,7 @@ class Leader:
         try:
             yield
         except LostRankError as error:
+            self.channel.abort()
             if self.processes is None:
                 raise
             end = time.monotonic() + 1.0
@@ -159,7 +165,9 @@ def lead(deployment: Deployment) -> Leader | None:
         processes = RankProcesses(FOLLOWER, others)
     try:
         if channel is None:
+            began = time.perf_counter()
             channel = RankChannel(mesh, store)
+            logger.debug("met %d ranks in %.1f s", size - 1, time.perf_counter() - began)
         own_threads = max(1, threads // channel.mesh.local_size)
         opened = BeginEngine(
             deployment.config,

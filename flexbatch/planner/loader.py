@@ -64,8 +64,6 @@ class PlacedModel:
             stack.callback(self.tiers.close)
             self.queues = TransferQueues(device, tracer)
             stack.callback(self.queues.close)
-            if deployment.local_ranks > 1 and device.type == "cuda":
-                stack.callback(run_near(device))
             self.others = open_engines(deployment) if deployment.rank == 0 else None
             """Engines that share the line of requests with this one."""
             if self.others is not None:
@@ -74,6 +72,9 @@ class PlacedModel:
             """Of the other ranks; None on one of them, and where there are none."""
             if self.leader is not None:
                 stack.callback(self.leader.close)
+            if deployment.local_ranks > 1 and device.type == "cuda":
+                # Not before other ranks are started: they would inherit the cores, which may be far from their GPUs.
+                stack.callback(run_near(device, deployment.local_ranks))
             self._stack = stack.pop_all()
 
     def place(self, engine_plan: EnginePlan) -> tuple[WeightStore, Speculator | None]:
@@ -156,15 +157,22 @@ class PlacedModel:
             self._unload()
 
 
-def run_near(device: torch.device) -> Callable[[], None]:
-    """Have this process run, and get its memory, where its GPU is attached; returns what undoes it."""
-    found = torch.cuda.get_device_properties(device)
+def run_near(device: torch.device, local_ranks: int) -> Callable[[], None]:
+    """Have this process run, and get its memory, where its GPU is attached; returns what undoes it. local_ranks: of
+    this host, which share the cores of a node where their GPUs are attached to the same one."""
+    number = device.index or 0
+    near = [cores_near(each) for each in range(max(number + 1, min(local_ranks, torch.cuda.device_count())))]
+    if cores := near[number]:
+        torch.set_num_threads(numa.threads_near(near, number, torch.get_num_threads()))
+    return numa.run_on(cores)
+
+
+def cores_near(number: int) -> frozenset[int]:
+    """Of the node of a GPU; none where nobody says which it is."""
+    found = torch.cuda.get_device_properties(number)
     # Older versions of torch do not say where a GPU is.
     domain, bus, slot = (getattr(found, f"pci_{part}_id", -1) for part in ("domain", "bus", "device"))
-    cores = numa.cores_near(numa.pci_name(domain, bus, slot)) if bus >= 0 else frozenset()
-    if cores:
-        torch.set_num_threads(min(torch.get_num_threads(), len(cores)))
-    return numa.run_on(cores)
+    return numa.cores_near(numa.pci_name(domain, bus, slot)) if bus >= 0 else frozenset()
 
 
 def pieces_of(engine_plan: EnginePlan, skip: set[Key]) -> Iterator[Piece | QuantizedPiece]:

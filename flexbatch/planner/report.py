@@ -22,6 +22,8 @@ from flexbatch.speculative.speculator import Speculator
 logger = logging.getLogger("flexbatch")
 
 LOGGED_FAILURES = 3
+PASSES_PER_LINE = 10
+"""Of the log, at level DEBUG."""
 LOADED = ("loaded_bytes", "reused_bytes")
 OF_AN_ENGINE = (
     *("device", "budgets", "policy", "peak_bytes", "load_seconds", "seconds", "passes", "requests", "prompt_tokens"),
@@ -61,6 +63,8 @@ class Statistics(RunObserver):
 
     def after_pass(self, scheduler: Scheduler, batch: PassBatch, seconds: float) -> None:
         self.passes += 1
+        if self.passes % PASSES_PER_LINE == 0:
+            logger.debug("pass %d: %d sequences run, %.3f s", self.passes, len(scheduler.running), seconds)
         self.prefilled_tokens += batch.num_prompt_tokens
         self.preemptions += scheduler.aside.take_counts()
 

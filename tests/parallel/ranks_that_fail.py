@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+import time
 import traceback
 
 
 def main() -> int:
+    if sys.argv[2] == "3":
+        print("waiting", file=sys.stderr, flush=True)
+        wait_for_nothing()
     try:
         return 1 // 0
     except ZeroDivisionError:
         traceback.print_exc()
         return 7
+
+
+def wait_for_nothing() -> None:
+    time.sleep(60)

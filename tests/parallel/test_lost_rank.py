@@ -12,7 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from flexbatch.parallel.channel import RankChannel
 from flexbatch.parallel.processes import PACKAGE_ROOT
+from flexbatch.parallel.rank_links import RankLinks
+from flexbatch.planner.follower import aborting
+from flexbatch.planner.leader import Leader
+from flexbatch.planner.rank_commands import Leave
+from flexbatch.validation.errors import LostRankError
 from tests.parallel.meshes import PROMPTS, engine, free_port, start
 from tests.processes import Forked
 from tests.tiny_models import make_model
@@ -95,6 +101,57 @@ def test_rank_0_that_waits_for_something_else_is_ended():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 1 and done.stdout == "started\n"
     assert "rank 1 ended with exit code 7; its error is above" in done.stderr and "ZeroDivisionError" in done.stderr
+
+
+ASKED = """
+import sys, time
+sys.path.insert(0, {root!r})
+from flexbatch.parallel.mesh import Mesh
+from flexbatch.parallel.processes import WHERE_IT_STANDS, RankProcesses
+ranks = RankProcesses({module!r}, [Mesh(1, 3, "127.0.0.1:1", 1, 2, False)])
+sys.stdin.readline()
+ranks.processes[0].send_signal(WHERE_IT_STANDS)
+time.sleep(1)
+print(ranks.processes[0].poll())
+ranks.closing.set()
+ranks.kill()
+"""
+
+
+def test_a_rank_says_where_it_stands_and_goes_on():
+    """For a rank that nobody knows why it does not end."""
+    code = ASKED.format(root=str(PACKAGE_ROOT), module="tests.parallel.ranks_that_fail")
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, stderr=-1, text=True)
+    assert process.stdin is not None and process.stderr is not None
+    assert process.stderr.readline() == "waiting\n"
+    out, said = process.communicate("\n", timeout=SECONDS)
+    assert "in wait_for_nothing" in said and "in main" in said and out == "None\n", said
+
+
+class Spinning:
+    """A group of a GPU whose other rank is gone."""
+
+    aborted = False
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+@pytest.mark.parametrize("part", ["of a pass", "between passes", "of a follower"])
+def test_a_gpu_that_waits_for_a_rank_that_is_gone_is_freed(part):
+    """Closing anything would wait for what is queued on it, for ever."""
+    channel, group = RankChannel.__new__(RankChannel), Spinning()
+    channel.groups, channel.broken = {"tensor cuda": group}, False
+    leader = Leader(channel, RankLinks(), None, 1)
+    failing = {"of a pass": leader.whole_or_broken, "between passes": leader.saying_who_is_lost}
+    context = aborting(channel) if part == "of a follower" else failing[part]()
+    with pytest.raises(LostRankError), context:
+        raise LostRankError("rank 1 was killed")
+    assert group.aborted and channel.broken
+    leader.unfinished.append(iter(lambda: 1 / 0, None))
+    leader.finish()
+    with pytest.raises(LostRankError, match="open a new engine"):
+        leader.send(Leave())
 
 
 @pytest.mark.slow

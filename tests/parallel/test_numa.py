@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from flexbatch.parallel.numa import cores_in, cores_near, nodes, pci_name, run_on
+from flexbatch.parallel.numa import cores_in, cores_near, nodes, pci_name, run_on, threads_near
+from flexbatch.planner import loader
+from flexbatch.trace import Tracer
 
 TWO_SOCKETS = {0: "0-3,8-11", 1: "4-7,12-15"}
 
@@ -64,3 +68,43 @@ def test_a_process_runs_on_those_cores_that_it_may_and_on_all_again():
     assert os.sched_getaffinity(0) == before
     run_on({10_000})()
     assert os.sched_getaffinity(0) == before, "none of them is its own"
+
+
+@pytest.mark.parametrize(
+    ("near", "number", "wanted"),
+    [
+        ([range(16), range(16, 32)], 1, 16),  # a node each
+        ([range(16), range(16)], 1, 8),  # one node for both: 16 each would be two threads a core
+        ([range(16), range(16), range(16, 32)], 2, 12),  # no more than its share of the host
+        ([range(4)] * 8, 0, 1),
+    ],
+)
+def test_ranks_on_one_node_share_its_cores(near, number, wanted):
+    found = [frozenset(each) for each in near]
+    share = 12 if len(near) == 3 else 16
+    assert threads_near(found, number, share) == wanted
+
+
+def test_other_ranks_are_started_before_this_one_keeps_to_its_cores(monkeypatch, tmp_path):
+    """What a process starts inherits its cores, and may run on no others."""
+    called: list[str] = []
+
+    def noted(name):
+        def note(*_):
+            called.append(name)
+            return lambda: called.append(f"undone {name}")
+
+        return note
+
+    closing = SimpleNamespace(close=lambda: None)
+    monkeypatch.setattr(loader, "TransferQueues", lambda *_: closing)
+    monkeypatch.setattr(loader, "open_engines", lambda _: called.append("engines") or closing)
+    monkeypatch.setattr(loader, "lead", lambda _: called.append("ranks") or closing)
+    monkeypatch.setattr(loader, "run_near", noted("cores"))
+    config = SimpleNamespace(offload_path=None)
+    of_rank = {"rank": 0, "local_ranks": 4, "offload_dir": tmp_path, "device": torch.device("cuda", 0)}
+    deployment = SimpleNamespace(config=config, budgets={"gpu": 1, "cpu": 1, "disk": 1}, **of_rank)
+    model = loader.PlacedModel(deployment, Tracer())  # type: ignore[arg-type]
+    assert called == ["engines", "ranks", "cores"]
+    model.close()
+    assert called[3:] == ["undone cores"]

@@ -1,0 +1,114 @@
+"""What a run of `benchmark.parallel` does: one job on one mesh, in a process of its own."""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+SIZES = {"dp": "data_parallel_size", "pp": "pipeline_parallel_size", "tp": "tensor_parallel_size"}
+RESERVE_GIB = 1.0
+"""Of every GPU, outside of the engine's pools: context, libraries, collectives."""
+Tell = Callable[[dict[str, Any]], None]
+"""Is told what is known of a run, more than once."""
+
+logger = logging.getLogger("flexbatch")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a job whose number of prompts is prime: nothing divides evenly."""
+
+    model: str
+    settings: dict[str, Any]
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+CASES = {
+    "opt-30b": Case("opt-30b", {}, 383, 512, 32),
+    "llama-3-70b": Case("llama-3-70b", {"weight_bits": 4, "cache_bits": 4}, 1021, 512, 32),
+    "llama-3-8b": Case("llama-3-8b", {}, 509, 512, 64),
+    # For a look at the phases on processors: --models opt-125m --set 'device="cpu"' 'dtype="float32"'.
+    "opt-125m": Case("opt-125m", {}, 37, 64, 12),
+}
+
+
+def sizes_of(mesh: str) -> dict[str, int]:
+    """The settings of a mesh. Raises ValueError."""
+    parts = [] if mesh == "1" else [re.fullmatch(r"(dp|pp|tp)([1-9]\d*)", part) for part in mesh.split("x")]
+    if None in parts:
+        raise ValueError(f"mesh {mesh!r}: 1, or sizes as in tp2, pp2, dp2, pp2xtp2")
+    return {SIZES[part[1]]: int(part[2]) for part in parts if part is not None}
+
+
+def random_prompts(count: int, tokens: int, vocabulary: int, seed: int) -> list[list[int]]:
+    """Distinct ones, of different lengths."""
+    generator = random.Random(seed)
+    lengths = [generator.randint(3 * tokens // 4, tokens) for _ in range(count)]
+    return [[generator.randrange(10, vocabulary) for _ in range(length)] for length in lengths]
+
+
+def measured(case: Case, gpu_gib: float, sizes: dict[str, int], more: dict[str, Any], tell: Tell) -> None:
+    """One job on one mesh."""
+    from flexbatch import LLM, SamplingParams
+
+    began = time.perf_counter()
+    settings = {"gpu_memory": f"{gpu_gib - RESERVE_GIB}GiB", "dtype": "bfloat16", **case.settings, **sizes, **more}
+    params = SamplingParams(max_tokens=case.new_tokens, temperature=0, ignore_eos=True)
+    with LLM(case.model, dummy_weights=True, **settings) as llm:
+        logger.debug("engine open")
+        prompts = random_prompts(case.prompts, case.prompt_tokens, llm.arch.vocab_size, seed=1)
+        opened = time.perf_counter()
+        llm.prepare(prompts, params)
+        logger.debug("prepared: planned, loaded, and a block made; now warming up")
+        loaded = time.perf_counter()
+        # Kernels compile and the links wake up.
+        warm_up = random_prompts(min(61, case.prompts // 3), case.prompt_tokens, llm.arch.vocab_size, seed=3)
+        llm.generate(warm_up, SamplingParams(max_tokens=3, temperature=0, ignore_eos=True))
+        prepared = time.perf_counter()
+        logger.debug("warm; the job begins")
+        answers = llm.generate(prompts, params)
+        ended = time.perf_counter()
+        logger.debug("the job took %.2f s", ended - prepared)
+        report = llm.report()
+        tokens, seconds = sum(len(answer.token_ids) for answer in answers), ended - prepared
+        names = ("plan", "prediction", "job", "policy", "percent", "memory", "peak_bytes", "moved_bytes", "passes")
+        prediction = report.get("prediction", {})
+        predicted = prediction.get("predicted_tokens_per_second")
+        found = {
+            "open_seconds": opened - began,
+            "load_seconds": loaded - opened,
+            "warm_up_seconds": prepared - loaded,
+            "seconds": seconds,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "predicted_tokens_per_second": predicted,
+            "bound_tokens_per_second": prediction.get("bound_tokens_per_second"),
+            "measured_over_predicted": tokens / seconds / predicted if predicted else None,
+            "predicted_job_seconds": report.get("job", {}).get("predicted_seconds"),
+            "first_tokens": " ".join(str(answer.token_ids[0]) for answer in answers),
+            "answers": " ".join(f"{zlib.crc32(str(answer.token_ids).encode()):x}" for answer in answers),
+            **{name: report[name] for name in names if name in report},
+        }
+        tell(found)
+        closing = time.perf_counter()
+    logger.debug("closed")
+    tell({**found, "close_seconds": time.perf_counter() - closing})
+
+
+def checked(model: str, sizes: dict[str, int], device: str, tell: Tell) -> None:
+    """Greedy tokens of a small model in float32, weights and cache on GPU and host."""
+    from flexbatch import LLM, SamplingParams
+
+    settings = {"dtype": "float32", "percent": (40, 60, 40, 60, 50, 50), "gpu_batch_size": 3, "num_gpu_batches": 2}
+    params = SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)
+    with LLM(model, device=device, gpu_memory="4GiB", cpu_memory="4GiB", **settings, **sizes) as llm:
+        prompts = random_prompts(13, 90, min(256, llm.arch.vocab_size), seed=2)
+        tell({"token_ids": [answer.token_ids for answer in llm.generate(prompts, params)]})
