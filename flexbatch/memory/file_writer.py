@@ -1,8 +1,7 @@
-"""Files of the offload folder, written by a thread beside the loading; and what its threads may hold of the host."""
+"""Files of the offload folder, written by a thread beside the loading."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,32 +10,8 @@ from torch import Tensor
 
 from flexbatch.memory.files import DiskFile, align
 from flexbatch.memory.layer_files import write_layer_file
+from flexbatch.memory.load_buffers import ByteBudget, LoadBuffers
 from flexbatch.memory.weight_plan import PlacedTensor
-
-
-class ByteBudget:
-    """Bytes that several threads hold together, at most ``most_bytes``: whoever wants more waits. One that wants more
-    than that alone gets it when nobody else holds any."""
-
-    def __init__(self, most_bytes: int) -> None:
-        self.most_bytes = most_bytes
-        self.used_bytes = self.peak_bytes = 0
-        self._changed = threading.Condition()
-
-    def take(self, num_bytes: int) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: not self.used_bytes or self.used_bytes + num_bytes <= self.most_bytes)
-            self.used_bytes += num_bytes
-            self.peak_bytes = max(self.peak_bytes, self.used_bytes)
-
-    def give(self, num_bytes: int) -> None:
-        with self._changed:
-            self.used_bytes -= num_bytes
-            self._changed.notify_all()
-
-    def check(self) -> None:
-        """Invariant: what was given was taken."""
-        assert 0 <= self.used_bytes <= self.peak_bytes, (self.used_bytes, self.peak_bytes)
 
 
 class FileWriter:
@@ -52,12 +27,13 @@ class FileWriter:
         self,
         folder: Callable[[], Path],
         budget: ByteBudget,
+        buffers: LoadBuffers,
         pool: ThreadPoolExecutor,
         written: Callable[[PlacedTensor, DiskFile], None],
     ) -> None:
         """folder: asked for when there is something to write. ``written`` takes over each file, open. ``pool``: its
         threads digest and write chunks."""
-        self.folder, self.budget, self.pool, self.written = folder, budget, pool, written
+        self.folder, self.budget, self.buffers, self.pool, self.written = folder, budget, buffers, pool, written
         self.error: BaseException | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="flexbatch-files")
 
@@ -70,7 +46,7 @@ class FileWriter:
             raise self.error
 
     def submit(self, placed: PlacedTensor, buffer: Tensor) -> None:
-        """Have the content (`empty_buffer`) of a tensor written for which bytes are reserved."""
+        """Have the content of a tensor written for which bytes are reserved; its buffer is given back."""
         self._thread.submit(self._write, placed, buffer)
 
     def _write(self, placed: PlacedTensor, buffer: Tensor) -> None:
@@ -80,6 +56,7 @@ class FileWriter:
         except BaseException as error:
             self.error = error
         finally:
+            self.buffers.give(buffer)
             self.budget.give(align(placed.num_bytes))
 
     def finish(self) -> None:

@@ -61,13 +61,6 @@ def file_bytes(placed: PlacedTensor) -> int:
     return align(placed.num_bytes) + ALIGNMENT
 
 
-def empty_buffer(placed: PlacedTensor) -> Tensor:
-    """uint8 [align(num_bytes)] on the host for the content of a file, aligned for direct transfers."""
-    buffer = aligned_empty(align(placed.num_bytes))
-    buffer[placed.num_bytes :] = 0
-    return buffer
-
-
 def seal(label: str, digests: list[bytes]) -> Tensor:
     """The last ALIGNMENT bytes of a file."""
     content = FORMAT + combined(label, digests).encode() + b"\n"
@@ -75,7 +68,8 @@ def seal(label: str, digests: list[bytes]) -> Tensor:
 
 
 def write_layer_file(folder: Path, placed: PlacedTensor, buffer: Tensor, pool: ThreadPoolExecutor) -> DiskFile:
-    """Write a tensor's bytes (`empty_buffer`), atomically, and open what was written. Raises OffloadError."""
+    """Write a tensor's bytes, padded with zeros to ALIGNMENT, atomically, and open what was written. Raises
+    OffloadError."""
     path = layer_file(folder, placed)
     make_folder(folder)
     make_folder(path.parent)
@@ -103,8 +97,8 @@ def read_seal(file: DiskFile, offset: int) -> Tensor:
 def open_layer_file(
     folder: Path, placed: PlacedTensor, pool: ThreadPoolExecutor, buffer: Tensor | None = None
 ) -> DiskFile | None:
-    """The tensor's file, checked whole; None where there is none that can be trusted. ``buffer`` (`empty_buffer`) takes
-    its content.
+    """The tensor's file, checked whole; None where there is none that can be trusted. ``buffer`` (as long as
+    that, at a multiple of ALIGNMENT) takes its content.
     """
     path = layer_file(folder, placed)
     try:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from flexbatch.memory.file_writer import ByteBudget
+from flexbatch.memory.load_buffers import ByteBudget
 
 THREADS = 4
 """With a GPU: one of them copies while another one's kernels run and a third takes codes back to the host. Without one

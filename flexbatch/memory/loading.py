@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -13,9 +14,10 @@ from pathlib import Path
 from torch import Tensor
 
 from flexbatch.memory.conversion import Converter
-from flexbatch.memory.file_writer import ByteBudget, FileWriter
+from flexbatch.memory.file_writer import FileWriter
 from flexbatch.memory.files import DiskFile, align
-from flexbatch.memory.layer_files import empty_buffer, open_layer_file
+from flexbatch.memory.layer_files import open_layer_file
+from flexbatch.memory.load_buffers import ByteBudget, LoadBuffers
 from flexbatch.memory.load_meter import LoadMeter
 from flexbatch.memory.load_threads import THREADS, LoadThreads
 from flexbatch.memory.tensor_views import TensorView, view_of
@@ -67,6 +69,7 @@ class Loader:
         self.num_file_threads = max(DISK_THREADS, min(FILE_THREADS, cores))
         host = store.tiers.cpu
         self.budget = ByteBudget(min(FILE_BYTES, max(0, host.budget_bytes - host.total_used_bytes)))
+        self.buffers = LoadBuffers(pinned=store.device.type == "cuda")
         self._lock = threading.Lock()
 
     def filed(self, placed: PlacedTensor) -> bool:
@@ -78,7 +81,7 @@ class Loader:
         that came from the checkpoint."""
         meter = LoadMeter(sum(placed.num_bytes for placed in self.placed.values()))
         pool = ThreadPoolExecutor(self.num_file_threads, thread_name_prefix="flexbatch-chunks")
-        with contextlib.closing(meter), pool:
+        with contextlib.closing(meter), contextlib.closing(self.buffers), pool:
             reused = self.reuse(pool, meter)
             if len(reused) < len(self.placed):
                 meter.to_file_bytes = sum(
@@ -134,8 +137,8 @@ class Loader:
                 self.store.files[key] = file
             return file is not None
         self.budget.take(align(placed.num_bytes))
+        data = self.buffers.take(placed.num_bytes)
         try:
-            data = empty_buffer(placed)
             file = open_layer_file(folder, placed, pool, data)
             if file is None:
                 return False
@@ -143,6 +146,7 @@ class Loader:
             self.store.views[key].copy_codes(view_of(data, placed, 0, self.store.dtype))
             return True
         finally:
+            self.buffers.give(data)
             self.budget.give(align(placed.num_bytes))
 
     # From the checkpoint
@@ -150,7 +154,9 @@ class Loader:
     def read(self, pieces: Iterator[Piece | QuantizedPiece], pool: ThreadPoolExecutor, meter: LoadMeter) -> None:
         """Bring all pieces to their tiers, and the tensors that have files into these."""
         threads = LoadThreads(self.store.device, self.num_threads)
-        writer = None if self.folder is None else FileWriter(self.path, self.budget, pool, self.written(meter))
+        writer = (
+            None if self.folder is None else FileWriter(self.path, self.budget, self.buffers, pool, self.written(meter))
+        )
         try:
             for piece in pieces:
                 threads.run(partial(self.write, piece, threads, writer, meter), piece.num_bytes)
@@ -209,9 +215,16 @@ class Loader:
             return self.store.views[key]
         with self._lock:
             if key not in self.building:
-                buffer = empty_buffer(placed)
+                buffer = self.buffer_of(placed)
                 self.building[key] = (buffer, view_of(buffer, placed, 0, self.store.dtype))
             return self.building[key][1]
+
+    def buffer_of(self, placed: PlacedTensor) -> Tensor:
+        """For the content of a tensor: what no number fills is zero, so that equal tensors are equal files."""
+        buffer = self.buffers.take(placed.num_bytes)
+        if placed.quantized:
+            buffer[math.prod(placed.codes_shape) : placed.codes_bytes] = 0
+        return buffer
 
     def file(self, key: Key, placed: PlacedTensor, writer: FileWriter) -> None:
         """Have a complete tensor written to its file."""
@@ -221,7 +234,7 @@ class Loader:
                 with self._lock:
                     buffer, _ = self.building.pop(key)
             else:
-                buffer = empty_buffer(placed)
+                buffer = self.buffer_of(placed)
                 view_of(buffer, placed, 0, self.store.dtype).copy_codes(self.store.views[key])
             self.check_source()
         except BaseException:
@@ -237,3 +250,4 @@ class Loader:
             assert self.placed[key].tier == "disk" and key not in self.store.files, key
         assert self.budget.used_bytes == 0, self.budget.used_bytes
         self.budget.check()
+        self.buffers.check()

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexbatch.kernels import reference
+from flexbatch.kernels import ops, reference
 from flexbatch.memory import layer_files
 from flexbatch.memory.files import OffloadError
 from flexbatch.memory.layer_files import layer_file, open_layer_file
+from flexbatch.memory.load_buffers import LoadBuffers
 from flexbatch.memory.load_meter import LoadMeter
 from flexbatch.memory.loading import Loader
 from flexbatch.memory.weight_plan import PlacedTensor, plan_weights
@@ -74,7 +75,7 @@ def same_weights(store: WeightStore, bits: int = 16, seed: int = 3) -> bool:
             if piece.layer != layer:
                 continue
             if bits != 16 and tensor.dim() == 2 and layer < ARCH.num_layers:
-                quantize = reference.fit if bits == 4 else reference.quantize
+                quantize = ops.fit if bits == 4 else ops.quantize
                 tensor = reference.dequantize(*quantize(tensor, bits, 8), tensor.shape[1], bits, 8)
             if not torch.equal(found[piece.role], tensor):
                 return False
@@ -297,6 +298,25 @@ def test_files_are_written_while_the_next_tensors_are_read(tmp_path: Path, monke
     last_read.set()
     assert load(2 * 4096).budget.peak_bytes <= 2 * 4096
     assert load(1).budget.peak_bytes == 2 * 4096, "the largest tensor"
+
+
+def test_buffers_are_used_again_and_kept_no_more_than_were_in_use() -> None:
+    buffers = LoadBuffers(pinned=False)
+    first, second = buffers.take(5000), buffers.take(4096)
+    first[:5000] = second[:] = 7
+    assert first.tolist() == [7] * 5000 + [0] * 3192 and buffers.used_bytes == 3 * 4096
+    address = first.data_ptr()
+    buffers.give(first)
+    again = buffers.take(4100)
+    assert again.data_ptr() == address and again[4100:].tolist() == [0] * 4092 and int(again[4099]) == 7
+    buffers.give(again)
+    buffers.give(second)
+    third = buffers.take(2 * 4096 + 1)
+    buffers.check()
+    assert buffers.used_bytes == 3 * 4096 == buffers.peak_bytes
+    assert third.data_ptr() % 4096 == 0 and not buffers._kept, "what was kept makes way for another size"
+    buffers.close()
+    buffers.check()
 
 
 def test_an_interrupt_does_not_wait_for_what_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
