@@ -38,7 +38,7 @@ GOAL_PERCENT = 2.0
 WEIGHT_GROUP, CACHE_GROUP, FIT = (
     "flexbatch.engine.weight_group",
     "flexbatch.planner.budgets.cache_group",
-    "flexbatch.kernels.reference.fit",
+    "flexbatch.kernels.ops.fit",
 )
 PLAIN: list[tuple[str, int, int, dict[str, Any]]] = [("", weights, cache, {}) for weights in BITS for cache in BITS]
 VARIANTS: tuple[tuple[str, int, int, dict[str, Any]], ...] = (

@@ -34,9 +34,12 @@ SOURCES = (
     "native_many_rows.c",
     "native_append.c",
     "native_experts.c",
+    "native_quant.c",
 )
 # Infinities and NaN keep their meaning (masked scores are -inf): of -ffast-math only the harmless parts.
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+OWN_FLAGS = {"native_quant.c": ("-ffp-contract=off",)}
+"""Expanded weights are bit for bit those of the oracle, which rounds products before it adds."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -44,7 +47,9 @@ class BuildError(RuntimeError):
     """There is no working C compiler, or nowhere to put the library."""
 
 
-class _Cache(ctypes.Structure):
+class Cache(ctypes.Structure):
+    """`cache_t` of native_rows.h."""
+
     _fields_ = [
         ("rows", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("row_bytes", "num_kv_heads", "head_dim", "bits", "group", "dtype")),
@@ -53,7 +58,7 @@ class _Cache(ctypes.Structure):
 
 class _Attention(ctypes.Structure):
     _fields_ = [
-        ("cache", _Cache),
+        ("cache", Cache),
         *(
             (name, ctypes.c_void_p)
             for name in (
@@ -101,7 +106,7 @@ def _compile(compiler: str, sources: list[Path], cache_folder: Path, key: str) -
         with tempfile.TemporaryDirectory(dir=cache_folder) as folder:
             objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
             commands = [
-                [compiler, *FLAGS, *compile_flags, "-c", str(source), "-o", item]
+                [compiler, *FLAGS, *compile_flags, *OWN_FLAGS.get(source.name, ()), "-c", str(source), "-o", item]
                 for source, item in zip(sources, objects, strict=True)
             ]
             commands.append([compiler, "-shared", *objects, *link_flags, "-lm", "-o", f"{folder}/library.so"])
@@ -125,7 +130,7 @@ def build(cache_folder: Path) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     parts = [
         version,
-        " ".join(FLAGS),
+        f"{FLAGS} {OWN_FLAGS}",
         str(_openmp_flags()),
         _processor(),
         *((here / name).read_text() for name in SOURCES),
@@ -178,7 +183,14 @@ def library(cache_folder: Path | None = None) -> ctypes.CDLL | None:
     loaded.flexbatch_experts_bytes.restype = ctypes.c_int64
     loaded.flexbatch_expert_rows.argtypes = [ctypes.c_void_p] * 2
     loaded.flexbatch_expert_rows.restype = None
-    loaded.flexbatch_append_rows.argtypes = [ctypes.POINTER(_Cache), *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 4]
+    loaded.flexbatch_append_rows.argtypes = [ctypes.POINTER(Cache), *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 4]
+    loaded.flexbatch_expand_weights.argtypes = [ctypes.POINTER(Cache), *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2]
+    loaded.flexbatch_expand_weights.restype = None
+    loaded.flexbatch_fit_weights.argtypes = [
+        *(ctypes.POINTER(Cache), *[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_void_p),
+        *[ctypes.c_int64] * 3,
+    ]
+    loaded.flexbatch_fit_weights.restype = None
     return loaded
 
 
@@ -186,7 +198,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _cache(rows: Tensor, num_kv_heads: int, head_dim: int, bits: int, group: int, dtype: torch.dtype) -> _Cache:
+def _cache(rows: Tensor, num_kv_heads: int, head_dim: int, bits: int, group: int, dtype: torch.dtype) -> Cache:
     assert rows[:1].is_contiguous(), f"a token row must be contiguous, got strides {rows.stride()}"
     row_bytes, needed = (
         rows.stride(0) * rows.element_size(),
@@ -195,7 +207,7 @@ def _cache(rows: Tensor, num_kv_heads: int, head_dim: int, bits: int, group: int
     assert row_bytes >= needed, (
         f"a token row of {num_kv_heads} heads of {head_dim} at {bits} bits takes {needed} bytes, these have {row_bytes}"
     )
-    return _Cache(rows.data_ptr(), row_bytes, num_kv_heads, head_dim, bits, group, DTYPES[dtype])
+    return Cache(rows.data_ptr(), row_bytes, num_kv_heads, head_dim, bits, group, DTYPES[dtype])
 
 
 def paged_attention(

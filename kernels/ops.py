@@ -20,6 +20,7 @@ from flexbatch.kernels import (
     mxfp4_reference,
     native,
     native_experts,
+    native_quant,
     reference,
 )
 
@@ -96,6 +97,8 @@ def fit(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
         from flexbatch.kernels import quant_fit
 
         return quant_fit.fit(x, bits, group)
+    if native_quant.usable(x.dtype, bits, group):
+        return native_quant.fit(x, bits, group)
     return reference.fit(x, bits, group)
 
 
@@ -107,6 +110,8 @@ def dequantize(
         from flexbatch.kernels import quant
 
         return quant.dequantize(codes, parameters, size, bits, group, out=out)
+    if native_quant.usable(parameters.dtype, bits, group):
+        return native_quant.dequantize(codes, parameters, size, bits, group, out)
     dense = reference.dequantize(codes, parameters, size, bits, group)
     return dense if out is None else out.copy_(dense)
 

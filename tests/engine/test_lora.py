@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from flexbatch import LLM, LoRARequest, SamplingParams
 from flexbatch.execution.graphs import DecodeGraphs
 from flexbatch.execution.scheduler import Scheduler
-from flexbatch.kernels import reference
+from flexbatch.kernels import ops, reference
 from flexbatch.policy.limits import weight_group
 from flexbatch.validation.errors import CheckpointError, ConfigurationError, DoesNotFitError
 from tests.execution.test_graphs import Recorder
@@ -145,7 +145,7 @@ def test_adapters_beside_quantized_weights(bits, eight, tmp_path):
     for name in linear_modules(model):
         weight = model.get_submodule(name).weight
         group = weight_group(model.config.hidden_size)
-        coder = reference.fit if bits == 4 else reference.quantize
+        coder = ops.fit if bits == 4 else reference.quantize
         codes, parameters = coder(weight.data, bits, group)
         weight.data.copy_(reference.dequantize(codes, parameters, weight.shape[1], bits, group))
     names = ("a1", "a4", None)

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.kernels import reference
+from flexbatch.kernels import ops, reference
 from flexbatch.memory import files
 from flexbatch.memory.files import DiskFile
 from flexbatch.memory.loading import Loader
@@ -55,7 +55,7 @@ def expected(arch: Arch, bits: int) -> dict[int, dict[str, torch.Tensor]]:
     for piece in pieces(arch):
         tensor = piece.tensor
         if bits != 16 and tensor.dim() == 2 and 0 <= piece.layer < arch.num_layers:
-            codes, parameters = (reference.fit if bits == 4 else reference.quantize)(tensor, bits, 8)
+            codes, parameters = (ops.fit if bits == 4 else ops.quantize)(tensor, bits, 8)
             tensor = reference.dequantize(codes, parameters, tensor.shape[1], bits, 8)
         found[piece.layer][piece.role] = tensor
     if arch.tie_word_embeddings:
