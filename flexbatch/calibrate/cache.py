@@ -11,6 +11,7 @@ import torch
 
 from flexbatch.calibrate.identity import machine_key
 from flexbatch.calibrate.measure import capacities, logger, measure
+from flexbatch.calibrate.phases import Phases
 from flexbatch.calibrate.profile_file import write_hardware
 from flexbatch.policy.hardware import Hardware, read_hardware
 
@@ -26,6 +27,7 @@ def cached(
     disk_folder: Path,
     overrides: Mapping[str, Any] | None = None,
     refresh: bool = False,
+    phases: Phases | None = None,
 ) -> Hardware:
     """The machine's profile from ``cache_folder``, measured at first use, and again where the file is damaged or of
     another version."""
@@ -41,7 +43,7 @@ def cached(
                 for tier in ("gpu_memory", "cpu_memory", "disk")
             )
         )
-    hardware = measure(device, disk_folder, overrides)
+    hardware = measure(device, disk_folder, overrides, phases)
     try:
         write_hardware(hardware, path)
     except OSError as error:

@@ -41,12 +41,12 @@ or 1.2 ms a pass and 0.37 or 0.5 ms a tick."""
 ROUNDS = 2
 """Every measurement of the host is repeated so often, and the fastest counts: other users of it come and go within
 seconds."""
-ATTENDED_SEQUENCES, ATTENDED_HEADS, ATTENDED_LAYERS, ATTENDED_CONTEXTS = 32, 32, 8, (128, 512)
+ATTENDED_SEQUENCES, ATTENDED_HEADS, ATTENDED_LAYERS, ATTENDED_CONTEXTS = 32, 32, 4, (128, 512)
 """Sequences of a micro-batch, heads, layers and prompt tokens of the passes that CPU attention is measured in, with
-layers as wide as those of models of 7 billion: calls of 67 and 268 MB, sixteen of them a pass. Of 0.67 GB a pass
+layers as wide as those of models of 7 billion: calls of 67 and 268 MB, eight of them a pass. Of 0.67 GB a pass
 with half as wide layers the processor's caches kept a part: 130 to 154 GB/s on H200's hosts, where the passes of
 models of 7 and 13 billion saw 95 to 120."""
-ATTENDED_BYTES = 144 * MIB
+ATTENDED_BYTES = 72 * MIB
 """Host memory of such a sequence and its counterpart in the other micro-batch, in bytes; with the weights, a quarter of
 what is free has to do."""
 

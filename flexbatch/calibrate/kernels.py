@@ -20,6 +20,7 @@ from torch import Tensor
 from flexbatch.calibrate.experts import expert_curves
 from flexbatch.calibrate.fits import fit_curve
 from flexbatch.calibrate.host import ALONE, host_rates
+from flexbatch.calibrate.phases import Phases
 from flexbatch.kernels import native, ops, reference
 from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.memory.tiers import HostArena
@@ -68,37 +69,32 @@ def as_in_the_engine(rows: Tensor) -> Tensor:
     return arena.tensor.view(rows.dtype).view(rows.shape).copy_(rows)
 
 
+def cache_rows(num_tokens: int, kv_heads: int, dtype: torch.dtype, device: torch.device, bits: int = 16) -> Tensor:
+    """Token rows of a cache, in host memory of the engine's own kind where the device is the CPU."""
+    rows = normal((num_tokens, 2, kv_heads, HEAD_DIM), dtype, device)
+    if bits != 16:
+        row_bytes = reference.token_bytes(kv_heads, HEAD_DIM, bits, GROUP, dtype.itemsize)
+        packed = torch.zeros(num_tokens, row_bytes, dtype=torch.uint8, device=device)
+        slots = torch.arange(num_tokens, device=device)
+        ops.append_rows(packed, slots, rows[:, 0].contiguous(), rows[:, 1].contiguous(), bits, GROUP)
+        rows = packed
+    return as_in_the_engine(rows) if device.type == "cpu" else rows
+
+
 def attention_call(
-    num_sequences: int,
+    rows: Tensor,
     query_tokens: int,
     context: int,
     heads: tuple[int, int],
     dtype: torch.dtype,
-    device: torch.device,
     bits: int = 16,
-) -> Any:
-    """(a call of `ops.paged_attention` over pages in random order, bytes of its cache). ``heads``: query heads,
-    key-value heads."""
+) -> Callable[[], Tensor]:
+    """A call of `ops.paged_attention` over `cache_rows`, its pages in random order. ``heads``: query heads, key-value
+    heads."""
     num_heads, kv_heads = heads
-    pages_each = context // PAGE_TOKENS
-    rows = normal((num_sequences * context, 2, kv_heads, HEAD_DIM), dtype, device)
-    num_bytes = rows.numel() * rows.element_size()
-    if bits != 16:
-        row_bytes = reference.token_bytes(kv_heads, HEAD_DIM, bits, GROUP, dtype.itemsize)
-        packed = torch.zeros(rows.shape[0], row_bytes, dtype=torch.uint8, device=device)
-        ops.append_rows(
-            packed,
-            torch.arange(rows.shape[0], device=device),
-            rows[:, 0].contiguous(),
-            rows[:, 1].contiguous(),
-            bits,
-            GROUP,
-        )
-        rows = packed
-    if device.type == "cpu":
-        rows = as_in_the_engine(rows)
+    pages_each, num_sequences, device = context // PAGE_TOKENS, len(rows) // context, rows.device
     table = torch.randperm(num_sequences * pages_each).view(num_sequences, pages_each).int().to(device)
-    query = torch.randn(num_sequences * query_tokens, num_heads, HEAD_DIM, device=device).to(dtype)
+    query = normal((num_sequences * query_tokens, num_heads, HEAD_DIM), dtype, device)
     starts = torch.arange(0, num_sequences * query_tokens + 1, query_tokens, dtype=torch.int32, device=device)
     lens = torch.full((num_sequences,), context, dtype=torch.int32, device=device)
 
@@ -118,23 +114,25 @@ def attention_call(
             max_context_len=context,
         )
 
-    return call, num_bytes
+    return call
 
 
 def attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Returns the rates of the compute device: single query tokens over 16-bit and quantized rows, and prompts."""
     gpu = device.type == "cuda"
     sequences, heads = (128, (32, 32)) if gpu else (16, (8, 8))
-    call, size = attention_call(sequences, 1, CONTEXT, heads, dtype, device)
-    rates = {"attention_decode": size / seconds(call, device)}
+    rows = cache_rows(sequences * CONTEXT, heads[1], dtype, device)
+    size = rows.numel() * rows.element_size()
+    rates = {"attention_decode": size / seconds(attention_call(rows, 1, CONTEXT, heads, dtype), device)}
     if gpu:
         from flexbatch.kernels import attention
 
         rates["attention_tile_keys"] = float(attention.choose_launch(dtype, HEAD_DIM, 16, 1).block_n)
-    call, size = attention_call(sequences, 1, CONTEXT, heads, dtype, device, bits=4)
+    packed = cache_rows(sequences * CONTEXT, heads[1], dtype, device, bits=4)
+    call = attention_call(packed, 1, CONTEXT, heads, dtype, bits=4)
     rates["attention_expand"] = size / seconds(call, device)
     prompts = 8 if gpu else 1
-    call, _ = attention_call(prompts, CONTEXT, CONTEXT, heads, dtype, device)
+    call = attention_call(rows[: prompts * CONTEXT], CONTEXT, CONTEXT, heads, dtype)
     rates["attention_prefill"] = (
         4.0 * prompts * heads[0] * HEAD_DIM * CONTEXT * (CONTEXT + 1) / 2 / seconds(call, device)
     )
@@ -171,24 +169,13 @@ def cpu_attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, A
     kv_heads = 8
     sequences = size // (CONTEXT * 2 * kv_heads * HEAD_DIM * dtype.itemsize)
 
-    def call_of(query_heads: int, bits: int = 16) -> tuple[Callable[[], object], int]:
-        # What is quantized takes the memory of both while it is made.
-        return attention_call(
-            sequences if bits == 16 else sequences // 2,
-            1,
-            CONTEXT,
-            (query_heads * kv_heads, kv_heads),
-            dtype,
-            host,
-            bits,
-        )
-
     def curve_of(bits: int) -> Curve:
-        rates = []
-        for query_heads in QUERY_HEADS:
-            call, num_bytes = call_of(query_heads, bits)
-            rates.append(num_bytes / seconds(call, host, 6))
-            del call  # with its cache: the next one takes as much
+        # What is quantized takes the memory of both while it is made.
+        rows = cache_rows((sequences if bits == 16 else sequences // 2) * CONTEXT, kv_heads, dtype, host, bits)
+        # As if the rows had 16 bits: an engine counts tokens.
+        num_bytes = len(rows) * 2 * kv_heads * HEAD_DIM * dtype.itemsize
+        calls = (attention_call(rows, 1, CONTEXT, (heads * kv_heads, kv_heads), dtype, bits) for heads in QUERY_HEADS)
+        rates = [num_bytes / seconds(call, host, 4) for call in calls]
         # More query heads do not read the cache faster: the regression runs from the most to one.
         falling, _ = fit_curve(QUERY_HEADS, rates[::-1])
         return Curve(falling.points, falling.values[::-1])
@@ -199,7 +186,9 @@ def cpu_attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, A
         "cpu_attention_4": curve_of(4),
     }
     if device.type == "cpu":
-        attention, link = beside(*call_of(QUERY_HEADS[0]))
+        rows = cache_rows(sequences * CONTEXT, kv_heads, dtype, host)
+        call = attention_call(rows, 1, CONTEXT, (kv_heads, kv_heads), dtype)
+        attention, link = beside(call, rows.numel() * rows.element_size())
         rates |= {"cpu_attention_during_h2d": attention, "h2d_during_cpu_attention": link}
     return rates
 
@@ -229,19 +218,28 @@ def beside(attend: Callable[[], object], num_bytes: int, rounds: int = 10) -> tu
         return rounds * num_bytes / took, link.result()
 
 
-def kernel_rates(device: str) -> dict[str, Any]:
-    """Fields of `policy.hardware.Hardware`, for `calibrate.measure`. Takes about 20 seconds with a GPU, most
+def kernel_rates(device: str, phases: Phases | None = None) -> dict[str, Any]:
+    """Fields of `policy.hardware.Hardware`, for `calibrate.measure`. Takes about 15 seconds with a GPU, some
     of it compilation, and 5 without."""
+    phases = phases or Phases()
     dev = torch.empty(0, device=device).device  # with its number
     dtype = torch.bfloat16 if dev.type == "cuda" else torch.float32
     with torch.no_grad():
-        rates = attention_rates(dev, dtype) | cpu_attention_rates(dev, dtype)
-        rates |= host_rates(dev)
+        with phases.of("attention"):
+            rates = attention_rates(dev, dtype)
+        with phases.of("attention on the CPU"):
+            rates |= cpu_attention_rates(dev, dtype)
+        with phases.of("passes of small models"):
+            rates |= host_rates(dev)
         if native.library() is not None:
-            rates |= expert_curves(dev, dtype)
+            with phases.of("experts on the CPU"):
+                rates |= expert_curves(dev, dtype)
         # As in passes of the engine, where less of the machine is left to attention than beside nothing.
         share = min(1.0, rates.pop(ALONE, math.inf) / rates["cpu_attention"].values[0])
         for name in ("cpu_attention", "cpu_attention_8", "cpu_attention_4"):
             rates[name] = Curve(rates[name].points, tuple(share * rate for rate in rates[name].values))
         rates["cpu_attention_during_h2d"] = min(rates["cpu_attention_during_h2d"], rates["cpu_attention"].values[0])
-        return rates | page_rates(dev) if dev.type == "cuda" else rates
+        if dev.type == "cuda":
+            with phases.of("pages over the link"):
+                rates |= page_rates(dev)
+        return rates

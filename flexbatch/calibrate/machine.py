@@ -17,8 +17,8 @@ from flexbatch.validation.errors import ConfigurationError
 
 logger = logging.getLogger("flexbatch")
 
-IDLE_SECONDS = 12.0
-"""What a profile takes on an idle CPU machine; it grows with the processes that share the cores."""
+IDLE_SECONDS = {"cpu": 12.0, "cuda": 20.0}
+"""What a profile takes on an idle machine; it grows with the processes that share the cores."""
 PATIENCE_SECONDS = 20.0
 
 
@@ -55,16 +55,18 @@ def this_machine(device: torch.device, disk_folder: Path, cache_folder: Path, me
     while not disk_folder.exists():
         disk_folder = disk_folder.parent
     path = cache_path(cache_folder, str(device), disk_folder)
-    expected = IDLE_SECONDS * max(1.0, (os.getloadavg()[0] + 1) / (os.cpu_count() or 1))
+    expected = IDLE_SECONDS[device.type] * max(1.0, (os.getloadavg()[0] + 1) / (os.cpu_count() or 1))
     if measure and (device.type == "cuda" or expected <= PATIENCE_SECONDS):
         from flexbatch.calibrate.kernels import kernel_rates
+        from flexbatch.calibrate.phases import Phases
 
         logger.info(
             "measuring this machine's links, processors and disk once, about %s; --hardware %s skips it",
             *(duration_text(expected), shipped_for(device)),
         )
-        hardware = cached(cache_folder, str(device), disk_folder, kernel_rates(str(device)))
-        logger.info("measured %s -> %s", hardware.name, path)
+        phases = Phases()
+        hardware = cached(cache_folder, str(device), disk_folder, kernel_rates(str(device), phases), phases=phases)
+        logger.info("measured %s (%s) -> %s", hardware.name, phases.text, path)
         return hardware
     why = (
         f"measuring would take about {expected:.0f} s at a load of {os.getloadavg()[0]:.1f}"

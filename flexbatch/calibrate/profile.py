@@ -21,7 +21,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         "flexbatch profile",
         description="Measure this machine for the policy optimizer: links, kernels, host and disk. Takes about 20 s on "
-        "an idle CPU machine, a minute with a GPU. Every run measures by itself at first use; this is for other "
+        "an idle CPU machine or with a GPU. Every run measures by itself at first use; this is for other "
         "machines' plans.",
         first={
             "--output": "JSON file to write",
@@ -64,18 +64,20 @@ def write_profile(options: argparse.Namespace) -> None:
     import torch
 
     from flexbatch.calibrate.measure import measure
+    from flexbatch.calibrate.phases import Phases
     from flexbatch.calibrate.profile_file import write_hardware
 
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     start = time.perf_counter()
-    kernels = {}
+    kernels, phases = {}, Phases(lambda line: print(line, file=sys.stderr, flush=True))
     if options.kernels == "engine":
         from flexbatch.calibrate.kernels import kernel_rates
 
-        kernels = kernel_rates(device)
-    hardware = measure(device, options.offload_dir, kernels)
+        kernels = kernel_rates(device, phases)
+    hardware = measure(device, options.offload_dir, kernels, phases)
     write_hardware(hardware, options.output)
     print(f"{hardware.name}: measured in {time.perf_counter() - start:.1f} s -> {options.output}", file=sys.stderr)
+    print(f"  {phases.text}", file=sys.stderr)
     for name, error in hardware.fit_error.items():
         print(f"  fit error of {name}: {error:.1%}", file=sys.stderr)
 

@@ -11,6 +11,7 @@ import torch
 from flexbatch.calibrate import machine
 from flexbatch.calibrate.cache import cache_path, cached
 from flexbatch.calibrate.machine import known_machine, this_machine
+from flexbatch.calibrate.phases import Phases
 from flexbatch.calibrate.profile_file import write_hardware
 from flexbatch.policy.hardware import Hardware, load_hardware
 from flexbatch.validation.devices import named_machine
@@ -65,13 +66,15 @@ def measured(monkeypatch):
     """Counts measurements, which take a moment and not seconds."""
     calls = []
 
-    def measure(device, disk_folder, overrides=None):
+    def measure(device, disk_folder, overrides=None, phases=None):
         calls.append(device)
+        with (phases or Phases()).of("the disk"):
+            pass
         return load_hardware("cpu")
 
     monkeypatch.setattr("flexbatch.calibrate.machine.known_machine", known_machine)  # all others know none
     monkeypatch.setattr("flexbatch.calibrate.cache.measure", measure)
-    monkeypatch.setattr("flexbatch.calibrate.kernels.kernel_rates", lambda device: {})
+    monkeypatch.setattr("flexbatch.calibrate.kernels.kernel_rates", lambda device, phases: {})
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     return calls
 
@@ -138,3 +141,14 @@ def test_a_profile_that_cannot_be_kept_is_used_all_the_same(tmp_path, measured, 
     folder.write_text("a file where the folder should be")
     assert cached(folder, "cpu", tmp_path) == load_hardware("cpu") and len(measured) == 1
     assert "cannot be kept" in caplog.text
+
+
+def test_what_is_measured_is_said_while_it_is(tmp_path, measured, caplog):
+    caplog.set_level(logging.INFO, "flexbatch")
+    this_machine(torch.device("cpu"), tmp_path, tmp_path)
+    said = [message for message in caplog.messages if "measur" in message]
+    assert said[0].startswith("measuring this machine's links, processors and disk once, about 12")
+    assert said[1] == "measuring the disk" and "(the disk 0.0 s)" in said[2]
+    caplog.clear()
+    this_machine(torch.device("cpu"), tmp_path, tmp_path)
+    assert not [message for message in caplog.messages if "measur" in message], "a known machine"
