@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flexbatch.apps.serve.keys import Keys
+from flexbatch.apps.serve.listening import listening
 from flexbatch.apps.serve.settings import ServeConfig
 from flexbatch.cli.command import run_command, set_up_logging
 from flexbatch.cli.early_checks import check_engine
@@ -66,19 +67,19 @@ def command(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     check_engine(engine)
     if keys is None and not config.is_local:
         logger.warning("everybody who can connect to %s may ask: --api-key-file FILE names keys", config.host)
-    from flexbatch.apps.serve.state import ServerState
+    with listening(config) as bound:
+        from flexbatch.apps.serve.state import ServerState
 
-    state = ServerState(Path(config.state_dir).expanduser().absolute())
-    try:
-        from flexbatch.apps.batch import model_identity
-        from flexbatch.apps.serve.process import listening, serve
+        state = ServerState(Path(config.state_dir).expanduser().absolute())
+        try:
+            from flexbatch.apps.batch import model_identity
+            from flexbatch.apps.serve.process import serve
 
-        with listening(config) as bound:
             serve(config, engine, state, bound, keys, model_identity)
-    except KeyboardInterrupt:
-        logger.info("stopped while it started")
-    finally:
-        state.close()
+        except KeyboardInterrupt:
+            logger.info("stopped while it started")
+        finally:
+            state.close()
     return DONE
 
 

@@ -45,21 +45,6 @@ def names_of(config: ServeConfig, engine: EngineConfig) -> Names:
     return Names(name, tuple(request.name for request in parse_loras(engine.lora)))
 
 
-def listening(config: ServeConfig) -> socket.socket:
-    """A socket at the address, before anything is loaded. Raises ConfigurationError."""
-    try:
-        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        made = socket.socket(family, kind, protocol)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-    except OSError as error:
-        raise ConfigurationError(
-            f"cannot listen at --host {config.host} --port {config.port}: {error.strerror}; choose others"
-        ) from None
-    return made
-
-
 def check_unfinished(state: ServerState, identity: dict[str, Any]) -> None:
     """Raises ConfigurationError where batches wait that were begun with another model or other settings: they would go
     on with answers of another kind."""
