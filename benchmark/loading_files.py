@@ -186,15 +186,17 @@ def write_gguf(config: dict[str, Any], blocks: tuple[str, int, int], path: Path)
     writer.add_rope_dimension_count(config.get("head_dim") or hidden // heads)
     writer.add_rope_freq_base(config["rope_theta"])
     generator = np.random.default_rng(0)
+    drawn = generator.integers(0, 256, (1 << 22) + 7, dtype=np.uint8)
 
     def coded(rows: int, columns: int) -> np.ndarray:
-        data = generator.integers(0, 256, (rows, columns // elements, size), dtype=np.uint8)
+        data = np.resize(drawn, (rows, columns // elements, size))
         scale = np.array([0.002, 0.002], dtype=np.float16).view(np.uint8)
         data[:, :, : 4 if name == "Q4_K" else 2] = scale[: 4 if name == "Q4_K" else 2]
         return data.reshape(rows, -1)
 
     def table() -> np.ndarray:
-        return (generator.standard_normal((vocabulary, hidden), dtype=np.float32) * 0.02).astype(np.float16)
+        values = generator.standard_normal(1 << 22, dtype=np.float32) * 0.02
+        return np.resize(values.astype(np.float16), (vocabulary, hidden))
 
     ones = np.ones(hidden, dtype=np.float32)
     writer.add_tensor("token_embd.weight", table())
