@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from flexbatch.models.gguf.blocks import block_sizes, type_names
-from flexbatch.models.gguf.parts import parts_of, pointer_remedy
+from flexbatch.models.gguf.parts import MAGIC, parts_of, pointer_remedy
 from flexbatch.models.source import StoredTensor
 from flexbatch.validation.checks import short
 from flexbatch.validation.errors import CheckpointError, reason
 
-MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Value types of the metadata -> formats of `struct`."""
