@@ -160,6 +160,10 @@ def plan_job(
     one may have. Raises ConfigurationError."""
     check_folders(location, folder)
     source = open_source(location, config, max_request)
+    if config.lora_column is not None and not engine.lora:
+        raise ConfigurationError(
+            f"--lora-column {config.lora_column} names adapters, and none is given: add --lora NAME=FOLDER for each"
+        )
     if not isinstance(source, OpenAISource) and config.lora_column is None:
         engine = for_all_rows(engine, "--lora-column COLUMN, or --lora-default NAME for all")
     partitions = sorted({name for group in source.row_groups for name in partition_values(group.folder)})

@@ -60,6 +60,8 @@ def test_a_column_names_the_adapter_of_each_row(models, tmp_path, capsys):
             assert row["generated_text"] == texts[name or None][i] and not row["error"]
     assert main([str(source), str(tmp_path / "other"), *words_of(folder, "a", "b")]) == 2
     assert "--lora names 2 adapters, and no row says which is its own: --lora-column" in capsys.readouterr().err
+    assert main([*words[:2], "--model", str(folder / "model"), "--lora-column", "adapter", "--device", "cpu"]) == 2
+    assert "--lora-column adapter names adapters, and none is given: add --lora NAME=FOLDER" in capsys.readouterr().err
 
 
 def test_the_model_of_an_openai_request_chooses(models, tmp_path):

@@ -152,6 +152,11 @@ def test_no_space_before_a_text_where_the_file_says_so(architecture: str, tmp_pa
     [
         (lambda writer: None, "has no tokenizer: tokenizer.ggml.tokens is missing"),
         (lambda writer: writer.add_token_list(["a", "b"]), "tokenizer.ggml.model is missing"),
+        (lambda writer: (writer.add_tokenizer_model("gpt2"), writer.add_token_list(["a"])), "ggml.merges is missing"),
+        (
+            lambda writer: (writer.add_tokenizer_model("llama"), writer.add_token_list(["a"])),
+            "ggml.merges or scores is missing",
+        ),
         (lambda writer: (writer.add_tokenizer_model("rwkv"), writer.add_token_list(["a"])), "'rwkv'"),
         (
             lambda writer: (sentencepiece(writer), writer.add_pad_token_id(100_000)),
