@@ -145,6 +145,17 @@ def settings_for_manifest(params: SamplingParams) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
+def with_adapters(engine: EngineConfig, config: JobConfig) -> EngineConfig:
+    """The settings where rows are those of a table, which choose adapters by a column. Raises ConfigurationError."""
+    if config.lora_column is None:
+        return for_all_rows(engine, "--lora-column COLUMN, or --lora-default NAME for all")
+    if not engine.lora:
+        raise ConfigurationError(
+            f"--lora-column {config.lora_column} names adapters, and none is given: add --lora NAME=FOLDER for each"
+        )
+    return engine
+
+
 def plan_job(
     location: str,
     folder: str,
@@ -160,12 +171,7 @@ def plan_job(
     one may have. Raises ConfigurationError."""
     check_folders(location, folder)
     source = open_source(location, config, max_request)
-    if config.lora_column is not None and not engine.lora:
-        raise ConfigurationError(
-            f"--lora-column {config.lora_column} names adapters, and none is given: add --lora NAME=FOLDER for each"
-        )
-    if not isinstance(source, OpenAISource) and config.lora_column is None:
-        engine = for_all_rows(engine, "--lora-column COLUMN, or --lora-default NAME for all")
+    engine = engine if isinstance(source, OpenAISource) else with_adapters(engine, config)
     partitions = sorted({name for group in source.row_groups for name in partition_values(group.folder)})
     schema = without_errors(source.schema)
     if not isinstance(source, OpenAISource):
