@@ -63,12 +63,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def inspect(engine: EngineConfig) -> dict[str, Any]:
-    """Everything that is told, by stable names; "plan" is a line, or None beside "plan_error". Raises
-    CheckpointError."""
+    """Everything that is told, by stable names; "plan" is a line, or None beside "plan_error". Raises CheckpointError
+    for what could not run: weights that are not those of the configuration, adapters of another model."""
     from flexbatch.models import checkpoint, inspection
     from flexbatch.models.opened import open_configured
 
     model = open_configured(engine)
+    model.check()
     files = (
         {"path": None, "format": "random weights"} if model.folder is None else inspection.describe_files(model.folder)
     )
@@ -85,7 +86,9 @@ def inspect(engine: EngineConfig) -> dict[str, Any]:
     except DoesNotFitError as error:
         found |= {"plan_error": str(error), "fits": False}
         weights = weights_alone(engine, model)
-    except CheckpointError as error:  # a tokenizer that cannot be read
+    except CheckpointError as error:
+        if "error" not in found["tokenizer"]:
+            raise  # of an adapter, or a draft
         found |= {"plan_error": str(error)}
         weights = weights_alone(engine, model)
     else:

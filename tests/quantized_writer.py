@@ -85,8 +85,9 @@ def integers(bits: int, block: str | int | tuple[int, int], packed: bool, symmet
         else:
             stored["weight"] = tensor(values, torch.int8)
         if not symmetric:
+            words = packed and block != "tensor"  # compressed-tensors packs those of groups and rows alone
             stored["weight_zero_point"] = (
-                bit_words((zero - low).T, bits).T.contiguous() if packed else tensor(zero, torch.int8)
+                bit_words((zero - low).T, bits).T.contiguous() if words else tensor(zero, torch.int8)
             )
         if order:
             stored["weight_g_idx"] = tensor(group, torch.int32)
@@ -267,6 +268,7 @@ KINDS: dict[str, Kind] = {
     "int4-zeros": integers(4, 32, packed=True, symmetric=False),
     "int4-rows": integers(4, "channel", packed=True, symmetric=True),
     "int4-rows-zeros": integers(4, "channel", packed=True, symmetric=False),
+    "int4-tensor-zeros": integers(4, "tensor", packed=True, symmetric=False),
     "int8": integers(8, 32, packed=True, symmetric=True),
     "int8-rows-zeros": integers(8, "channel", packed=True, symmetric=False),
     "int2": integers(2, 32, packed=True, symmetric=False),

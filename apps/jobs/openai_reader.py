@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +16,9 @@ from flexbatch.apps.jobs.openai_source import LINE
 from flexbatch.apps.jobs.rows import RowRequest, row_seed
 from flexbatch.request import SamplingParams
 from flexbatch.validation.checks import short
+
+MOST_NAMED = 20
+"""Names that an error tells."""
 
 
 class OpenAIReader:
@@ -67,7 +71,22 @@ class OpenAIReader:
 def check_model(call: Call, models: Collection[str] | None) -> None:
     """Raises RequestError for a request that names a model which is not one of these; None: any will do."""
     if models is not None and call.model and call.model not in models:
-        raise RequestError("model_not_found", f"the model {short(call.model)} does not exist here", call)
+        known = ", ".join(map(repr, list(models)[:MOST_NAMED])) + (", ..." if len(models) > MOST_NAMED else "")
+        raise RequestError(
+            "model_not_found", f"the model {short(call.model)} does not exist here; known: {known}", call
+        )
+
+
+def names_here(model: str, adapters: Sequence[str]) -> tuple[str, ...] | None:
+    """What a request of a batch file may call the model or one of its adapters. Files are written for other servers, so
+    that any name will do where there is nothing to choose (None); where there are adapters, one that is misspelled
+    would be answered by the model without it.
+    """
+    if not adapters:
+        return None
+    path = Path(model).expanduser()
+    own = (path.resolve().name, path.stem if path.is_file() else "") if path.exists() else ()
+    return tuple(dict.fromkeys(name for name in (*adapters, model, *own) if name))
 
 
 def with_prompts(

@@ -21,7 +21,7 @@ from flexbatch.apps.jobs.json_lines import JsonLinesSource
 from flexbatch.apps.jobs.layout import Part, default_part_rows, first_rows, plan_parts
 from flexbatch.apps.jobs.locations import check_folders, is_dataset_name
 from flexbatch.apps.jobs.manifest import FORMAT, fingerprint_digest
-from flexbatch.apps.jobs.openai_reader import OpenAIReader
+from flexbatch.apps.jobs.openai_reader import OpenAIReader, names_here
 from flexbatch.apps.jobs.openai_responses import OpenAIOutput
 from flexbatch.apps.jobs.openai_source import OpenAISource
 from flexbatch.apps.jobs.prompts import Template, check_length, row_error
@@ -145,6 +145,17 @@ def settings_for_manifest(params: SamplingParams) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
+def with_adapters(engine: EngineConfig, config: JobConfig) -> EngineConfig:
+    """The settings where rows are those of a table, which choose adapters by a column. Raises ConfigurationError."""
+    if config.lora_column is None:
+        return for_all_rows(engine, "--lora-column COLUMN, or --lora-default NAME for all")
+    if not engine.lora:
+        raise ConfigurationError(
+            f"--lora-column {config.lora_column} names adapters, and none is given: add --lora NAME=FOLDER for each"
+        )
+    return engine
+
+
 def plan_job(
     location: str,
     folder: str,
@@ -156,12 +167,11 @@ def plan_job(
     max_request: int = MAX_LINE,
 ) -> BatchJob:
     """Plans a job; reads schemas and footers of the input, nothing else of Parquet. ``models`` and ``urls``: those that
-    requests of an OpenAI batch file may name; None: any that are known. ``max_request``: bytes that one may have.
-    Raises ConfigurationError."""
+    requests of an OpenAI batch file may name; None: `names_here`, and any that are known. ``max_request``: bytes that
+    one may have. Raises ConfigurationError."""
     check_folders(location, folder)
     source = open_source(location, config, max_request)
-    if not isinstance(source, OpenAISource) and config.lora_column is None:
-        engine = for_all_rows(engine, "--lora-column COLUMN, or --lora-default NAME for all")
+    engine = engine if isinstance(source, OpenAISource) else with_adapters(engine, config)
     partitions = sorted({name for group in source.row_groups for name in partition_values(group.folder)})
     schema = without_errors(source.schema)
     if not isinstance(source, OpenAISource):
@@ -177,6 +187,7 @@ def plan_job(
                 "--prompt-logprobs is for columns of prompts; requests of the OpenAI API ask by echo and logprobs"
             )
         names = [request.name for request in parse_loras(engine.lora)]
+        models = names_here(engine.model, names) if models is None else models
         reader = OpenAIReader(params, engine.seed, config.max_tokens, source.repeated, names, models, urls)
     else:
         warn_of_equal_prompts(config, [*schema.names, *partitions])

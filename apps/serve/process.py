@@ -37,12 +37,19 @@ STOP_SECONDS = 10.0
 
 
 def names_of(config: ServeConfig, engine: EngineConfig) -> Names:
-    """A model that lies in a folder has the folder's name: clients need not know where."""
+    """A model that lies in a folder has the folder's name: clients need not know where. Raises ConfigurationError where
+    an adapter is called so, too."""
     name = config.served_model_name
     if name is None:
         path = Path(engine.model).expanduser()
         name = path.resolve().name if path.exists() else engine.model
-    return Names(name, tuple(request.name for request in parse_loras(engine.lora)))
+    names = Names(name, tuple(request.name for request in parse_loras(engine.lora)))
+    if name in names.adapters:
+        raise ConfigurationError(
+            f"--lora {name}=...: requests could not tell the adapter from the model, which is called {name!r}, too; "
+            "give one of them another name (--served-model-name)"
+        )
+    return names
 
 
 def check_unfinished(state: ServerState, identity: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from flexbatch.models import families
 from flexbatch.models.ahead import ahead
 from flexbatch.models.arch import Arch
 from flexbatch.models.assignment import Assignment, assign, untied
-from flexbatch.models.config_types import KEYS, check_keys
+from flexbatch.models.config_types import KEYS, QUANTIZERS, check_keys
 from flexbatch.models.gguf import files as gguf_files
 from flexbatch.models.gguf.parts import is_gguf
 from flexbatch.models.quantized import decoding
@@ -39,8 +39,8 @@ __all__ = ["CheckpointError", "Piece", "QuantizedPiece", "load", "prequantized",
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
-    """config.json, with the special tokens of generation_config.json where there is one: `generate` of transformers
-    stops at those."""
+    """config.json, with the special tokens of generation_config.json where there is one (`generate` of transformers
+    stops at those) and the quantization that one of `QUANTIZERS` tells where it does not."""
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"model folder {folder} does not exist")
@@ -51,6 +51,10 @@ def read_config(folder: Path | str) -> dict[str, Any]:
         with _saying(folder):
             check_keys(generation, {name: KEYS[name] for name in names}, file="generation_config.json")
         config = {**config, **{name: generation[name] for name in names if generation.get(name) is not None}}
+    for name, method in QUANTIZERS.items():
+        if not (config.get("quantization_config") or config.get("compression_config")) and (folder / name).is_file():
+            told = {key: value for key, value in read_json(folder / name).items() if value is not None}
+            config = {**config, "quantization_config": {"quant_method": method, **told}}
     return config
 
 

@@ -84,6 +84,8 @@ POSITIVE, NOT_NEGATIVE = above(0), above(0, included=True)
 # Below 1 angles grow along the head, until their cosines overflow.
 BASE = above(1, 1e15, included=True)
 
+QUANTIZERS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Files in which AutoGPTQ and AutoAWQ told how they had quantized, before config.json did."""
 KEYS: dict[str, Rule] = {
     "model_type": TEXT,
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), whole(0, MAX_EXPERTS)),

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from flexbatch.files.atomic import replacing
+from flexbatch.models.config_types import QUANTIZERS
 from flexbatch.models.gguf.parts import WEIGHT_FILES, is_gguf, parts_of
 from flexbatch.validation.errors import CheckpointError, reason
 
@@ -44,7 +45,7 @@ RECORDS = "digests"
 """Folder of the records inside the offload folder."""
 
 OTHER_FILES = (
-    *("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json", *QUANTIZERS),
     *("tokenizer*", "chat_template*", "additional_chat_templates/*.jinja", "*vocab*", "merges.txt", "tekken.json"),
     *("*.model", "*.tiktoken", "*.tokenizer", "*.spm", "*.codes", "dict.txt"),
     *("emoji.json", "byte_maps.json", "normalizer.json", "word_shape.json", "word_pronunciation.json"),
@@ -166,7 +167,9 @@ def weight_identity_files(folder: Path) -> list[Path]:
     from flexbatch.models.source import weight_files  # torch, which nothing else here needs
 
     index = next((name for name in WEIGHT_FILES if (folder / name).is_file()), "")
-    return [folder / "config.json", *([folder / index] if index.endswith(".index.json") else []), *weight_files(folder)]
+    told = ["config.json", *(name for name in QUANTIZERS if (folder / name).is_file())]
+    told += [index] if index.endswith(".index.json") else []
+    return [*(folder / name for name in told), *weight_files(folder)]
 
 
 def model_files_digest(folder: Path | str, records: Path | None = None) -> dict[str, str]:

@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexbatch.models.gguf.parts import WEIGHT_FILES, find_gguf, is_gguf, parts_of
+from flexbatch.models.gguf.parts import SUFFIX, WEIGHT_FILES, begins_as_gguf, find_gguf, is_gguf, parts_of
+from flexbatch.models.lora.request import CONFIG_FILE
 from flexbatch.policy.shapes import SHAPES
 from flexbatch.policy.suggest import did_you_mean, neighbor
 from flexbatch.validation.errors import CheckpointError
@@ -43,9 +44,10 @@ def resolve(model: str) -> Path:
     if folder.is_file() and is_gguf(folder):
         return parts_of(folder)[0]
     if folder.exists():
-        raise CheckpointError(
-            f"{folder} is a file; give the folder that holds config.json and the weights, or a GGUF file (.gguf)"
-        )
+        remedy = "give the folder that holds config.json and the weights, or a GGUF file (.gguf)"
+        if begins_as_gguf(folder):  # Ollama's have digests for names
+            remedy = f"it holds a GGUF model: give it a name that ends in {SUFFIX}, by ln -s, say"
+        raise CheckpointError(f"{folder} is a file; {remedy}")
     if model in BUNDLED:
         raise CheckpointError(f"the bundled model {model} is not at {folder}: the installation is incomplete")
     if not HUB_ID.fullmatch(model):
@@ -55,7 +57,7 @@ def resolve(model: str) -> Path:
             f"model {model!r} is no local folder, but the name of a public shape: with --dummy-weights it runs with "
             "random weights; trained ones have a Hub id such as facebook/opt-30b"
         )
-    if "/" not in model and (meant := did_you_mean(model, BUNDLED, LIKE_BUNDLED)):
+    if "/" not in model and (meant := did_you_mean(model, [*BUNDLED, *WHEELS], LIKE_BUNDLED)):
         raise CheckpointError(f"model {model!r} is no local folder{meant}")
     return _download(model)
 
@@ -67,7 +69,8 @@ def _in_folder(folder: Path) -> Path:
     if file := find_gguf(folder):
         return file
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is no model folder: it has neither config.json nor a GGUF file")
+        remedy = "; it holds an adapter, which --lora NAME=FOLDER adds to its model" * (folder / CONFIG_FILE).is_file()
+        raise CheckpointError(f"{folder} is no model folder: it has neither config.json nor a GGUF file{remedy}")
     return folder
 
 

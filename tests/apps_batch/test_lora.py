@@ -60,6 +60,8 @@ def test_a_column_names_the_adapter_of_each_row(models, tmp_path, capsys):
             assert row["generated_text"] == texts[name or None][i] and not row["error"]
     assert main([str(source), str(tmp_path / "other"), *words_of(folder, "a", "b")]) == 2
     assert "--lora names 2 adapters, and no row says which is its own: --lora-column" in capsys.readouterr().err
+    assert main([*words[:2], "--model", str(folder / "model"), "--lora-column", "adapter", "--device", "cpu"]) == 2
+    assert "--lora-column adapter names adapters, and none is given: add --lora NAME=FOLDER" in capsys.readouterr().err
 
 
 def test_the_model_of_an_openai_request_chooses(models, tmp_path):
@@ -71,15 +73,22 @@ def test_the_model_of_an_openai_request_chooses(models, tmp_path):
             "url": "/v1/completions",
             "body": {"model": name, "prompt": prompt, "temperature": 0},
         }
-        for i, (prompt, name) in enumerate(zip(PROMPTS, ["a", "base", "b", "b", "a", "base"], strict=True))
+        for i, (prompt, name) in enumerate(
+            zip(PROMPTS, ["a", "model", "b", "bb", None, str(folder / "model")], strict=True)
+        )
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     out = tmp_path / "out"
-    assert main([str(tmp_path / "in.jsonl"), str(out), "--input-format", "openai", *words_of(folder, "a", "b")]) == 0
+    assert main([str(tmp_path / "in.jsonl"), str(out), "--input-format", "openai", *words_of(folder, "a", "b")]) == 3
     answers = [json.loads(line) for path in sorted(out.glob("part-*")) for line in path.read_text().splitlines()]
     for i, answer in enumerate(answers):
-        name, body = lines[i]["body"]["model"], answer["response"]["body"]
-        assert body["choices"][0]["text"] == texts[None if name == "base" else name][i] and body["model"] == name
+        name = lines[i]["body"]["model"]
+        if name == "bb":  # one that is misspelled is not answered by the model without it
+            assert "the model 'bb' does not exist here; known: 'a', 'b', " in json.dumps(answer)
+            continue
+        body = answer["response"]["body"]
+        assert body["choices"][0]["text"] == texts[name if name in ("a", "b") else None][i]
+        assert body["model"] == (name or "")
 
 
 def test_the_only_one_holds_for_all_rows(models, tmp_path, capsys):

@@ -14,6 +14,10 @@ import openai
 import psutil
 import pytest
 
+from flexbatch.apps.serve.process import names_of
+from flexbatch.apps.serve.settings import ServeConfig
+from flexbatch.config import EngineConfig
+from flexbatch.validation.errors import ConfigurationError
 from tests.apps_serve.helpers import PLACED, Server, begin_batch, content, ended, line, records, some_lines, wait_for
 
 LONG = {"model": "demo", "prompt": "x", "max_tokens": 1900, "temperature": 0, "ignore_eos": True}
@@ -333,3 +337,12 @@ def test_two_hundred_interactive_requests_beside_a_batch_of_two_thousand(tmp_pat
             print(f"interactive {asked}: {seconds:.1f} s, {tokens / seconds:.0f} tokens/s")
     finally:
         server.stop()
+
+
+def test_an_adapter_may_not_be_called_as_the_model(tmp_path: Path) -> None:
+    folder = tmp_path / "sql"
+    folder.mkdir()
+    engine = EngineConfig(model=str(folder), lora=("law=a", "sql=b"))
+    with pytest.raises(ConfigurationError, match=r"--lora sql=.* another name \(--served-model-name\)"):
+        names_of(ServeConfig(), engine)
+    assert names_of(ServeConfig(served_model_name="base"), engine).all == ("base", "law", "sql")

@@ -14,8 +14,11 @@ from transformers import AutoConfig
 from flexbatch.apps.inspect_model import main
 from flexbatch.models import checkpoint, source
 from flexbatch.models.gguf import blocks
+from flexbatch.models.resolve import resolve
+from flexbatch.validation.errors import CheckpointError
 from tests.gguf_writer import write_gguf
-from tests.quantized_writer import KINDS, write_model
+from tests.peft_folders import linear_modules, write_adapter
+from tests.quantized_writer import KINDS, configure, write_model
 from tests.tiny_models import make_model, make_tokenizer
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4}
@@ -142,6 +145,31 @@ def test_what_does_not_fit_is_told_in_one_line(models: dict[str, Path], told: Ca
 def test_a_model_without_tokenizer(models: dict[str, Path], told: Callable[..., tuple[int, str]]) -> None:
     code, out = told(str(models["without"]))
     assert code == 0 and "tokenizer:     none: " in out and "stored as:" in out
+
+
+def test_what_could_not_run_is_an_error(models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Weights that the configuration does not explain, and an adapter of another model."""
+    write_model(tmp_path / "codes", KINDS["gptq-sym"], **SIZES)
+    configure(tmp_path / "codes", quantization_config=None)
+    other = make_model("llama", tmp_path / "other", tokenizer=False, **{**SIZES, "intermediate_size": 64})
+    adapter = write_adapter(tmp_path / "adapter", other, linear_modules(other))
+    words = (str(models["folder"]), "--device", "cpu", "--lora")
+    for arguments, said in (
+        ((str(tmp_path / "codes"), "--device", "cpu"), "is in codes"),
+        ((*words, f"a={adapter}"), "does not fit the model"),
+        ((str(adapter),), "it holds an adapter, which --lora NAME=FOLDER adds"),
+    ):
+        assert main([*arguments]) == 2
+        told = capsys.readouterr()
+        assert said in told.err and not told.out
+
+
+def test_names_that_are_nearly_right(models: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "sha256-77").write_bytes(models["gguf"].read_bytes())
+    with pytest.raises(CheckpointError, match=r"it holds a GGUF model: give it a name that ends in \.gguf"):
+        resolve(str(tmp_path / "sha256-77"))
+    with pytest.raises(CheckpointError, match="did you mean smollm2"):
+        resolve("smolm2")
 
 
 def test_random_weights(told: Callable[..., tuple[int, str]]) -> None:

@@ -165,6 +165,32 @@ def test_ends_of_turns_stop_too(tmp_path: Path) -> None:
     assert open_model(str(path)).arch.eos_token_ids == (2, 77)
 
 
+@pytest.mark.parametrize(
+    "more, template, stops",
+    [
+        (None, "{{ '<end_of_turn>' }}", (2, 80)),
+        (lambda writer: writer.add_eot_token_id(77), "{{ '<end_of_turn>' }}", (2, 77)),
+        (None, "{{ '<|end|>' + '<|im_end|>' }}", (2, 81)),
+        (None, "{{ messages }}", (2,)),
+    ],
+)
+def test_older_files_name_the_end_of_a_turn_in_their_template_alone(
+    more: Any, template: str, stops: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Gemma's and Phi's of 2024: their answers would go on to max_tokens."""
+
+    def named(writer: gguf.GGUFWriter) -> None:
+        tokens = writer.kv_data[0]["tokenizer.ggml.tokens"].value
+        tokens[80], tokens[81] = "<end_of_turn>", "<|end|>"
+        writer.kv_data[0].pop("tokenizer.chat_template")
+        writer.add_chat_template(template)
+        if more is not None:
+            more(writer)
+
+    path, _ = make_file(tmp_path, {"": "F16"}, more=named)
+    assert open_model(str(path)).arch.eos_token_ids == stops
+
+
 def test_folders_and_parts(tmp_path: Path) -> None:
     kinds = {"": "Q8_0"}
     whole, model = make_file(tmp_path / "whole", kinds)

@@ -258,6 +258,29 @@ def test_the_tensor_of_all_adapters(llama, tmp_path):
     assert replace(adapters, default="1").id_of(None) == 2
 
 
+@pytest.mark.parametrize("first, second", [(1, 1), (1e6, 1e-6), (1e-7, 1e7), (3e4, 3e-5), (1, 1e-6), (1, 0)])
+def test_no_factor_leaves_the_range_of_float16(first, second, folder, llama):
+    """One that is small beside a large one keeps its bits: their product is what counts."""
+
+    def scaled(tensors):
+        for name, tensor in tensors.items():
+            tensor.mul_(first if "lora_A" in name else second)
+
+    change_tensors(folder, scaled)
+    adapters = AdapterSet(llama[1].arch, (read_adapter(LoRARequest("a", 1, str(folder)), llama[1].arch),))
+    for matrix in adapters.matrices.values():
+        tensor = adapters.tensor((matrix.layer, matrix.tensor_role), torch.float16).double()
+        down, up = tensor[: matrix.rows * matrix.inputs].view(-1, matrix.inputs), tensor[matrix.rows * matrix.inputs :]
+        for update, (row, rank, element), width in zip(
+            matrix.updates[0], matrix.segments()[0], matrix.widths, strict=True
+        ):
+            found = up[element : element + rank * width].view(rank, width).t() @ down[row : row + rank]
+            left, right = (factor.double() for factor in update.factors(llama[1].arch))
+            wanted, most = right @ left, right.abs() @ left.abs()
+            assert (found - wanted).abs().max() <= 2**-9 * most.max()
+            assert down[row : row + rank].abs().max() <= 1.001 * max(1, left.abs().max()), "inner products have 16 bits"
+
+
 def test_the_digest_is_of_the_content(folder):
     before = adapter_digest(folder)
     change_tensors(folder, lambda tensors: tensors[f"{Q1}A.weight"][0, 0].add_(1e-3))

@@ -3,6 +3,7 @@ formats (tests/quantized_writer.py)."""
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from flexbatch.models import checkpoint
 from flexbatch.models.checkpoint import CheckpointError, QuantizedPiece
+from flexbatch.models.fingerprint import WeightFiles, model_files_digest
 from flexbatch.models.quantized.decoding import planned_formats
 from flexbatch.models.quantized.scheme import Form
 from flexbatch.models.specs import weight_specs
@@ -32,7 +34,7 @@ FORMS: dict[str, Form | None] = {
 }
 """What the matrices are kept in. Others are expanded, or have a scale for a row."""
 BY_ROWS = {
-    **dict.fromkeys(("int4-rows", "int4-rows-zeros"), 4),
+    **dict.fromkeys(("int4-rows", "int4-rows-zeros", "int4-tensor-zeros"), 4),
     **dict.fromkeys(("int8-rows-zeros", "bytes-rows", "bytes-rows-zeros", "bytes-tensor", "bnb-int8"), 8),
     "gptq-8-rows-v2": 8,
 }
@@ -61,6 +63,24 @@ def assert_read_as_meant(folder: Path, model: torch.nn.Module, plain: Path) -> N
             torch.testing.assert_close(
                 tensor, meant[key], atol=1e-6, rtol=2e-7, msg=lambda text, key=key: f"{key} {text}"
             )
+
+
+@pytest.mark.parametrize("name, file", [("gptq-8", "quantize_config.json"), ("awq-gemv", "quant_config.json")])
+def test_older_folders_tell_it_in_a_file_beside(name: str, file: str, tmp_path: Path) -> None:
+    """AutoGPTQ and AutoAWQ did, with keys of their own and no quant_method."""
+    model = write_model(tmp_path / "codes", KINDS[name], **{**SIZES, "num_hidden_layers": 1})
+    before = WeightFiles(tmp_path / "codes").identity
+    configure(tmp_path / "codes", quantization_config=None)
+    told = {key: value for key, value in KINDS[name].config.items() if key != "quant_method"}
+    if name.startswith("awq"):
+        told = {"zero_point": True, "q_group_size": told["group_size"], "w_bit": told["bits"], "version": "GEMV"}
+    (tmp_path / "codes" / file).write_text(json.dumps({**told, "model_file_base_name": None}))
+    assert_read_as_meant(tmp_path / "codes", model, tmp_path / "plain")
+    assert checkpoint.prequantized(tmp_path / "codes", checkpoint.read_arch(tmp_path / "codes"))
+    found = WeightFiles(tmp_path / "codes").identity
+    (tmp_path / "codes" / file).write_text(json.dumps({**told, "group_size": 64}))
+    assert len({before, found, WeightFiles(tmp_path / "codes").identity}) == 3
+    assert file in model_files_digest(tmp_path / "codes")
 
 
 @pytest.mark.parametrize("name", KINDS)

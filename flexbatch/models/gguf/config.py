@@ -29,7 +29,7 @@ from flexbatch.models.config_types import (
 )
 from flexbatch.models.gguf.architectures import Config, GGUFFamily, Values, family_of
 from flexbatch.models.gguf.blocks import FLOATS
-from flexbatch.models.gguf.header import Header
+from flexbatch.models.gguf.header import Header, Length
 from flexbatch.models.source import read_tensors
 from flexbatch.validation.errors import CheckpointError
 
@@ -66,6 +66,8 @@ SIZES = {
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
 }
+NOT_AT_TURNS = ("gpt-oss",)
+"""Architectures whose answers have several turns: what they think, and what they say."""
 NEEDED = ("block_count", "embedding_length", "attention.head_count", "context_length")
 
 
@@ -155,14 +157,25 @@ def _tokens(header: Header) -> Config:
         value = header.metadata.get(f"tokenizer.ggml.{name}_token_id")
         return value if type(value) is int and 0 <= value < table.shape[0] else None
 
-    # The end of a turn stands beside the end of a text in files of chat models.
+    # The end of a turn stands beside the end of a text in files of chat models, since the middle of 2024.
     stops = [token(name) for name in ("eos", "eot", "eom")]
+    if stops[1] is None and header.architecture not in NOT_AT_TURNS:
+        stops += _turn_ends(header)
     return {
         "vocab_size": table.shape[0],
         "eos_token_id": list(dict.fromkeys(stop for stop in stops if stop is not None)),
         "bos_token_id": token("bos"),
         "tie_word_embeddings": "output.weight" not in header.tensors,
     }
+
+
+def _turn_ends(header: Header) -> list[int]:
+    """What the chat template of the file writes behind an answer, of the texts that are known to end a turn."""
+    template, tokens = header.metadata.get("tokenizer.chat_template"), header.metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(template, str) or not isinstance(tokens, Length):
+        return []
+    rows = header.tensors["token_embd.weight"].shape[0]
+    return [token for text, token in tokens.turn_ends.items() if text in template and token < rows]
 
 
 def _rotation(header: Header, family: GGUFFamily, values: Values, config: Config) -> Config:

@@ -12,18 +12,17 @@ import math
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from flexbatch.models.gguf.blocks import block_sizes, type_names
-from flexbatch.models.gguf.parts import parts_of, pointer_remedy
+from flexbatch.models.gguf.parts import MAGIC, parts_of, pointer_remedy
 from flexbatch.models.source import StoredTensor
 from flexbatch.validation.checks import short
 from flexbatch.validation.errors import CheckpointError, reason
 
-MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Value types of the metadata -> formats of `struct`."""
@@ -44,11 +43,16 @@ LEAST_KEY_BYTES, LEAST_TENSOR_BYTES = 13, 32
 """With an empty name, and one byte or one dimension."""
 
 
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|end_of_turn|>", "<|EOT|>")
+"""What chat templates write behind an answer."""
+
+
 @dataclass(frozen=True)
 class Length:
-    """Stands for a list that is not kept."""
+    """Stands for a list that is not kept. turn_ends: where `TURN_ENDS` stand in it, by their texts."""
 
     elements: int
+    turn_ends: Mapping[str, int] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -181,8 +185,7 @@ class _Reader:
         if count > MAX_ELEMENTS:
             raise self.wrong(f"list {key} counts {count:,} elements; the most is {MAX_ELEMENTS:,}")
         if inner == STRING:
-            self.skip_strings(key, count)
-            return Length(count)
+            return Length(count, self.skip_strings(key, count))
         if inner not in SCALARS:
             raise self.wrong(f"list {key} has elements of type {inner}, wanted numbers or strings")
         if count <= KEPT_ELEMENTS:
@@ -190,14 +193,19 @@ class _Reader:
         self.take(count * struct.calcsize(f"<{SCALARS[inner]}"), f"list {key}")
         return Length(count)
 
-    def skip_strings(self, key: str, count: int) -> None:
+    def skip_strings(self, key: str, count: int) -> dict[str, int]:
         data, position, limit = self.data, self.position, min(self.size, MAX_HEADER_BYTES)
+        ends = {text.encode(): text for text in TURN_ENDS}
+        lengths, found = {len(text) for text in ends}, {}
         unpack = struct.Struct("<Q").unpack_from
         for number in range(count):
             if position + 8 > limit or (length := unpack(data, position)[0]) > limit - position - 8:
                 raise self.wrong(f"string {number:,} of list {key} at byte {position:,} ends beyond byte {limit:,}")
+            if length in lengths and (text := ends.get(data[position + 8 : position + 8 + length])) is not None:
+                found[text] = number
             position += 8 + length
         self.position = position
+        return found
 
     def alignment(self, metadata: Mapping[str, Any]) -> int:
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)

@@ -8,6 +8,7 @@ from pathlib import Path
 from flexbatch.validation.errors import CheckpointError
 
 SUFFIX = ".gguf"
+MAGIC = b"GGUF"
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -27,12 +28,21 @@ LFS_POINTER = b"version https://git-lfs"
 
 def pointer_remedy(path: Path) -> str:
     """The end of a message about a file that cannot be read; empty unless it stands for one in Git LFS."""
+    found = _begins(path, LFS_POINTER)
+    return "; it only points to a file in Git LFS: git lfs pull, or download the file itself" if found else ""
+
+
+def begins_as_gguf(path: Path) -> bool:
+    """Whatever its name."""
+    return path.is_file() and _begins(path, MAGIC)
+
+
+def _begins(path: Path, beginning: bytes) -> bool:
     try:
         with open(path, "rb") as file:
-            found = file.read(len(LFS_POINTER)) == LFS_POINTER
+            return file.read(len(beginning)) == beginning
     except OSError:
-        found = False
-    return "; it only points to a file in Git LFS: git lfs pull, or download the file itself" if found else ""
+        return False
 
 
 def is_gguf(path: Path) -> bool:

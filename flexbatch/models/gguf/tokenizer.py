@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexbatch.models.gguf.header import Length, read_header
+from flexbatch.models.gguf.splitting import adds_bos, cut_as_trained
 from flexbatch.validation.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ def load_gguf_tokenizer(path: Path, **options: Any) -> PreTrainedTokenizerBase:
 
     Raises CheckpointError.
     """
-    count = _checked_count(path, read_header(path).metadata)
+    metadata = read_header(path).metadata
+    count = _checked_count(path, metadata)
+    if adds_bos(metadata):
+        options = {"add_bos_token": True, **options}
     from transformers import PreTrainedTokenizerFast, __version__
 
     if tuple(int(part) for part in __version__.split(".")[:2]) < OLDEST:
@@ -39,6 +43,7 @@ def load_gguf_tokenizer(path: Path, **options: Any) -> PreTrainedTokenizerBase:
     try:
         tokenizer = PreTrainedTokenizerFast(gguf_file=path.name, name_or_path=str(path.parent), vocab_file=str(path))
         backend = tokenizer.backend_tokenizer
+        cut_as_trained(backend, metadata, path)
         more = len(tokenizer) > count
         if options or more:
             kept = {name: getattr(tokenizer, name) for name in (*SPECIAL, "chat_template", "add_bos_token")}
@@ -69,6 +74,9 @@ def _checked_count(path: Path, metadata: Mapping[str, Any]) -> int:
     for key, wanted in (("tokens", Length), ("model", str)):
         if not isinstance(metadata.get(f"tokenizer.ggml.{key}"), wanted):
             raise CheckpointError(f"{path} has no tokenizer: tokenizer.ggml.{key} is missing or of another type")
+    wanted = {"gpt2": ("merges",), "llama": ("merges", "scores")}.get(metadata["tokenizer.ggml.model"], ())
+    if wanted and not any(metadata.get(f"tokenizer.ggml.{key}") for key in wanted):
+        raise CheckpointError(f"{path} has no whole tokenizer: tokenizer.ggml.{' or '.join(wanted)} is missing")
     count: int = metadata["tokenizer.ggml.tokens"].elements
     for name in ("bos", "eos", "unknown", "padding"):
         value = metadata.get(f"tokenizer.ggml.{name}_token_id")

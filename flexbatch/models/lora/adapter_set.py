@@ -83,9 +83,25 @@ class AdaptedMatrix:
             for update, (row, rank, element), width in zip(parts, segments, self.widths, strict=True):
                 if update is not None:
                     first, second = update.factors(arch)
+                    if dtype == torch.float16:
+                        first, second = balanced(first, second)
                     down[row : row + rank].copy_(first)
                     up[element : element + rank * width].view(rank, width).copy_(second.t())
         return Piece(self.layer, self.tensor_role, None, tensor)
+
+
+def balanced(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Two factors with the same product, for float16: PEFT saves them in 32 bits, and a small one beside a large one
+    would lose its bits below 6e-5, or exceed 65504. A power of two is moved from one to the other, so that both are of
+    one size; but ``down`` is not made larger for an ``up`` that fits, since the products between both have 16 bits.
+    """
+    most = float(down.abs().max()), float(up.abs().max())
+    if not all(0 < value < math.inf for value in most):
+        return down, up
+    shift = round((math.log2(most[1]) - math.log2(most[0])) / 2)
+    if shift > 0 and most[1] < 2**8:
+        return down, up
+    return down.float() * 2.0**shift, up.float() * 2.0**-shift
 
 
 @dataclass(frozen=True)

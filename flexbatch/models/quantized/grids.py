@@ -133,7 +133,10 @@ class Integers(Scaled):
     def check(self, stored: Mapping[str, StoredTensor], rows: int, columns: int, experts: tuple[int, ...] = ()) -> None:
         super().check(stored, rows, columns, experts)
         zero = stored.get("weight_zero_point")
-        if zero is not None and (type_name(zero.dtype) == "I32") != (zero.shape == self.zero_words(rows, columns)):
+        if zero is None:
+            return
+        in_words = type_name(zero.dtype) == "I32"
+        if zero.shape not in ((self.zero_words(rows, columns),) if in_words else self.grids[0].shapes(rows, columns)):
             raise CheckpointError(
                 f"{zero.file}: tensor {zero.name} holds {zero.dtype} of shape {list(zero.shape)}, wanted I32 of shape "
                 f"{list(self.zero_words(rows, columns))}, or I8 of the shape of {self.scale}"
