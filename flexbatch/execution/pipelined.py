@@ -53,7 +53,7 @@ class PipelinedPasses:
             return None
         launched, scheduler = self.in_flight.popleft().launched, self.scheduler
         drawn = sample_tokens(launched.logits, scheduler.running, scheduler.proposer)
-        scheduler.commit(launched.batch, drawn.read())
+        scheduler.commit(launched.batch, drawn.read(), drawn.decoded)
         scheduler.settled = not self.in_flight
         return launched.batch
 
@@ -81,7 +81,7 @@ class PipelinedPasses:
             return
         self.tracer.begin_pass()
         if self.masks is not None:
-            self.masks.begin(batch, self.scheduler.running)
+            self.masks.begin(batch.others, self.scheduler.running)
         self.in_flight.append(PartInFlight(part, Launched(batch, started(self.executor.run(batch)))))
         self.scheduler.settled, self.latest = False, part
 
