@@ -88,6 +88,11 @@ class Executor:
         """Whether all that a pass needs lies on the compute device."""
         return self.weights.resident and self.cache.resident and self.activations.resident
 
+    @property
+    def on_one_gpu(self) -> bool:
+        """Whether a pass needs nothing but this process's GPU."""
+        return self.resident and self.device.type == "cuda" and self.ranks is None and self.stages is None
+
     def reach(self, longest: int) -> None:
         """Between passes: hold sequences of so many tokens. Graphs read the tables where these were."""
         if self.rotary.grow_to(longest) and self.graphs is not None:

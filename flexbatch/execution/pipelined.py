@@ -109,9 +109,10 @@ class PipelinedPasses:
 
 
 def passes_of(
-    scheduler: Scheduler, executor: Executor, tracer: Tracer, ahead: bool, masks: MaskWorkers | None
+    scheduler: Scheduler, executor: Executor, tracer: Tracer, ahead: bool | None, masks: MaskWorkers | None
 ) -> Passes | PipelinedPasses:
-    """The loop for where the executor stands. ahead: see `Passes`; a pipeline has passes in flight anyway."""
+    """The loop for where the executor stands. ahead: see `Passes`; None: where nothing but the host is waited for. A
+    pipeline has passes in flight anyway."""
     if executor.stages is None:
-        return Passes(scheduler, executor, tracer, ahead, masks)
+        return Passes(scheduler, executor, tracer, executor.on_one_gpu if ahead is None else ahead, masks)
     return PipelinedPasses(scheduler, executor, tracer, executor.stages.stages, masks)
