@@ -304,9 +304,8 @@ SETTINGS = {
         ),
         (1.5, "4", True, 16.0, [4], object, math.nan),
     ),
-    **dict.fromkeys(
-        ("overlap", "recalibrate", "compare_plain", "dummy_weights", "async_scheduling"), (0, 1, "no", None, [])
-    ),
+    **dict.fromkeys(("overlap", "recalibrate", "compare_plain", "dummy_weights"), (0, 1, "no", None, [])),
+    "async_scheduling": (0, 1, "no", []),
     **dict.fromkeys(("cpu_attention", "cpu_experts", "simulate_acceptance"), ("a", "0.5", True, math.nan, [0.5])),
     **dict.fromkeys(("model", "device", "dtype", "hardware"), (5, None, b"cpu", ["cpu"], float)),
     **dict.fromkeys(("tree", "offload_dir", "tokenizer", "generation_config", "draft_sampling"), (5, b"a", ["a"])),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from flexbatch.execution.answer_lengths import AnswerLengths
+from flexbatch.execution.decoding import Decoding
 from flexbatch.execution.promises import Promises
 from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.kvcache import KVCache
@@ -38,6 +40,11 @@ class Block:
         """Sequences of each micro-batch, by tier."""
         self.running: dict[int, Sequence] = {}
         """By sequence id."""
+        self.decoding = Decoding(cache.layout.page_tokens)
+        """Those of them that decode and are in its arrays."""
+        self.others: dict[int, Sequence] = {}
+        """The rest, by sequence id."""
+        self.priorities = Counter[int]()  # of those that run
         self.tiers = TierBalancer(policy.cache)
         self.attention_tiers = TierBalancer(Split(1.0, 0.0))
         self.set_cpu_attention(policy.cpu_attention)
@@ -165,6 +172,8 @@ class Block:
 
     def staged(self, micro_batch: int) -> list[Sequence]:
         """Those of a micro-batch whose pages go through staging."""
+        if self.of_tier["gpu"][micro_batch] == len(self.micro_batches[micro_batch]):
+            return []
         return [each for each in self.micro_batches[micro_batch] if each.pages.tier != "gpu"]
 
     def shareable(self, sequence: Sequence, tier: str) -> list[int]:
@@ -198,7 +207,8 @@ class Block:
         sequence.micro_batch = micro_batch
         self.micro_batches[micro_batch].append(sequence)
         self.of_tier[tier][micro_batch] += 1
-        self.running[sequence.sequence_id] = sequence
+        self.running[sequence.sequence_id] = self.others[sequence.sequence_id] = sequence
+        self.priorities[sequence.request.priority] += 1
         self.reserved[sequence.sequence_id] = pages
         self.promise(sequence)
 
@@ -212,9 +222,9 @@ class Block:
         """Those that need more pages for the next pass, the most urgent first, and then the oldest."""
         page_tokens = self.cache.layout.page_tokens
         # First what costs least to ask, as most have room in their last page.
-        most = [each for each in self.running.values() if each.num_free(page_tokens) < self.spare_tokens]
+        most = [each for each in self.others.values() if each.num_free(page_tokens) < self.spare_tokens]
         found = [each for each in most if self.rows_of_pass(each) > len(each.pages.pages) * page_tokens]
-        return sorted(found, key=lambda each: each.precedence)
+        return sorted(found + self.decoding.short(), key=lambda each: each.precedence)
 
     def all_can_grow(self) -> bool:
         """Whether tiers and staging have the pages of the next pass, so that nobody has to step aside."""
@@ -234,7 +244,22 @@ class Block:
         self.promise(sequence, -1)
         grown = self.cache.extend(sequence.pages, self.rows_of_pass(sequence))
         self.promise(sequence)
+        self.decoding.grow(sequence)
         return grown
+
+    def others_by_micro_batch(self) -> list[list[Sequence]]:
+        """Those that are not in the arrays."""
+        others = self.others.values()
+        return [[each for each in others if each.micro_batch == k] for k in range(len(self.micro_batches))]
+
+    def let_in(self) -> None:
+        """Let those that decode from now on into the arrays: not where they hold a window's pages, which change with
+        every pass."""
+        if self.cache.windows is not None:
+            return
+        for sequence in [each for each in self.others.values() if self.decoding.takes(each)]:
+            del self.others[sequence.sequence_id]
+            self.decoding.join(sequence)
 
     def overfull(self) -> int | None:
         """A micro-batch whose pages off the gpu tier exceed its staging."""
@@ -255,8 +280,9 @@ class Block:
 
     def last_behind(self, sequence: Sequence) -> Sequence | None:
         """The last to come of the least urgent that run, if they are less urgent than a sequence."""
-        last = max(self.running.values(), key=lambda each: each.precedence, default=sequence)
-        return last if last.request.priority > sequence.request.priority else None
+        if max(self.priorities, default=sequence.request.priority) <= sequence.request.priority:
+            return None
+        return max(self.running.values(), key=lambda each: each.precedence)
 
     def release_slot(self, sequence: Sequence) -> PageTable:
         """Give back the slot of a running sequence; returns its pages, which are the caller's to release."""
@@ -265,35 +291,10 @@ class Block:
         self.micro_batches[sequence.micro_batch].remove(sequence)
         self.of_tier[sequence.pages.tier][sequence.micro_batch] -= 1
         del self.running[sequence.sequence_id]
+        self.priorities -= Counter([sequence.request.priority])
+        self.others.pop(sequence.sequence_id, None)
+        self.decoding.leave(sequence.sequence_id)
         self.tiers.remove(sequence.pages.tier, 1)
         if sequence.pages.tier == "cpu":
             self.attention_tiers.remove("cpu" if sequence.pages.cpu_attention else "gpu", 1)
         return sequence.pages
-
-    def check(self, parked: Iterable[PageTable] = ()) -> None:
-        """Invariants: slots, tiers and pages are counted right, every sequence is consistent. Only one block may use
-        a cache at a time. parked: pages of sequences that have stepped aside."""
-        sequences = [sequence for batch in self.micro_batches for sequence in batch]
-        assert len(sequences) <= self.policy.block_size
-        assert {id(sequence) for sequence in sequences} == set(map(id, self.running.values()))
-        for k, batch in enumerate(self.micro_batches):
-            assert len(batch) <= self.policy.gpu_batch_size
-            assert (
-                sum(len(sequence.pages.pages) for sequence in batch if sequence.pages.tier != "gpu")
-                <= self.cache.sizes.staging_pages
-            )
-            for sequence in batch:
-                assert sequence.micro_batch == k and sequence.status == "running"
-                sequence.check()
-        for tier in TIERS:
-            counts = [sum(each.pages.tier == tier for each in batch) for batch in self.micro_batches]
-            assert self.of_tier[tier] == counts and self.tiers.placed[tier] == sum(counts), (tier, counts)
-        on_cpu = [sequence.pages.cpu_attention for sequence in sequences if sequence.pages.tier == "cpu"]
-        assert self.attention_tiers.placed == {"gpu": on_cpu.count(False), "cpu": on_cpu.count(True), "disk": 0}, (
-            self.attention_tiers.placed
-        )
-        self.tiers.check()
-        self.lengths.check()
-        assert self.reserved.keys() == self.running.keys()
-        self.promises.check(self.pages_of_running())
-        self.cache.check([*(sequence.pages for sequence in sequences), *parked])

@@ -59,7 +59,7 @@ class Ends:
         """The micro-batches of a pass whose rows for the head have come back to the first stage, one by one."""
         assert self.stages is not None
         for k, each in enumerate(inputs):
-            self.stages.expect(k, len(each.logit_rows))
+            self.stages.expect(k, len(each.logit_index))
         for k, each in enumerate(inputs):
             self.activations.set(k, self.stages.receive(k))
             yield k, each

@@ -11,7 +11,8 @@ from torch import Tensor
 from flexbatch.execution.attention import CacheAttention, PendingTick, Watch
 from flexbatch.execution.ends import Ends
 from flexbatch.execution.graphs import CudaRecorder, DecodeGraphs
-from flexbatch.execution.inputs import InputBuilder, MicroBatchInputs
+from flexbatch.execution.input_builder import InputBuilder
+from flexbatch.execution.inputs import MicroBatchInputs
 from flexbatch.execution.pass_batch import Lead, LogitsChunk, NewestTokens, PassBatch
 from flexbatch.execution.routed_rows import RoutedRows
 from flexbatch.execution.tick_halves import TickHalves
@@ -86,6 +87,11 @@ class Executor:
     def resident(self) -> bool:
         """Whether all that a pass needs lies on the compute device."""
         return self.weights.resident and self.cache.resident and self.activations.resident
+
+    @property
+    def on_one_gpu(self) -> bool:
+        """Whether a pass needs nothing but this process's GPU."""
+        return self.resident and self.device.type == "cuda" and self.ranks is None and self.stages is None
 
     def reach(self, longest: int) -> None:
         """Between passes: hold sequences of so many tokens. Graphs read the tables where these were."""
@@ -259,7 +265,7 @@ class Executor:
                 logits = layers.head(self.arch, weights, hidden[start : start + step], adapters)
             whole = logits if self.ranks is None else self.ranks.gather_logits(logits)
             if whole is not None:
-                yield LogitsChunk(inputs.logit_rows[start : start + step], whole)
+                yield inputs.logits_chunk(start, whole)
         if micro_batch == count - 1:
             self.weights.release(layer, self.queues.mark())
 

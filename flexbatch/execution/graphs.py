@@ -138,7 +138,7 @@ class DecodeGraphs:
             group is None
             or group.max_query_len > 1
             or group.tree_masks is not None
-            or len(inputs.logit_rows) != inputs.num_tokens
+            or len(inputs.logit_index) != inputs.num_tokens
         ):
             return None
         if inputs.num_tokens > MAX_GRAPH_SEQUENCES or not self.most:
@@ -171,6 +171,7 @@ class DecodeGraphs:
         static = replace(
             inputs,
             queries=(),
+            decoding=None,
             token_ids=zeros(bucket, dtype=torch.int64),
             host_token_ids=torch.empty(0, dtype=torch.int64),
             positions=positions,

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import chain
 
+import numpy as np
 from torch import Tensor
 
 from flexbatch.memory.pages import SequencePages
@@ -83,23 +85,118 @@ class QueryTokens:
         return 0 if self.parents is None else len(self.token_ids) - 1
 
 
+@dataclass(frozen=True, eq=False)
+class DecodeTokens(Many[QueryTokens]):
+    """The one token of each of some sequences that decode, with their cache on the gpu tier, as arrays: with 1,000 of
+    them, a `QueryTokens` of each would cost the host 20 ms a pass. As a sequence it makes these one by one."""
+
+    sequence_ids: np.ndarray
+    """[n] int64."""
+    token_ids: np.ndarray
+    """[n] int64, `UNREAD` where the host does not know it."""
+    starts: np.ndarray
+    """[n] int32, tokens in the cache before this pass."""
+    num_prompt_tokens: np.ndarray
+    adapters: np.ndarray
+    num_pages: np.ndarray
+    """[n] int32 each."""
+    page_table: np.ndarray
+    """[n, at least the most of num_pages] int32; what is behind a sequence's own pages is any number."""
+
+    def __len__(self) -> int:
+        return len(self.sequence_ids)
+
+    def part(self, start: int, end: int) -> DecodeTokens:
+        """The tokens from ``start`` to ``end``."""
+        return DecodeTokens(*(getattr(self, field.name)[start:end] for field in fields(self)))
+
+    def __getitem__(self, index: int) -> QueryTokens:  # type: ignore[override]
+        return QueryTokens(
+            int(self.sequence_ids[index]),
+            (int(self.token_ids[index]),),
+            int(self.starts[index]),
+            0,
+            SequencePages("gpu", tuple(self.page_table[index, : self.num_pages[index]].tolist())),
+            int(self.num_prompt_tokens[index]),
+            adapter=int(self.adapters[index]),
+        )
+
+    def __iter__(self) -> Iterator[QueryTokens]:
+        return (self[i] for i in range(len(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatchTokens(Many[QueryTokens]):
+    """The query tokens of a micro-batch, of which the first are arrays."""
+
+    decoding: DecodeTokens
+    others: tuple[QueryTokens, ...]
+
+    def __len__(self) -> int:
+        return len(self.decoding) + len(self.others)
+
+    def __getitem__(self, index: int) -> QueryTokens:  # type: ignore[override]
+        behind = index - len(self.decoding)
+        return self.decoding[index] if behind < 0 else self.others[behind]
+
+    def __iter__(self) -> Iterator[QueryTokens]:
+        return chain(self.decoding, self.others)
+
+
+def parts_of(queries: Many[QueryTokens]) -> tuple[DecodeTokens | None, Many[QueryTokens]]:
+    """What a micro-batch has as arrays, and the rest of its query tokens."""
+    return (queries.decoding, queries.others) if isinstance(queries, MicroBatchTokens) else (None, queries)
+
+
 @dataclass(frozen=True)
 class PassBatch:
     """The query tokens of one pass, by micro-batch; empty micro-batches are left out."""
 
-    micro_batches: tuple[tuple[QueryTokens, ...], ...]
+    micro_batches: tuple[Many[QueryTokens], ...]
 
     def __iter__(self) -> Iterator[QueryTokens]:
         return (query for queries in self.micro_batches for query in queries)
 
     @property
+    def decoding(self) -> list[DecodeTokens]:
+        """What micro-batches have as arrays."""
+        return [queries.decoding for queries in self.micro_batches if isinstance(queries, MicroBatchTokens)]
+
+    @property
+    def num_decoding(self) -> int:
+        """Sequences whose token is in arrays."""
+        return sum(map(len, self.decoding))
+
+    @property
+    def others(self) -> Iterator[QueryTokens]:
+        """All that are not in arrays."""
+        return (query for queries in self.micro_batches for query in parts_of(queries)[1])
+
+    @property
+    def sequence_ids(self) -> list[int]:
+        """Of all that bring something, those in arrays first."""
+        ids = [id for tokens in self.decoding for id in tokens.sequence_ids.tolist()]
+        return ids + [query.sequence_id for query in self.others]
+
+    @property
     def num_prompt_tokens(self) -> int:
         """Query tokens that are part of a prompt."""
-        return sum(max(0, min(query.num_tokens, query.num_prompt_tokens - query.start)) for query in self)
+        return sum(max(0, min(query.num_tokens, query.num_prompt_tokens - query.start)) for query in self.others)
 
     @property
     def num_sequences(self) -> int:
         return sum(map(len, self.micro_batches))
+
+
+@dataclass(frozen=True)
+class DecodedTokens:
+    """Tokens that were drawn for sequences that decode, one each, on the host."""
+
+    sequence_ids: list[int]
+    token_ids: list[int]
+
+
+NOTHING_DECODED = DecodedTokens([], [])
 
 
 @dataclass(frozen=True)
@@ -113,11 +210,12 @@ class NewestTokens:
 
 @dataclass(frozen=True)
 class LogitsChunk:
-    """Some rows of a pass's logits. rows[i] = (query, query token) of logits[i]; logits: [len(rows), vocab] float32
-    on the compute device."""
+    """Some rows of a pass's logits: those of ``decoding``, and then (query, query token) of each other one. logits:
+    [rows, vocab] float32 on the compute device."""
 
     rows: tuple[tuple[QueryTokens, int], ...]
     logits: Tensor
+    decoding: DecodeTokens | None = None
 
 
 Lead = Callable[[Iterator[LogitsChunk], PassBatch, NewestTokens | None], Iterator[LogitsChunk]]

@@ -61,7 +61,7 @@ class Passes:
         following = None
         if self.goes_ahead and self.scheduler.advance(flight.batch):
             following = self.launch(flight.drawn.newest)
-        self.scheduler.commit(flight.batch, flight.drawn.read())
+        self.scheduler.commit(flight.batch, flight.drawn.read(), flight.drawn.decoded)
         if following is not None:
             self.flight = self.sample(following)
         return flight.batch
@@ -79,7 +79,7 @@ class Passes:
         scheduler = self.scheduler
         if scheduler.proposer is not None or scheduler.aside.sequences:
             return True
-        return displaces(scheduler) or any(sequence.needs_host for sequence in scheduler.running.values())
+        return displaces(scheduler) or any(sequence.needs_host for sequence in scheduler.block.others.values())
 
     def first(self) -> Flight | None:
         """A pass with nothing before it in flight."""
@@ -90,7 +90,7 @@ class Passes:
         self.tracer.begin_pass()
         batch = self.scheduler.next_pass()
         if self.masks is not None:
-            self.masks.begin(batch, self.scheduler.running)
+            self.masks.begin(batch.others, self.scheduler.running)
         chunks = self.executor.run(batch) if newest is None else self.executor.run(batch, newest)
         return Launched(batch, started(chunks))
 

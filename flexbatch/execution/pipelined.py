@@ -53,7 +53,7 @@ class PipelinedPasses:
             return None
         launched, scheduler = self.in_flight.popleft().launched, self.scheduler
         drawn = sample_tokens(launched.logits, scheduler.running, scheduler.proposer)
-        scheduler.commit(launched.batch, drawn.read())
+        scheduler.commit(launched.batch, drawn.read(), drawn.decoded)
         scheduler.settled = not self.in_flight
         return launched.batch
 
@@ -81,7 +81,7 @@ class PipelinedPasses:
             return
         self.tracer.begin_pass()
         if self.masks is not None:
-            self.masks.begin(batch, self.scheduler.running)
+            self.masks.begin(batch.others, self.scheduler.running)
         self.in_flight.append(PartInFlight(part, Launched(batch, started(self.executor.run(batch)))))
         self.scheduler.settled, self.latest = False, part
 
@@ -109,9 +109,10 @@ class PipelinedPasses:
 
 
 def passes_of(
-    scheduler: Scheduler, executor: Executor, tracer: Tracer, ahead: bool, masks: MaskWorkers | None
+    scheduler: Scheduler, executor: Executor, tracer: Tracer, ahead: bool | None, masks: MaskWorkers | None
 ) -> Passes | PipelinedPasses:
-    """The loop for where the executor stands. ahead: see `Passes`; a pipeline has passes in flight anyway."""
+    """The loop for where the executor stands. ahead: see `Passes`; None: where nothing but the host is waited for. A
+    pipeline has passes in flight anyway."""
     if executor.stages is None:
-        return Passes(scheduler, executor, tracer, ahead, masks)
+        return Passes(scheduler, executor, tracer, executor.on_one_gpu if ahead is None else ahead, masks)
     return PipelinedPasses(scheduler, executor, tracer, executor.stages.stages, masks)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from itertools import chain
 
-from flexbatch.execution.pass_batch import UNREAD, PassBatch, QueryTokens
+from flexbatch.execution.block import Block
+from flexbatch.execution.pass_batch import UNREAD, MicroBatchTokens, PassBatch, QueryTokens
 from flexbatch.execution.proposals import Proposer, Tree
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.sequence import Sequence
@@ -26,11 +28,13 @@ class PassLimits:
     tree_nodes: int
 
 
-def token_counts(batch: Iterable[Sequence], cache: KVCache, limits: PassLimits) -> dict[Sequence, int]:
-    """Tokens of its text that each sequence of a micro-batch brings; those that wait for a prefix or for the budget of
-    a later pass are left out."""
+def token_counts(
+    batch: Iterable[Sequence], cache: KVCache, limits: PassLimits, num_decoding: int = 0
+) -> dict[Sequence, int]:
+    """Tokens of its text that each sequence of a micro-batch brings, beside ``num_decoding`` others; those that wait
+    for a prefix or for the budget of a later pass are left out."""
     uncached = {sequence: sequence.num_uncached for sequence in batch}
-    num_single = sum(count == 1 for count in uncached.values())
+    num_single = num_decoding + sum(count == 1 for count in uncached.values())
     budget = prompt_budget(num_single, limits.micro_batch_tokens, limits.prefill_budget, limits.tree_nodes)
     counts = {}
     for sequence, uncached_tokens in uncached.items():
@@ -76,18 +80,37 @@ def hold_windows(cache: KVCache, counts: Iterable[Mapping[Sequence, int]], tree_
         cache.hold(sequence.pages, sequence.num_cached + count + (tree_nodes if count == 1 else 0))
 
 
-def composed(counts: Iterable[Mapping[Sequence, int]], trees: Mapping[Sequence, Tree]) -> PassBatch:
-    """The pass to which sequences bring so many tokens of their text, or trees."""
-    batches = (
-        tuple(
+def composed_pass(block: Block, limits: PassLimits, proposer: Proposer | None, micro_batches: Many[int]) -> PassBatch:
+    """What the sequences of some micro-batches bring: those that decode what is in the block's arrays, the others
+    chunks of their text, or trees."""
+    if proposer is None:
+        block.let_in()
+    others, decoding = block.others_by_micro_batch(), [block.decoding.tokens(k) for k in micro_batches]
+    counts = [
+        token_counts(others[k], block.cache, limits, len(tokens))
+        for k, tokens in zip(micro_batches, decoding, strict=True)
+    ]
+    hold_windows(block.cache, counts, limits.tree_nodes)
+    trees = proposed_trees(proposer, counts)
+    batches = list[MicroBatchTokens | tuple[QueryTokens, ...]]()
+    for batch, tokens in zip(counts, decoding, strict=True):
+        queries = tuple(
             tree_query(sequence, tree)
             if (tree := trees.get(sequence)) is not None and tree.token_ids
             else text_query(sequence, count)
             for sequence, count in batch.items()
         )
-        for batch in counts
-    )
+        batches.append(MicroBatchTokens(tokens, queries) if len(tokens) else queries)
     return PassBatch(tuple(queries for queries in batches if queries))
+
+
+def left_over(batch: PassBatch, taken: Container[int]) -> Iterator[QueryTokens]:
+    """The query tokens of all sequences but those whose ids are ``taken``, which are in arrays."""
+    for tokens in batch.decoding:
+        for i, sequence_id in enumerate(tokens.sequence_ids.tolist()):
+            if sequence_id not in taken:
+                yield tokens[i]
+    yield from batch.others
 
 
 def tree_query(sequence: Sequence, tree: Tree) -> QueryTokens:

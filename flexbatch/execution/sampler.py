@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Protocol
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from flexbatch.execution.copies import Readback, sent
 from flexbatch.execution.logprobs import Scored, take
 from flexbatch.execution.masks import GrammarFollower
-from flexbatch.execution.pass_batch import LogitsChunk, NewestTokens, QueryTokens
+from flexbatch.execution.pass_batch import NOTHING_DECODED, DecodedTokens, LogitsChunk, NewestTokens, QueryTokens
 from flexbatch.execution.sampling import NOT_FINITE, Sampled, finite_rows, sample
 from flexbatch.execution.sequence import Fault, Sequence
 from flexbatch.request import TokenLogprob
@@ -74,11 +74,12 @@ class Verifier(Protocol):
 
 @dataclass(frozen=True)
 class Draw:
-    """A token after each of some query tokens, out of one chunk of logits, on the way to the host."""
+    """A token after each of some query tokens, out of one chunk of logits. decoding: the sequences of the first of
+    them, which bring one token each; queries: of the others."""
 
+    decoding: list[int]
     queries: tuple[QueryTokens, ...]
     sampled: Sampled
-    readback: Readback
 
 
 @dataclass(frozen=True)
@@ -100,31 +101,43 @@ class SampledPass:
         self.prompts: list[PromptScores] = []
         self.verified: dict[int, SampledTokens] = {}
         """Of trees about which the verifier has decided."""
+        self.decoded = NOTHING_DECODED
+        """Once they are read: the tokens of sequences that bring one each, where there is no more to say of them."""
+
+    def end(self) -> None:
+        """All is drawn: send it to the host, at once."""
+        tokens = [draw.sampled.token_ids for draw in self.draws]
+        self.token_ids = tokens[0] if len(tokens) == 1 else torch.cat(tokens) if tokens else None
+        self.readback = None if self.token_ids is None else Readback(self.token_ids)
 
     @property
     def newest(self) -> NewestTokens | None:
         """For the next pass, of sequences without trees; None where nothing was drawn."""
-        if not self.draws:
+        if self.token_ids is None:
             return None
-        queries = [query for draw in self.draws for query in draw.queries]
-        tokens = [draw.sampled.token_ids for draw in self.draws]
-        token_ids = tokens[0] if len(tokens) == 1 else torch.cat(tokens)
-        return NewestTokens(token_ids, {query.sequence_id: row for row, query in enumerate(queries)})
+        ids = [id for draw in self.draws for id in (*draw.decoding, *(each.sequence_id for each in draw.queries))]
+        return NewestTokens(self.token_ids, dict(zip(ids, range(len(ids)), strict=True)))
 
     def read(self) -> dict[int, SampledTokens]:
-        """What the pass gave every sequence, by its id. Waits until the pass has run."""
-        results = self.verified
+        """What the pass gave every sequence that is not in `decoded`, by its id. Waits until the pass has run."""
+        results, decoded = self.verified, DecodedTokens([], [])
         for scores in self.prompts:
             self.add_scores(results, scores)
         trees: dict[int, QueryTokens] = {}
+        tokens = [] if self.readback is None else self.readback.take()[0].tolist()
         for draw in self.draws:
-            (token_ids,) = draw.readback.take()
-            for query, token_id, entry in zip(draw.queries, token_ids.tolist(), draw.sampled.logprobs, strict=True):
-                sampled = results.setdefault(query.sequence_id, SampledTokens())
+            ids = [*draw.decoding, *(query.sequence_id for query in draw.queries)]
+            mine, tokens, plain = tokens[: len(ids)], tokens[len(ids) :], 0
+            if draw.sampled.scored is None and min(mine) >= 0:
+                plain = len(draw.decoding)
+                decoded.sequence_ids.extend(draw.decoding)
+                decoded.token_ids.extend(mine[:plain])
+            for id, token_id, entry in islice(zip(ids, mine, draw.sampled.logprobs, strict=True), plain, None):
+                sampled = results.setdefault(id, SampledTokens())
                 sampled.token_ids.append(token_id)
                 sampled.logprobs.append(entry)
-                if query.parents is not None:
-                    trees[query.sequence_id] = query
+            trees |= {query.sequence_id: query for query in draw.queries if query.parents is not None}
+        self.decoded = decoded
         for sequence_id, query in trees.items():
             sampled = results[sequence_id]
             follow = sampled.follow if self.verifier is None else partial(self.verifier.follow, sampled=sampled)
@@ -166,22 +179,26 @@ def sample_tokens(
         score_prompts(chunk, sequences, drawn)
         if verifier is not None:
             verified |= verify_trees(chunk, incomplete, drawn.verified, verifier)
-        rows = [
-            r
-            for r, (query, token) in enumerate(chunk.rows)
+        ids = [] if chunk.decoding is None else chunk.decoding.sequence_ids.tolist()
+        # A sequence that runs still wants the token after its newest one, which is what it brought.
+        here = [r for r, id in enumerate(ids) if id in sequences]
+        wanted = [
+            (r, query, token)
+            for r, (query, token) in enumerate(chunk.rows, len(ids))
             if query.sequence_id not in verified
             and (sequence := sequences.get(query.sequence_id)) is not None
             and draws(query, token, sequence)
         ]
-        if not rows:
+        if not here and not wanted:
             continue
-        queries = tuple(chunk.rows[r][0] for r in rows)
-        drafted = [
-            query.paths[chunk.rows[r][1]] if query.parents is not None else ()
-            for r, query in zip(rows, queries, strict=True)
+        rows, decoding = [*here, *(r for r, _, _ in wanted)], [ids[r] for r in here]
+        owners = [sequences[id] for id in (*decoding, *(query.sequence_id for _, query, _ in wanted))]
+        drafted = [() for _ in decoding] + [
+            query.paths[token] if query.parents is not None else () for _, query, token in wanted
         ]
-        sampled = sample(select(chunk.logits, rows), [sequences[query.sequence_id] for query in queries], drafted)
-        drawn.draws.append(Draw(queries, sampled, Readback(sampled.token_ids)))
+        sampled = sample(select(chunk.logits, rows), owners, drafted)
+        drawn.draws.append(Draw(decoding, tuple(query for _, query, _ in wanted), sampled))
+    drawn.end()
     return drawn
 
 
@@ -222,10 +239,9 @@ def draws(query: QueryTokens, token: int, sequence: Sequence) -> bool:
 
 def score_prompts(chunk: LogitsChunk, sequences: Mapping[int, Sequence], drawn: SampledPass) -> None:
     """Log-probabilities of the prompt tokens that follow the rows of sequences with ``prompt_logprobs``."""
-    if not any(sequence.params.prompt_logprobs is not None for sequence in sequences.values()):
-        return
     rows, targets, counts = [], [], []
-    for r, (query, token) in enumerate(chunk.rows):
+    first = 0 if chunk.decoding is None else len(chunk.decoding)  # behind those that have read their prompts
+    for r, (query, token) in enumerate(chunk.rows, first):
         sequence = sequences.get(query.sequence_id)
         if (
             sequence is not None
@@ -238,4 +254,4 @@ def score_prompts(chunk: LogitsChunk, sequences: Mapping[int, Sequence], drawn: 
     if rows:
         scored = Scored(chunk.logits, sent(targets, torch.int64, chunk.logits.device), counts, rows)
         finite = finite_rows(select(chunk.logits, rows))
-        drawn.prompts.append(PromptScores(tuple(chunk.rows[r] for r in rows), scored, Readback(finite)))
+        drawn.prompts.append(PromptScores(tuple(chunk.rows[r - first] for r in rows), scored, Readback(finite)))

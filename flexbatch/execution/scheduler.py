@@ -9,7 +9,8 @@ from flexbatch.execution import queries
 from flexbatch.execution.answer_lengths import AnswerLengths
 from flexbatch.execution.aside import Aside
 from flexbatch.execution.block import Block
-from flexbatch.execution.pass_batch import PassBatch, QueryTokens
+from flexbatch.execution.block_check import check_block
+from flexbatch.execution.pass_batch import NOTHING_DECODED, DecodedTokens, PassBatch, QueryTokens
 from flexbatch.execution.proposals import Proposer
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.sequence import Sequence
@@ -102,7 +103,8 @@ class Scheduler:
 
     def admit(self) -> None:
         """Fill the free slots of the block: first with those that have stepped aside, then in the order of arrival."""
-        if not self.is_full and (self.aside.sequences or not self.outgrown):
+        # A new estimate is for whoever comes, and is made of all that run.
+        if not self.is_full and (self.aside.sequences or (not self.outgrown and self.peek() is not None)):
             self.lengths.update(self.started)
             self.block.estimate()
         self.take_back()
@@ -154,16 +156,13 @@ class Scheduler:
     def next_pass(self, part: int = 0, parts: int = 1) -> PassBatch:
         """The query tokens of one of so many parts of the block: a token or a token tree of every sequence that
         decodes, and chunks of prompts as far as a micro-batch's budget goes."""
-        for sequence in queries.without_prefix(list(self.running.values()), self.cache):
+        block, tokens = self.block, (self.micro_batch_tokens, self.prefill_budget, self.prefill_chunk)
+        for sequence in queries.without_prefix(block.others.values(), self.cache):
             if sequence.sequence_id in self.running:
                 self.step_aside(sequence)
         self.give_pages()
-        limits = queries.PassLimits(
-            self.micro_batch_tokens, self.prefill_budget, self.prefill_chunk, self.block.spare_tokens
-        )
-        counts = [queries.token_counts(batch, self.cache, limits) for batch in self.block.micro_batches[part::parts]]
-        queries.hold_windows(self.cache, counts, self.block.spare_tokens)
-        return queries.composed(counts, queries.proposed_trees(self.proposer, counts))
+        chosen = range(part, len(block.micro_batches), parts)
+        return queries.composed_pass(block, queries.PassLimits(*tokens, block.spare_tokens), self.proposer, chosen)
 
     def give_pages(self) -> None:
         """Let every sequence take the pages of its next tokens, the oldest first."""
@@ -199,34 +198,35 @@ class Scheduler:
         whether the next pass can be composed: not where somebody would have to step aside for it.
         """
         self.settled = False
-        self.advanced = {id: sequence for query in batch if (sequence := self.running.get(id := query.sequence_id))}
-        for query in batch:
-            if (sequence := self.advanced.get(query.sequence_id)) is not None:
-                end = query.start + query.num_tokens
-                sequence.num_unread = int(end == len(sequence.token_ids) and sequence.output.finish is None)
-                self.cache.commit(sequence.pages, end)
-                if sequence.surely_ends:
-                    self.release(sequence)
+        self.advanced = {id: self.running[id] for id in batch.sequence_ids if id in self.running}
+        ending = self.block.decoding.advance(batch.decoding)
+        for query in (each for each in batch.others if each.sequence_id in self.advanced):
+            sequence, end = self.advanced[query.sequence_id], query.start + query.num_tokens
+            sequence.num_unread = int(end == len(sequence.token_ids) and sequence.output.finish is None)
+            self.cache.commit(sequence.pages, end)
+            ending += [sequence] * sequence.surely_ends
+        for sequence in ending:
+            self.release(sequence)
         return self.has_work() and self.block.all_can_grow()
 
-    def commit(self, batch: PassBatch, sampled: Mapping[int, SampledTokens]) -> None:
-        """Append what was sampled (by sequence id), keep the accepted paths of trees in the cache, and release
-        sequences that are done. What has left since the pass was composed is left out."""
+    def commit(
+        self, batch: PassBatch, sampled: Mapping[int, SampledTokens], decoded: DecodedTokens = NOTHING_DECODED
+    ) -> None:
+        """Append what was sampled (by sequence id, or as arrays), keep the accepted paths of trees in the cache, and
+        release sequences that are done. What has left since the pass was composed is left out."""
         advanced, self.advanced, self.settled = self.advanced, None, True
         sequences = dict(self.running) if advanced is None else advanced
-        committed = [query for query in batch if query.sequence_id in sequences]
+        taken, others = self.block.decoding.append(decoded, counted=advanced is not None)
+        sampled = {**sampled, **{id: SampledTokens([token], [None]) for id, token in others}}
+        committed = [query for query in queries.left_over(batch, taken) if query.sequence_id in sequences]
         keep_paths(self.cache, queries.accepted_paths(committed, sequences, sampled))
         if self.proposer is not None:
-            self.proposer.observe(
-                {
-                    id: sampled[id]
-                    for query in committed
-                    if (id := query.sequence_id) in sampled and sampled[id].token_ids
-                }
-            )
+            ids = [query.sequence_id for query in committed]
+            self.proposer.observe({id: sampled[id] for id in ids if id in sampled and sampled[id].token_ids})
         for query in committed:
             sequence, result = sequences[query.sequence_id], sampled.get(query.sequence_id) or SampledTokens()
             self.commit_one(query, sequence, result, cached=advanced is not None)
+            self.block.decoding.refresh(sequence)
 
     def commit_one(self, query: QueryTokens, sequence: Sequence, result: SampledTokens, cached: bool) -> None:
         """cached: its rows are counted already."""
@@ -297,4 +297,4 @@ class Scheduler:
         assert all(sequence.status == "waiting" for sequence in self.waiting)
         assert all(sequence.status == "finished" for sequence in self.finished)
         self.aside.check()
-        self.block.check([each.parked for each in self.aside.sequences if each.parked is not None])
+        check_block(self.block, [each.parked for each in self.aside.sequences if each.parked is not None])

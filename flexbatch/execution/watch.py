@@ -84,7 +84,7 @@ class Watch(RunObserver):
         now, snapshot = self.clock(), None
         if now - self.looked >= SNAPSHOT_SECONDS:
             self.looked, snapshot = now, tuple(map(in_flight, scheduler.running.values()))
-        decoding = sum(query.start >= query.num_prompt_tokens for query in batch)
+        decoding = batch.num_decoding + sum(query.start >= query.num_prompt_tokens for query in batch.others)
         policy = scheduler.policy
         self.on_pass(
             PassSeen(
@@ -103,7 +103,8 @@ class Watch(RunObserver):
     def new_tokens(self, scheduler: Scheduler, batch: PassBatch) -> int:
         """Tokens that were appended to answers: one where a query ends its text, without drafts."""
         if scheduler.proposer is None:
-            return sum(query.start + query.num_tokens >= query.num_prompt_tokens for query in batch)
+            ends = (query.start + query.num_tokens >= query.num_prompt_tokens for query in batch.others)
+            return batch.num_decoding + sum(ends)
         before, now = self.output_tokens, {}
         count = 0
         for sequence in (*scheduler.running.values(), *scheduler.finished):

@@ -73,6 +73,11 @@ class ActivationStore:
         """Cut the rows of every micro-batch of the coming pass over the tiers."""
         balancer = TierBalancer(self.split)
         for k, num_tokens in enumerate(tokens_per_micro_batch):
+            if self.resident:
+                # At once: page by page, a pass of 200,000 prompt tokens takes 30 ms to cut.
+                balancer.place("gpu", num_tokens)
+                self.counts[k] = (num_tokens, 0, 0)
+                continue
             counts = dict.fromkeys(TIERS, 0)
             for start in range(0, num_tokens, self.page_tokens):
                 rows = min(self.page_tokens, num_tokens - start)

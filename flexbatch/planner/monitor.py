@@ -164,8 +164,9 @@ class PassMeter:
     @staticmethod
     def load(batch: PassBatch) -> PassLoad:
         """What a pass carries, as the cost model counts it."""
-        decoding, context, prompts = 0, 0, PassLoad()
-        for query in batch:
+        prompts, decoding = PassLoad(), batch.num_decoding
+        context = decoding + sum(int(tokens.starts.sum()) for tokens in batch.decoding)
+        for query in batch.others:
             before, count, prompt = query.start, query.num_tokens, query.num_prompt_tokens
             if before >= prompt and count == 1:
                 decoding, context = decoding + 1, context + before + 1

@@ -170,11 +170,14 @@ class OutputText:
         self._special, self._with_stop = not params.skip_special_tokens, params.include_stop_str_in_output
         self._eos_token_ids = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
         self._stop_token_ids = frozenset(params.stop_token_ids)
+        self.end_token_ids = self._eos_token_ids | self._stop_token_ids
+        """Those that end the output, whatever comes before."""
         if max_context is None and params.max_tokens is None:
             raise ValueError("max_tokens=None is the rest of the context: it needs max_context")
         context_left = (params.max_tokens or 0) if max_context is None else max_context - len(prompt_token_ids)
         self.max_tokens = params.tokens_within(context_left)
         self._stops, self._min_tokens = tuple(params.stop), params.min_tokens
+        self.searches = bool(self._stops)  # whether its text may end it
         if self._stops and decoder is None:
             raise ValueError("stop strings need a tokenizer, and the model has none; use stop_token_ids")
         # Decoding as tokens come costs tens of microseconds a token: only where text decides the end, or is shown as

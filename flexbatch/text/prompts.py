@@ -281,6 +281,8 @@ class PromptEncoder:
             raise PromptError(index, f"the chat template failed: {error}") from error
 
     def _checked_ids(self, index: int, prompt: Sequence[Any]) -> list[int]:
+        if set(map(type, prompt)) == {int}:
+            return list(prompt)  # at once: one by one, those of 1,000 short prompts take as long as two passes
         token_ids = []
         for position, token in enumerate(prompt):
             token = as_list(token)

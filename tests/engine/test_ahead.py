@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 from flexbatch import LLM, SamplingParams
 from flexbatch.config import EngineConfig
 from flexbatch.execution.passes import Passes
+from flexbatch.execution.pipelined import passes_of
+from flexbatch.trace import Tracer
 from tests.engine.test_stepping_aside import told
 from tests.tiny_models import VOCAB, random_prompts
 
@@ -212,12 +215,6 @@ def test_a_failed_or_interrupted_pass_leaves_nothing_behind(pair, monkeypatch):
         assert completed(pair[1], job) == wanted
 
 
-def test_passes_go_ahead_when_asked_and_where_transfers_overlap():
-    assert not EngineConfig().goes_ahead and not EngineConfig(async_scheduling=False).goes_ahead
-    assert EngineConfig(async_scheduling=True).goes_ahead
-    assert not EngineConfig(async_scheduling=True, overlap=False).goes_ahead
-
-
 def test_tokens_that_only_the_device_knows_need_its_embedding(pair):
     """Where the host looks rows up, as in a table on the disk, it has to know the tokens."""
     tensors = pair[1].weights.tensors
@@ -228,3 +225,15 @@ def test_tokens_that_only_the_device_knows_need_its_embedding(pair):
         assert tensors.gathers_on_device("embed.weight") == (view.shape[1] * view.element_size() % 16 == 0)
         patch.setattr(tensors, "views", {})
         assert not tensors.gathers_on_device("embed.weight")
+
+
+@pytest.mark.parametrize("on_one_gpu", [False, True])
+@pytest.mark.parametrize("asked", [None, False, True])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_passes_go_ahead_by_themselves_where_nothing_but_the_host_is_waited_for(overlap, asked, on_one_gpu):
+    config = EngineConfig(async_scheduling=asked, overlap=overlap)
+    executor: Any = SimpleNamespace(stages=None, on_one_gpu=on_one_gpu)
+    scheduler: Any = None
+    passes = passes_of(scheduler, executor, Tracer(), config.goes_ahead, None)
+    assert isinstance(passes, Passes)
+    assert passes.ahead == (overlap and (on_one_gpu if asked is None else asked))

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.execution.inputs import InputBuilder, ancestor_masks, attention_memory
+from flexbatch.execution.input_builder import InputBuilder
+from flexbatch.execution.inputs import ancestor_masks, attention_memory
 from flexbatch.execution.pass_batch import PassBatch, QueryTokens
 from flexbatch.memory.pages import PageTable
 from flexbatch.memory.tiers import Pool

@@ -22,7 +22,8 @@ from hypothesis.stateful import (
 )
 
 from flexbatch.execution.answer_lengths import AnswerLengths
-from flexbatch.execution.inputs import AttentionGroup, InputBuilder
+from flexbatch.execution.input_builder import InputBuilder
+from flexbatch.execution.inputs import AttentionGroup
 from flexbatch.execution.pass_batch import PassBatch, QueryTokens
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.scheduler import Scheduler

@@ -99,23 +99,33 @@ ARRAYS = arrays.arrays(
 
 @settings(max_examples=40, deadline=None)
 @given(
-    passes=st.lists(st.lists(ARRAYS, max_size=6), min_size=1, max_size=5), half_bytes=st.sampled_from([64, 256, 4096])
+    passes=st.lists(st.lists(ARRAYS, max_size=6), min_size=1, max_size=5),
+    half_bytes=st.sampled_from([64, 256, 4096]),
+    packet_bytes=st.sampled_from([16, 96, 4096]),
 )
 def test_inputs_arrive_as_they_were_sent_whether_they_fit_or_not(
-    passes: list[list[np.ndarray]], half_bytes: int
+    passes: list[list[np.ndarray]], half_bytes: int, packet_bytes: int
 ) -> None:
+    """In one copy, where they fit."""
     queues = TransferQueues(torch.device("cpu"), Tracer())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(uploads, "INPUT_BUFFER_BYTES", half_bytes)
+        patch.setattr(uploads, "PACKET_BYTES", packet_bytes)
+        copies = list[int]()
+        copy = queues.copy_to_device
+        patch.setattr(queues, "copy_to_device", lambda *args: (copies.append(len(args[0])), copy(*args)))
         sender = Uploads(Pool("cpu", 0), queues)
         sender.copies, sender.halves = True, list(torch.zeros(2, half_bytes, dtype=torch.uint8))
         sender.ids = torch.arange(half_bytes // ROW_BYTES, dtype=torch.int32)
         for sent in passes:
             sender.begin_pass()
-            received = []
-            for array in sent:
-                received.append(sender.send(array))
-                sender.check()
+            copies.clear()
+            received = [sender.send(array) for array in sent]
+            sender.flush()
+            sender.check()
+            total = sum(-(-array.nbytes // ROW_BYTES) * ROW_BYTES for array in sent)
+            if total <= min(half_bytes, packet_bytes):
+                assert copies == [total // ROW_BYTES] * bool(total), "one copy for all"
             for array, tensor in zip(sent, received, strict=True):
                 assert tensor.shape == array.shape and torch.equal(tensor, torch.from_numpy(array))
         sender.close()

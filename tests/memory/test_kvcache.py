@@ -16,7 +16,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from flexbatch.execution.inputs import InputBuilder, MicroBatchInputs
+from flexbatch.execution.input_builder import InputBuilder
+from flexbatch.execution.inputs import MicroBatchInputs
 from flexbatch.execution.pass_batch import QueryTokens
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.page_moves import keep_paths, park, restore
