@@ -7,7 +7,7 @@ import numpy as np
 
 from flexbatch.policy.affine import affine
 from flexbatch.policy.hardware import Hardware
-from flexbatch.policy.limits import cpu_expert_tokens
+from flexbatch.policy.limits import cpu_expert_tokens, hit_expert_tokens
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.policy import Policy
 
@@ -46,9 +46,32 @@ def leaves_experts(shape: ModelShape, policy: Policy, tokens: np.ndarray) -> np.
     return np.asarray(tokens / policy.num_gpu_batches <= cpu_expert_tokens(experts.count, experts.top_k))
 
 
-def spared_bytes(shape: ModelShape, policy: Policy, tokens: np.ndarray) -> np.ndarray:
-    """What does not cross the link where the CPU computes all experts of a layer."""
-    return np.where(leaves_experts(shape, policy, tokens), shape.expert_bytes(policy.weight_bits), 0.0)
+def fetches_hits(shape: ModelShape, tokens: np.ndarray) -> np.ndarray:
+    """Which passes have so few tokens that only the experts that these hit cross the link."""
+    experts = shape.experts
+    most = 0 if experts is None else hit_expert_tokens(experts.count, experts.top_k)
+    return np.asarray(tokens) <= most
+
+
+def _hit_share(shape: ModelShape, tokens: np.ndarray) -> np.ndarray:
+    return np.zeros(np.shape(tokens)) if shape.experts is None else shape.experts.hit(tokens) / shape.experts.count
+
+
+def spared_bytes(shape: ModelShape, policy: Policy, tokens: np.ndarray, hits: bool) -> np.ndarray:
+    """What of a layer does not cross the link: the experts that the CPU computes, and in passes that bring the others
+    only as they are hit, those that are not. Affine in the placement."""
+    whole = shape.expert_bytes(policy.weight_bits)
+    share = np.where(fetches_hits(shape, tokens), _hit_share(shape, tokens), 1.0) if hits else np.ones(np.shape(tokens))
+    on_cpu = np.where(leaves_experts(shape, policy, tokens), share * whole, 0.0)
+    return affine(weights_cpu=(1 - share) * whole, cpu_experts=on_cpu)
+
+
+def hit_fetch_seconds(shape: ModelShape, hardware: Hardware, policy: Policy, tokens: np.ndarray) -> np.ndarray:
+    """Of a layer whose experts come as they are hit: its products wait for them, and a kernel fetches them as it
+    gathers pages. Affine in the placement."""
+    brought = _hit_share(shape, tokens) * shape.expert_bytes(policy.weight_bits) / hardware.gather
+    brought = np.where(fetches_hits(shape, tokens), brought, 0.0)
+    return affine(weights_cpu=brought, cpu_experts=-np.where(leaves_experts(shape, policy, tokens), brought, 0.0))
 
 
 def routed_traffic(
