@@ -88,6 +88,11 @@ EXPERT_UNITS = 8
 parts meet a split more closely than a layer's share of the model already does, and cost a file and a launch each."""
 
 
+EXPERT_TILES = (16, 32, 64, 128)
+"""Rows that are multiplied with a block of an expert's weights together: the least of these that the mean expert's
+fit."""
+
+
 CPU_EXPERT_ROWS = 32
 """Rows that an expert is given in a pass of which the CPU computes experts, in the mean of all experts, at most. With
 more the products take the time, not the weights' bytes, and the link brings the weights sooner."""
