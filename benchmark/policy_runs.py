@@ -4,6 +4,7 @@
     python -m benchmark.policy_runs runs.jsonl --hardware h200
     python -m benchmark.policy_runs neighbors.jsonl --hardware h200 --neighbors
     python -m benchmark.policy_runs drawn.jsonl --seed 1 --count 20
+    python -m benchmark.policy_runs experts.jsonl --hardware h100 --experts
 
 Settings whose names are in the file already are left out, so that a run that was cut goes on where it stopped. A
 child process runs them; after an error of the GPU, which no later setting would survive, another child goes on with
@@ -29,7 +30,7 @@ from benchmark.drawn_settings import draw
 from benchmark.machine import machine
 from benchmark.observed import chosen_here, measure, open_engine
 from benchmark.policy_neighbors import run_neighborhood
-from benchmark.policy_settings import NEIGHBORHOODS, SETTINGS, Setting
+from benchmark.policy_settings import EXPERTS, NEIGHBORHOODS, SETTINGS, Setting
 
 GRACE_SECONDS = 30.0
 """After a setting's limit: then its process is taken to hang, and is ended."""
@@ -74,7 +75,7 @@ def table_of(arguments: argparse.Namespace) -> dict[str, Setting]:
     """The settings that are to be run, by name."""
     if arguments.seed is not None:
         return draw(arguments.seed, arguments.count)
-    return NEIGHBORHOODS if arguments.neighbors else SETTINGS
+    return NEIGHBORHOODS if arguments.neighbors else EXPERTS if arguments.experts else SETTINGS
 
 
 def recorded(path: Path) -> list[str]:
@@ -180,6 +181,7 @@ def main() -> int:
     parser.add_argument(
         "--neighbors", action="store_true", help="compare the chosen policy with its neighbors in the shorter jobs"
     )
+    parser.add_argument("--experts", action="store_true", help="mixtures of experts in the place of dense models")
     parser.add_argument("--seed", type=int, help="draw the settings by this seed (benchmark.drawn_settings)")
     parser.add_argument("--count", type=int, default=20, help="how many are drawn (default: 20)")
     parser.add_argument(

@@ -84,6 +84,21 @@ SETTINGS |= {
     "opt-13b 4/16 bit": Setting("opt-13b", (10, 24), 144, (256, 256), (32, 32), bits(4, 16), limit_seconds=75),
     "opt-30b 16/4 bit": Setting("opt-30b", (24, 72), 200, (512, 512), (16, 16), bits(16, 4), limit_seconds=120),
 }
+EXPERTS = {
+    "olmoe-1b-7b": Setting("olmoe-1b-7b", (5, 24), 701, (64, 256), (16, 48)),
+    "olmoe-1b-7b, a handful": Setting("olmoe-1b-7b", (5, 24), 7, (64, 96), (48, 64)),
+    "olmoe-1b-7b 4/8 bit": Setting("olmoe-1b-7b", (3.5, 24), 907, (64, 256), (24, 24), bits(4, 8)),
+    "olmoe-1b-7b on the GPU": Setting("olmoe-1b-7b", (48, 8), 509, (64, 256), (16, 64)),
+    "gpt-oss-20b": Setting("gpt-oss-20b", (6, 28), 797, (128, 256), (24, 24), bits(4, 16)),
+    "gpt-oss-20b, short": Setting("gpt-oss-20b", (6, 16), 1499, (24, 64), (32, 48), bits(4, 16)),
+    "gpt-oss-20b on the GPU": Setting("gpt-oss-20b", (48, 8), 509, (64, 256), (16, 64), bits(4, 16)),
+    "deepseek-v2-lite": Setting("deepseek-v2-lite", (16, 48), 601, (128, 256), (16, 24)),
+    "qwen3-30b-a3b": Setting("qwen3-30b-a3b", (24, 80), 599, (128, 256), (16, 16), limit_seconds=90),
+    "qwen3-30b-a3b 4/16 bit": Setting(
+        "qwen3-30b-a3b", (10, 40), 601, (128, 256), (16, 16), bits(4, 16), limit_seconds=100
+    ),
+}
+"""Mixtures of experts, whole models: streamed and on the GPU, in 16 bits, in 4 and in MXFP4."""
 NEIGHBORHOODS = {
     "opt-1.3b": Setting("opt-1.3b", (3.5, 16), 200, (512, 512), (16, 16), limit_seconds=200),
     "opt-6.7b 16/4 bit": Setting("opt-6.7b", (8, 10), 160, (256, 256), (16, 16), bits(16, 4), limit_seconds=200),

@@ -30,7 +30,7 @@ class ExpertLaunch:
 
 
 TOKENS = (16, 32, 64, 128)
-"""Tokens of a tile: the least that the mean expert fits."""
+"""Tokens of a tile: the least that the mean expert fits. Plans count them as `limits.EXPERT_TILES`."""
 TOGETHER = 8
 """Tiles that go through a matrix side by side."""
 BLOCK_TILES = 32

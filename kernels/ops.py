@@ -146,6 +146,17 @@ def scatter_rows(source: Tensor, destination: Tensor, slots: Tensor) -> None:
         reference.scatter_rows(source, destination, slots)
 
 
+def copy_parts(source: Tensor, target: Tensor, parts: Tensor, wanted: Tensor, word: int = 1) -> None:
+    """`reference.copy_parts`; the source is pinned on the host when the rest is on a GPU. word: bytes that divide all
+    starts and ends, 1, 2, 4 or 8."""
+    if target.is_cuda:
+        from flexbatch.kernels import pages
+
+        pages.copy_parts(source, target, parts, wanted, word)
+    else:
+        reference.copy_parts(source, target, parts, wanted)
+
+
 def rms_norm(
     x: Tensor,
     weight: Tensor,

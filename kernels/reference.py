@@ -179,6 +179,13 @@ def scatter_rows(source: Tensor, destination: Tensor, slots: Tensor) -> None:
     destination.index_copy_(0, slots, source)
 
 
+def copy_parts(source: Tensor, target: Tensor, parts: Tensor, wanted: Tensor) -> None:
+    """``target[start:end] = source[start:end]`` for each of the ``parts`` [n, 3] int64 (owner, start, end) whose owner
+    is ``wanted`` [owners] bool. source, target: bytes."""
+    for _, start, end in parts[wanted[parts[:, 0]]].tolist():
+        target[start:end] = source[start:end]
+
+
 def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: int = 16, group: int = 64) -> None:
     """Write keys and values [num_tokens, num_kv_heads, head_dim] at ``slots`` [num_tokens] int64 of ``rows`` (in
     place)."""

@@ -19,6 +19,7 @@ from flexbatch.policy.cost import PassModel
 from flexbatch.policy.curve import Curve
 from flexbatch.policy.footprint import capacity
 from flexbatch.policy.hardware import Hardware
+from flexbatch.policy.limits import hit_expert_tokens
 from flexbatch.policy.lp import LinearProgram, add_shares, column, fixed_fractions
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import Lengths, steady_load
@@ -74,7 +75,10 @@ def machine_bound(
     # Two micro-batches of half a sequence: with one, CPU attention would not overlap.
     policy = dataclasses.replace(policy, num_gpu_batches=2)
     load, finished = steady_load(workload, policy, in_flight=1.0)
-    stages = PassModel(shape, ideal, policy, load).stages
+    # Of many sequences all experts cross the link in each pass, though a single one would hit few.
+    experts, count = shape.experts, workload.num_sequences
+    hits = experts is not None and count is not None and count <= hit_expert_tokens(experts.count, experts.top_k)
+    stages = PassModel(shape, ideal, policy, load, hits=hits).stages
     rows = [total(stage.count * stage.seconds[name] for stage in stages) for name in stages[0].seconds]
     lengths = Lengths.of(workload, policy)
     occupied = lengths.prompt + lengths.output / 2

@@ -52,19 +52,25 @@ class PassModel:
 
     Of the policy's placement two things count: whether any sequence is attended on the CPU (``cpu_attention`` above 0)
     and any expert computed there (``cpu_experts``), which have fixed costs, however few they are. graphs: whether there
-    is memory for decode graphs where everything is on the GPU.
+    is memory for decode graphs where everything is on the GPU. hits: as of `PassStages`.
     """
 
     def __init__(
-        self, shape: ModelShape, hardware: Hardware, policy: Policy, load: PassLoad, graphs: bool = True
+        self,
+        shape: ModelShape,
+        hardware: Hardware,
+        policy: Policy,
+        load: PassLoad,
+        graphs: bool = True,
+        hits: bool = True,
     ) -> None:
-        self.shape, self.hardware, self.policy, self.load = shape, hardware, policy, load
+        self.shape, self.hardware, self.policy, self.load, self.hits = shape, hardware, policy, load, hits
         self.graphs = graphs and runs_graphs(policy, hardware.device)
         self.batches = policy.num_gpu_batches
 
     @functools.cached_property
     def stages(self) -> list[Stage]:
-        return PassStages(self.shape, self.hardware, self.policy, self.load).stages()
+        return PassStages(self.shape, self.hardware, self.policy, self.load, self.hits).stages()
 
     @property
     def host_seconds(self) -> np.ndarray:

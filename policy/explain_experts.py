@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flexbatch.policy.expert_shape import ExpertShape
-from flexbatch.policy.limits import cpu_expert_tokens
+from flexbatch.policy.limits import cpu_expert_tokens, hit_expert_tokens
 from flexbatch.policy.plan import Plan
 
 
@@ -25,12 +25,15 @@ def experts_of(plan: Plan, experts: ExpertShape) -> dict[str, Any]:
         "reached": float(experts.hit(tokens)),
         "on_cpu": policy.weights.cpu * policy.cpu_experts * experts.count,
         "on_cpu_up_to_tokens": cpu_expert_tokens(experts.count, experts.top_k),
+        "hit_alone_up_to_tokens": hit_expert_tokens(experts.count, experts.top_k),
     }
 
 
 def experts_text(plan: Plan, experts: ExpertShape) -> str:
     found, away = experts_of(plan, experts), 1 - plan.policy.weights.gpu
-    link = f"every pass brings {away:.0%} of the weights over the link, whichever experts it needs"
+    few = found["hit_alone_up_to_tokens"]
+    tail = f"; in passes of {few} tokens and less only those that they hit" if few and plan.policy.weights.cpu else ""
+    link = f"every pass brings {away:.0%} of the weights over the link, whichever experts it needs{tail}"
     if found["on_cpu"]:
         link += (
             f", but for about {found['on_cpu']:.0f} experts of each layer, the least used, which the CPU computes in "

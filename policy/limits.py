@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 PAGE_TOKENS = 16
 """Tokens of a page of the KV cache."""
 LOOKAHEAD_TOKENS = 16
@@ -86,6 +88,11 @@ EXPERT_UNITS = 8
 parts meet a split more closely than a layer's share of the model already does, and cost a file and a launch each."""
 
 
+EXPERT_TILES = (16, 32, 64, 128)
+"""Rows that are multiplied with a block of an expert's weights together: the least of these that the mean expert's
+fit."""
+
+
 CPU_EXPERT_ROWS = 32
 """Rows that an expert is given in a pass of which the CPU computes experts, in the mean of all experts, at most. With
 more the products take the time, not the weights' bytes, and the link brings the weights sooner."""
@@ -94,6 +101,18 @@ more the products take the time, not the weights' bytes, and the link brings the
 def cpu_expert_tokens(count: int, top_k: int) -> int:
     """Tokens of a micro-batch of which the CPU computes experts, at most."""
     return CPU_EXPERT_ROWS * count // top_k
+
+
+HIT_SHARE = 0.7
+"""Of a layer's experts that a pass is likely to need, up to which only these cross the link. Nothing hides their copy,
+as it waits for the router, and a kernel makes it, at nine tenths of the rate of the copy engine."""
+
+
+def hit_expert_tokens(count: int, top_k: int) -> int:
+    """Tokens of a pass that brings only the experts that they hit, at most: 18 at 8 of 128, 4 at 2 of 8."""
+    if top_k == count:
+        return 0
+    return int(math.log(1 - HIT_SHARE) / math.log(1 - top_k / count))
 
 
 NUM_EXPERT_BUFFERS = 3

@@ -9,7 +9,7 @@ import numpy as np
 
 from flexbatch.policy.affine import affine, total
 from flexbatch.policy.expert_shape import ExpertShape
-from flexbatch.policy.expert_traffic import NO_EXPERTS, product_seconds, routed_traffic, spared_bytes
+from flexbatch.policy.expert_traffic import NO_EXPERTS, hit_fetch_seconds, product_seconds, routed_traffic, spared_bytes
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import DISK_THREADS, PAGE_TOKENS
 from flexbatch.policy.model_shape import ModelShape
@@ -34,10 +34,11 @@ class Stage:
 
 class PassStages:
     """The stages of the passes ``load``: a layer, in a model with experts also one without them, the last layer (the
-    head's weights are fetched beside it) and the head, where it is here."""
+    head's weights are fetched beside it) and the head, where it is here. hits: whether passes of few tokens bring only
+    the experts that they hit."""
 
-    def __init__(self, shape: ModelShape, hardware: Hardware, policy: Policy, load: PassLoad) -> None:
-        self.shape, self.hardware, self.policy, self.load = shape, hardware, policy, load
+    def __init__(self, shape: ModelShape, hardware: Hardware, policy: Policy, load: PassLoad, hits: bool) -> None:
+        self.shape, self.hardware, self.policy, self.load, self.hits = shape, hardware, policy, load, hits
         self.batches = policy.num_gpu_batches
         self.decode_tokens = np.asarray(load.decode_sequences)
         self.tokens = self.decode_tokens + load.prompt_tokens
@@ -69,8 +70,9 @@ class PassStages:
         shape, bits = self.shape, self.policy.weight_bits
         weights = {"layer": shape.block_bytes, "dense": shape.dense_bytes}.get(fetch, self._head_bytes)(bits)
         traffic = dict(self._head_traffic() if compute == "head" else self._layer_traffic)
-        spared = affine(cpu_experts=-spared_bytes(shape, self.policy, self.tokens)) if fetch == "layer" else 0.0
-        traffic["h2d"] = traffic["h2d"] + affine(weights_cpu=weights, weights_disk=weights) + spared
+        traffic["h2d"] = traffic["h2d"] + affine(weights_cpu=weights, weights_disk=weights)
+        if fetch == "layer":
+            traffic["h2d"] = traffic["h2d"] - spared_bytes(shape, self.policy, self.tokens, self.hits)
         traffic |= (
             routed_traffic(shape, self.hardware, self.policy, self.tokens, traffic)
             if compute == "layer"
@@ -148,7 +150,9 @@ class PassStages:
         if experts is None:
             return self._around(seconds, flops, moved)
         more_seconds, more_flops, more_moved = self._routed_gemm(experts)
-        return self._around(seconds + more_seconds, flops + more_flops, moved + more_moved)
+        seconds, flops, moved = self._around(seconds + more_seconds, flops + more_flops, moved + more_moved)
+        brought = hit_fetch_seconds(shape, self.hardware, self.policy, self.tokens) if self.hits else 0.0
+        return seconds + brought, flops, moved
 
     def _dense_compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The same for one of the layers without experts."""

@@ -194,7 +194,7 @@ class Executor:
             self.routing.begin_pass(inputs[0].num_tokens)
         self.cache.begin_pass(self.queues.mark())
         self.activations.plan([each.num_tokens for each in inputs])
-        self.halves.begin_pass(max((each.num_tokens for each in inputs), default=0))
+        self.halves.begin_pass([each.num_tokens for each in inputs])
         return inputs
 
     # The CPU's experts

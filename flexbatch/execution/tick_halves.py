@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from flexbatch.execution.attention import CacheAttention, PendingTick, Watch
@@ -41,9 +43,11 @@ class TickHalves:
         self.routing, self.routed, self.ranks = routing, routed, ends.ranks
         self.tracer: Tracer = queues.tracer
 
-    def begin_pass(self, most_tokens: int) -> None:
-        """Whether the CPU computes experts of a pass whose largest micro-batch has so many tokens, and which."""
-        experts = self.weights.cpu_experts
+    def begin_pass(self, tokens: list[int]) -> None:
+        """What becomes of the experts in host memory in a pass whose micro-batches have so many tokens: whether the CPU
+        computes some, and which, and whether the others cross the link only as they are hit."""
+        experts, hits = self.weights.cpu_experts, self.weights.hit_experts
+        self.weights.fetches_hits = hits is not None and sum(tokens) <= hits.max_tokens
         if experts is None:
             return
         if self.routed is not None:
@@ -51,7 +55,7 @@ class TickHalves:
         if self.routing is not None and self.routing.passes >= max(1, 2 * experts.passes):
             # After twice as many passes again: counts settle, and what crosses the link should not change every time.
             experts.choose(self.routing.total.cpu(), self.routing.passes)
-        self.weights.leaves_experts = self.routed is not None and most_tokens <= self.routed.max_tokens
+        self.weights.leaves_experts = self.routed is not None and max(tokens, default=0) <= self.routed.max_tokens
         if not self.weights.leaves_experts:
             self.weights.fetch_experts()
 
@@ -99,7 +103,8 @@ class TickHalves:
         weights, adapters = self.weights.weights(tick.layer, "post"), pending.inputs.adapters
         with self.tracer.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):
             stacks, given = self.weights.experts(tick.layer), (weights, pending.hidden, pending.attention, adapters)
-            context = self.routing, self.ranks, stacks, self.elsewhere(tick.layer)
+            fetch_hit = partial(self.weights.fetch_hit, tick.layer)
+            context = self.routing, self.ranks, stacks, self.elsewhere(tick.layer), fetch_hit
             pending.halves = layers.post_attention(self.arch, tick.layer, *given, *context)
             try:
                 next(pending.halves)

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from torch import Tensor
+
 from flexbatch.memory.cpu_experts import LeftOut, Ranges
 from flexbatch.memory.files import align
 from flexbatch.memory.transfer import Handle
@@ -19,7 +21,11 @@ class SlabLease:
     ranges: Ranges
     """What crosses the link of the layer's part in host memory."""
     left_out: LeftOut | None = None
-    """Experts that do not."""
+    """Experts that the CPU computes."""
+    by_hit: bool = False
+    """Whether experts in host memory come when a router has chosen them, and only these."""
+    arrived: Tensor | None = None
+    """Those that came by that: whether each did [E], on the compute device."""
     handles: list[Handle] = field(default_factory=list)
     slices_fetched: int = 0
     waits_for_disk: bool = False

@@ -11,6 +11,7 @@ from flexbatch.kernels.expert_codes import ExpertStacks
 from flexbatch.memory.cpu_experts import CpuExperts, LeftOut, Ranges, cut
 from flexbatch.memory.expert_stacks import layer_stacks
 from flexbatch.memory.files import DiskFile, align, chunks
+from flexbatch.memory.hit_experts import HitExperts, leased
 from flexbatch.memory.read_ahead import ReadAhead
 from flexbatch.memory.slab_lease import SlabLease, gaps, slices
 from flexbatch.memory.tensor_views import DequantizationBuffers, TensorView, view_of
@@ -60,6 +61,9 @@ class WeightStore:
         self.cpu_experts: CpuExperts | None = None
         self.leaves_experts = False
         """Whether layers are fetched without the experts that the CPU computes."""
+        self.hit_experts = HitExperts(plan, self.device) if plan.arch.experts and streamed else None
+        self.fetches_hits = False
+        """Whether layers are fetched without any experts, and these are brought as they are hit."""
         self.dense_views: dict[tuple[int, int], dict[str, Tensor]] = {}
         """By layer and slab, kept because making the views of a layer takes 0.1 ms of Python."""
         self.stacks: dict[tuple[int, int], tuple[ExpertStacks, ExpertStacks]] = {}
@@ -130,10 +134,17 @@ class WeightStore:
         """Fetch also the experts that were left out of the layers on their way."""
         assert not self.ready, f"layers {list(self.ready)} are in use"
         for layer, lease in self.leases.items():
-            if lease.left_out:
+            if lease.left_out or lease.by_hit:
                 missing = gaps(lease.ranges, self.plan.layer_bytes(layer, "cpu"))
                 self.send(layer, lease, missing, f"experts {layer}")
-                lease.left_out = None
+                lease.left_out, lease.by_hit = None, False
+
+    def fetch_hit(self, layer: int, chosen: Tensor) -> None:
+        """Experts of a layer that was fetched without them, and whose router has given its tokens these [T, K]."""
+        lease = self.leases.get(layer)
+        if lease is not None and lease.by_hit and self.hit_experts is not None:
+            target = self.slabs[lease.slab][self.plan.layer_bytes(layer, "disk") :]
+            self.hit_experts.fetch(lease, layer, self.cpu_slabs[layer], target, chosen)
 
     def forward(self, layer: int, lease: SlabLease) -> None:
         """Copy the part of a layer that the disk has from staging to its slab; waits for the disk."""
@@ -154,11 +165,10 @@ class WeightStore:
         count = len(self.slabs)
         free = [slab for i in range(count) if (slab := (self.next_slab + i) % count) not in owners]
         assert free, f"slab {self.next_slab} is still layer {owners.get(self.next_slab)}'s, layer {layer} wants it"
-        ranges: Ranges = ((0, self.plan.layer_bytes(layer, "cpu")),)
-        left_out, elsewhere = None, self.cpu_experts if self.leaves_experts else None
-        if elsewhere is not None and layer in elsewhere.chosen and elsewhere.chosen[layer].experts:
-            left_out, ranges = elsewhere.chosen[layer], elsewhere.ranges[layer]
-        lease = self.leases[layer] = SlabLease(free[0], ranges, left_out)
+        elsewhere = self.cpu_experts if self.leaves_experts else None
+        hits = self.hit_experts if self.fetches_hits else None
+        lease = leased(free[0], layer, self.plan.layer_bytes(layer, "cpu"), elsewhere, hits)
+        self.leases[layer] = lease
         self.next_slab = (free[0] + 1) % count
         return lease
 
@@ -248,7 +258,7 @@ class WeightStore:
             self.ready.keys(),
             self.leases.keys(),
         )
-        for part in (self.read_ahead, self.cpu_experts, self.tensors):
+        for part in (self.read_ahead, self.cpu_experts, self.hit_experts, self.tensors):
             if part is not None:
                 part.check()
 
@@ -265,6 +275,8 @@ class WeightStore:
         layer later fetches it again.
         """
         self.queues.synchronize()
+        if self.hit_experts is not None:
+            self.queues.h2d.num_bytes += self.hit_experts.take_bytes()
         if self.read_ahead is not None:
             self.read_ahead.forget_failed()
         for layer in {*self.leases, *self.ready}:

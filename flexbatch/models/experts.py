@@ -46,6 +46,10 @@ Elsewhere = Callable[[Tensor, Tensor, Tensor | None], RowsElsewhere]
 results of the experts that are not computed here."""
 
 
+FetchHit = Callable[[Tensor], None]
+"""Experts [T, K] -> their matrices are where they are multiplied, for what is launched from then on."""
+
+
 def feed_forward(
     experts: Experts,
     weights: Weights,
@@ -56,10 +60,11 @@ def feed_forward(
     routing: RoutingCounts | None = None,
     stacks: Stacks | None = None,
     elsewhere: Elsewhere | None = None,
+    fetch_hit: FetchHit | None = None,
 ) -> Halves:
     """[T, H] of the normed hidden states x [T, H]. linear: of the shared MLP. routing: where the choices of the layer
     are counted. stacks: the experts; None: they are among the weights, in the dtype of x. elsewhere: None where all of
-    them are here."""
+    them are here. fetch_hit: is told of the choices before the products, and sees to it that these experts are here."""
     chosen, shares = route(experts, weights, x)
     if routing is not None:
         routing.add(layer, chosen)
@@ -67,6 +72,8 @@ def feed_forward(
     gate = GatedActivation(activation, experts.gain, experts.clamp)
     biases = weights.get("expert_biases.gate_up"), weights.get("expert_biases.down")
     others = None if elsewhere is None else elsewhere(x, chosen, shares if experts.scales_input else None)
+    if fetch_hit is not None:
+        fetch_hit(chosen)
     shared = _shared_mlp(experts, weights, x, activation, linear) if experts.shared_width else None
     if others is None:
         way = scaled_inputs if experts.scales_input else expert_mlp

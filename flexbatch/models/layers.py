@@ -17,7 +17,7 @@ from torch import Tensor
 from flexbatch.kernels import ops
 from flexbatch.models import experts, latent
 from flexbatch.models.arch import Arch
-from flexbatch.models.experts import Elsewhere, Halves
+from flexbatch.models.experts import Elsewhere, FetchHit, Halves
 from flexbatch.models.lora.applied import PassAdapters
 from flexbatch.models.rope import RopeTables
 from flexbatch.models.routing import RoutingCounts
@@ -119,11 +119,14 @@ def post_attention(
     ranks: TensorRanks | None = None,
     stacks: experts.Stacks | None = None,
     elsewhere: Elsewhere | None = None,
+    fetch_hit: FetchHit | None = None,
 ) -> Halves:
     """Hidden state [T, H] after the layer: output projection of ``attention`` [T, Hq, D], residuals and MLP.
     ``hidden`` [T, H] is the layer's input. routing: counts the tokens of its experts; stacks: these, where they are not
-    among the weights. elsewhere: where some experts are computed, whose results the second half needs."""
-    mlp = partial(_mlp, arch, layer, weights, adapters=adapters, routing=routing, stacks=stacks, elsewhere=elsewhere)
+    among the weights. elsewhere: where some experts are computed, whose results the second half needs. fetch_hit: is
+    told which are about to be multiplied with."""
+    where = routing, stacks, elsewhere, fetch_hit
+    mlp = partial(_mlp, arch, layer, weights, adapters, where)
     flat = attention.flatten(1) if arch.latent is None else latent.expand(arch, weights, attention)
     update = _linear(weights, "o", flat, layer, adapters)
     if arch.parallel_residual:
@@ -210,17 +213,14 @@ def _mlp(
     arch: Arch,
     layer: int,
     weights: Weights,
-    x: Tensor,
     adapters: PassAdapters | None,
-    routing: RoutingCounts | None,
-    stacks: experts.Stacks | None,
-    elsewhere: Elsewhere | None,
+    where: tuple[RoutingCounts | None, experts.Stacks | None, Elsewhere | None, FetchHit | None],
+    x: Tensor,
 ) -> Halves:
     routed = arch.experts_of(layer)
     if routed is not None:
         linear = partial(_linear_of, weights, layer, adapters)
-        where = layer, routing, stacks, elsewhere
-        return (yield from experts.feed_forward(routed, weights, x, arch.activation, linear, *where))
+        return (yield from experts.feed_forward(routed, weights, x, arch.activation, linear, layer, *where))
     if arch.mlp == "gated":
         inner = ops.gated_activation(_linear(weights, "gate_up", x, layer, adapters), arch.activation)
     else:

@@ -35,3 +35,22 @@ def test_rows_of_many_dimensions_and_a_stride(device):
     staging = torch.zeros(2, 2, 4, 5, device=device)
     pages.gather_pages(layers[:, 1], ids, staging)
     assert torch.equal(staging.cpu(), layers[[4, 1], 1])
+
+
+@pytest.mark.parametrize(("word", "size"), [(1, 1003), (2, 1010), (4, 404), (8, 70_000)])
+@pytest.mark.parametrize("owners", [(), (2,), (0, 1, 3)])
+def test_parts_whose_owners_are_wanted(word, size, owners, device):
+    """Of every owner two parts, one of them empty for the last; nothing else is written."""
+    from flexbatch.kernels import pages
+
+    host = torch.randint(0, 255, (size,), dtype=torch.uint8)
+    host = host.pin_memory() if device.type == "cuda" else host
+    step = size // 10 // word * word
+    parts = torch.tensor([(index % 4, index * step, (index + (index != 7)) * step) for index in range(8)])
+    wanted = torch.zeros(4, dtype=torch.bool)
+    wanted[list(owners)] = True
+    target, expected = (torch.full((size,), 7, dtype=torch.uint8, device=each) for each in (device, "cpu"))
+    pages.copy_parts(host, target, parts.to(device), wanted.to(device), word)
+    reference.copy_parts(host, expected, parts, wanted)
+    assert torch.equal(target.cpu(), expected)
+    assert bool(owners) is bool((expected != 7).any())

@@ -11,10 +11,11 @@ import pytest
 
 from benchmark import pass_errors, policy_neighbors, policy_runs
 from benchmark.policy_error import plan_of
-from benchmark.policy_settings import NEIGHBORHOODS, SETTINGS, Setting
+from benchmark.policy_settings import EXPERTS, NEIGHBORHOODS, SETTINGS, Setting
 from flexbatch.models.shapes import SHAPES
 from flexbatch.policy.hardware import load_hardware
 from flexbatch.policy.policy import Policy, Split
+from flexbatch.policy.shapes import public_shape
 
 TINY = Setting(
     "tiny",
@@ -185,6 +186,8 @@ def test_a_neighborhood_runs_every_policy(monkeypatch, tmp_path):
 def test_settings_cover_what_the_model_distinguishes():
     settings = SETTINGS.values()
     assert len(settings) >= 12 and len(NEIGHBORHOODS) == 3
+    assert len(EXPERTS) >= 8 and not set(EXPERTS) & set(SETTINGS)
+    assert all(public_shape(setting.model).experts for setting in EXPERTS.values())
     assert (
         {s.fixed.get("weight_bits", 16) for s in settings}
         == {s.fixed.get("cache_bits", 16) for s in settings}
