@@ -5,9 +5,9 @@ distinct prompts.
     python -m benchmark.suite --scenarios opt-30b-4-4 --chosen
 
 Figures are generated tokens / (prefill + decode) seconds of a whole job, start-up and drain included; nothing is
-projected. With --chosen every scenario runs twice, placed by hand and by the plan that the engine chooses, and the
-ratio of both is told. Neighboring scenarios of one model with the same settings share its weights, which are
-loaded once.
+projected. With --chosen every scenario runs twice, placed by hand and by the plan that the engine chooses; what was
+predicted for that, both rates and their ratio are told. Neighboring scenarios of one model with the same settings
+share its weights, which are loaded once.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def run(name: str, scenario: Scenario, loaded: Loaded, overrides: dict[str, Any]
     llm.prepare(prompts, params)
     if fresh:
         warm_up(llm, scenario, prompts)
-    ready = time.perf_counter()
+    ready, plan = time.perf_counter(), llm.engine_plan.plan
     before = llm.report()
     completions = llm.generate(prompts, params)
     report = llm.report()
@@ -146,6 +146,7 @@ def run(name: str, scenario: Scenario, loaded: Loaded, overrides: dict[str, Any]
         "wall_seconds": time.perf_counter() - ready,
         "generated_tokens": generated,
         "tokens_per_second": generated / seconds,
+        "predicted_tokens_per_second": plan.predicted_tokens_per_second if plan else None,
         "setup_seconds": ready - started,
         "passes": report["passes"] - before["passes"],
         "moved_bytes": moved,
@@ -168,14 +169,19 @@ def variants(names: list[str], changes: dict[str, Any], chosen: bool) -> dict[st
     return found
 
 
-def share_of_hand_placed(results: list[dict[str, Any]]) -> dict[str, float]:
-    """Of each chosen plan that ran beside a hand-placed one, the share of its throughput."""
-    rates = {each["scenario"]: each["tokens_per_second"] for each in results if "tokens_per_second" in each}
-    return {
-        name: rate / rates[by_hand]
-        for name, rate in rates.items()
-        if (by_hand := name.removesuffix(" chosen")) != name and by_hand in rates
-    }
+def beside_hand_placed(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tokens a second of each chosen plan that ran beside a hand-placed one, what was predicted, and the share of the
+    hand-placed one's throughput."""
+    ran = {each["scenario"]: each for each in results if "tokens_per_second" in each}
+    found = []
+    for name, chosen in ran.items():
+        by_hand = name.removesuffix(" chosen")
+        if by_hand != name and by_hand in ran:
+            rates = {"chosen": chosen["tokens_per_second"], "placed": ran[by_hand]["tokens_per_second"]}
+            predicted = {"predicted": chosen.get("predicted_tokens_per_second")}
+            share = {"share_of_hand_placed": rates["chosen"] / rates["placed"]}
+            found.append({"scenario": name, **predicted, **rates, **share})
+    return found
 
 
 def speculation_of(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
@@ -242,8 +248,8 @@ def main() -> int:
             if arguments.output:
                 arguments.output.write_text(json.dumps({"machine": machine(), "results": results}, indent=1))
         loaded.close()
-        for name, share in share_of_hand_placed(results).items():
-            print(json.dumps({"scenario": name, "share_of_hand_placed": share}), file=data)
+        for each in beside_hand_placed(results):
+            print(json.dumps(each), file=data)
         return 1 if any("error" in result for result in results) else 0
 
 

@@ -50,3 +50,36 @@ def spread(sizes: Iterable[int], split: Split) -> list[str]:
         balancer.place(tier, size)
         tiers.append(tier)
     return tiers
+
+
+def dealt(head: Sequence[float], embedding: Sequence[float], layers: Sequence[float], split: Split) -> list[int]:
+    """The tier, as a number, of every weight of a model, in this order: shares are met within one tensor of a layer,
+    and by all layers alike.
+
+    The head stays on the gpu tier where its share holds it: a head has up to five times the bytes of a layer
+    (Llama-3.2-1B), and working slabs would have to be as large. Layers have what head and embedding leave of each
+    share.
+    """
+    asked, whole = split.fractions, sum(head) + sum(embedding) + sum(layers)
+    resident = sum(head) <= asked[0] * whole
+    placed = [sum(head) if resident else 0.0, 0.0, 0.0]
+    ends = [0] * len(head) if resident else _spread(head, asked, placed)
+    ends += _spread(embedding, asked, placed)
+    left = [max(0.0, share * whole - there) for share, there in zip(asked, placed, strict=True)]
+    return ends + _spread(layers, [each / sum(left) for each in left] if layers else asked, [0.0] * len(TIERS))
+
+
+def _spread(sizes: Sequence[float], asked: Sequence[float], placed: list[float]) -> list[int]:
+    """Deal to tiers that hold what was ``placed`` already, which grows."""
+    tiers = [tier for tier, share in enumerate(asked) if share > 0]
+    total, found = sum(placed), []
+    for size in sizes:
+        total += size
+        # Thousands of tensors, in every plan that a search prices: `max` with a key takes three times as long.
+        tier, behind = tiers[0], asked[tiers[0]] * total - placed[tiers[0]]
+        for other in tiers[1:]:
+            if (missing := asked[other] * total - placed[other]) > behind:
+                tier, behind = other, missing
+        placed[tier] += size
+        found.append(tier)
+    return found

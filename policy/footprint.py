@@ -3,12 +3,14 @@ to tensors and sequences."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 
-from flexbatch.policy.admission import most_prompt_tokens
+from flexbatch.policy.admission import most_prompt_tokens, off_gpu_sequences, sequences_on
 from flexbatch.policy.affine import RESIDENT, affine, evaluate, point_of
+from flexbatch.policy.balancer import dealt
 from flexbatch.policy.decode_graphs import planned_bytes
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.layer_window import passing_pages
@@ -69,11 +71,10 @@ def memory_rows(
     states.
     """
     batch, batches, bits = policy.gpu_batch_size, policy.num_gpu_batches, policy.weight_bits
-    reserved = reserved_tokens(workload, policy)
     row, weights = shape.token_bytes(policy.cache_bits), shape.total_bytes(bits)
-    slab = float(policy.num_weight_slabs) * shape.largest_layer_bytes(bits)
+    slab = float(policy.num_weight_slabs) * shape.streamed_layer_bytes(bits)
     dequantization = shape.dequantized_bytes(bits)
-    kept = shape.kept_layers(reserved, window_tokens(shape))
+    kept = kept_tokens(shape, workload, policy)
     cache = (shape.stages * batch * batches * kept + passing_tokens(shape, workload, policy)) * row
     staged = 2.0 * staged_tokens(shape, workload, policy) * row
     # On its way from disk to the link everything stops over in host memory; without a GPU it is read straight into
@@ -83,7 +84,7 @@ def memory_rows(
     hidden, two_hidden = batches * tokens * shape.hidden_bytes, 2.0 * tokens * shape.hidden_bytes
     between, away = (hidden + two_hidden) * (shape.stages > 1), dict.fromkeys(STAGED, two_hidden)
     exchange = attention_exchange_bytes(shape, policy) + expert_exchange_bytes(shape, policy, tokens)
-    open_pages = shape.stages * batch * batches * PAGE_TOKENS * row * shape.num_layers
+    tails = 2 * shape.stages * batch * batches * PAGE_TOKENS * row * shape.num_layers
     gpu = {
         "weights": affine(weights_gpu=weights),
         "weight slabs": affine(dequantization, weights_cpu=slab, weights_disk=slab),
@@ -99,7 +100,7 @@ def memory_rows(
     cpu = {
         "weights": affine(weights_cpu=weights),
         "weight slabs": affine(weights_disk=stopover * slab),
-        "cache": affine(cache_cpu=cache, cache_disk=open_pages),
+        "cache": affine(cache_cpu=cache, cache_disk=tails),
         # However few sequences are on the disk, a micro-batch may hold all of them.
         "cache staging": affine(cache_cpu=stopover * staged, cache_disk=stopover * staged)
         if policy.cache.disk
@@ -115,6 +116,11 @@ def memory_rows(
         "activations": affine(activations_disk=hidden),
     }
     return {"gpu": gpu, "cpu": cpu, "disk": disk}
+
+
+def kept_tokens(shape: ModelShape, workload: Workload, policy: Policy) -> float:
+    """Token rows, over all layers, that are reserved for the average sequence of the block."""
+    return shape.kept_layers(reserved_tokens(workload, policy), window_tokens(shape))
 
 
 def window_tokens(shape: ModelShape) -> float:
@@ -170,36 +176,29 @@ def has_graphs(peak: dict[str, dict[str, int]]) -> bool:
     return peak["gpu"].get("decode graphs", 0) > 0
 
 
-def spread_weights(shape: ModelShape, weights: Split, bits: int = 16) -> tuple[Split, float]:
-    """The split that whole tensors can meet, and the largest non-resident part of a layer as stored at ``bits``, in
-    bytes.
+def spread_weights(shape: ModelShape, weights: Split, bits: int = 16) -> tuple[Split, float, float]:
+    """The split that whole tensors can meet, and the largest parts of a layer as stored at ``bits`` that are not on the
+    gpu tier, and on the disk, in bytes.
 
-    Tensors are dealt to the tiers by error diffusion over the whole model: each goes to the tier that is furthest
-    behind its share.
+    See `balancer.dealt`: each tensor goes to the tier that is furthest behind its share.
     """
-    asked = weights.fractions
     embedding, head = (
         [shape.weight_bytes(elements, 16) for elements in tensors]
         for tensors in (shape.embedding_tensors, shape.head_tensors)
     )
-    block = shape.block_tensor_bytes(bits)
-    dense = shape.dense_tensor_bytes(bits)
-    layers = [embedding, *[dense] * shape.dense_layers, *[block] * (shape.num_layers - shape.dense_layers), head]
-    placed, total, largest = [0.0] * len(TIERS), 0.0, 0.0
-    tiers = [tier for tier, share in enumerate(asked) if share > 0]
-    for index, tensors in enumerate(layers):
-        away = 0.0
-        for num_bytes in tensors:
-            total += num_bytes
-            # Thousands of tensors, in every plan that a search prices: `max` with a key takes three times as long.
-            tier, behind = tiers[0], asked[tiers[0]] * total - placed[tiers[0]]
-            for other in tiers[1:]:
-                if (missing := asked[other] * total - placed[other]) > behind:
-                    tier, behind = other, missing
-            placed[tier] += num_bytes
-            away += num_bytes * (tier != 0)
-        largest = max(largest, away if index else 0.0)
-    return Split(*(num_bytes / total for num_bytes in placed)), largest
+    block, dense = shape.block_tensor_bytes(bits), shape.dense_tensor_bytes(bits)
+    layers = [dense] * shape.dense_layers + [block] * (shape.num_layers - shape.dense_layers)
+    tiers = iter(dealt(head, embedding, [size for tensors in layers for size in tensors], weights))
+    placed, away, on_disk = [0] * len(TIERS), 0, 0
+    for tensors in (head, embedding, *layers):
+        there = [0] * len(TIERS)
+        for size in tensors:
+            there[next(tiers)] += size
+        placed = [total + size for total, size in zip(placed, there, strict=True)]
+        # Rows of the embedding are gathered where they lie.
+        if tensors is not embedding:
+            away, on_disk = max(away, sum(there[1:])), max(on_disk, there[2])
+    return Split(*(size / sum(placed) for size in placed)), float(away), float(on_disk)
 
 
 def round_cache(policy: Policy) -> Split:
@@ -226,21 +225,27 @@ def peak_memory(
     left, or are not there: they are no reason to refuse a job.
     """
     rows = memory_rows(shape, hardware, workload, policy)
-    split, away = spread_weights(shape, policy.weights, policy.weight_bits)
+    split, away, on_disk = spread_weights(shape, policy.weights, policy.weight_bits)
     point = point_of(policy)
     point[1:4] = split.fractions
     peak = {tier: {kind: math.ceil(float(evaluate(row, point))) for kind, row in rows[tier].items()} for tier in TIERS}
     dequantization = shape.dequantized_bytes(policy.weight_bits)
     peak["gpu"]["weight slabs"] = dequantization + policy.num_weight_slabs * int(away)
-    # A micro-batch may hold one sequence more of a tier than its even share.
-    row = shape.token_bytes(policy.cache_bits)
-    staged_rows = row * staged_tokens(shape, workload, policy) / policy.gpu_batch_size
-    per_batch = policy.gpu_batch_size * (policy.cache.cpu + policy.cache.disk)
-    peak["gpu"]["cache staging"] += math.ceil(2 * staged_rows * (math.ceil(per_batch - 1e-6) - per_batch))
-    passing = passing_tokens(shape, workload, policy)
-    for tier, share in zip(TIERS, policy.cache.fractions, strict=True):
+    if peak["cpu"]["weight slabs"]:
+        peak["cpu"]["weight slabs"] = policy.num_weight_slabs * int(on_disk)
+    # A micro-batch may hold one sequence more of a tier than its even share, and the longest ones.
+    row, staged = shape.token_bytes(policy.cache_bits), off_gpu_sequences(policy, policy.block_size)
+    longest = dataclasses.replace(policy, gpu_batch_size=max(1, staged), num_gpu_batches=1)
+    staged_rows = staged_tokens(shape, workload, longest) / longest.gpu_batch_size
+    peak["gpu"]["cache staging"] = math.ceil(2 * row * staged * staged_rows)
+    passing, average = passing_tokens(shape, workload, policy), kept_tokens(shape, workload, policy)
+    for tier, count in sequences_on(policy.cache, policy.block_size).items():
+        share = policy.cache.fractions[TIERS.index(tier)]
         if 0 < share < 1:
-            more = passing_tokens(shape, workload, policy, share) - share * passing
+            # Each tier is made for one sequence more than its share, and for the longest ones.
+            longest = dataclasses.replace(policy, gpu_batch_size=count, num_gpu_batches=1)
+            more = shape.stages * (count * kept_tokens(shape, workload, longest) - share * policy.block_size * average)
+            more += max(0.0, passing_tokens(shape, workload, policy, share) - share * passing)
             peak[tier]["cache"] += math.ceil(row * max(0.0, more))
     resident = all(each.gpu >= 1 - RESIDENT for each in (policy.weights, policy.cache, policy.activations))
     graphs = graph_bytes_of(shape, hardware, workload, policy) if resident else 0

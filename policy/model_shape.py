@@ -219,6 +219,10 @@ class ModelShape:
         """The bytes of the largest layer as it is stored, the head included: the working slab is sized by it."""
         return max(self.block_bytes(bits), self.dense_bytes(bits), self.weight_bytes(self.head_elements, 16))
 
+    def streamed_layer_bytes(self, bits: int) -> int:
+        """Of the largest layer without the head, which is resident where the gpu tier has any share worth the name."""
+        return max(self.block_bytes(bits), self.dense_bytes(bits))
+
     @property
     def hidden_bytes(self) -> int:
         """The bytes of one token's hidden state."""

@@ -5,36 +5,32 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from flexbatch.policy.affine import KINDS
+from flexbatch.policy.blocks import FILLS, MIN_BUDGET, balanced, block_policy, coarse, first_fill, grid, neighbors
 from flexbatch.policy.bound import MachineBound
 from flexbatch.policy.candidates import Known
 from flexbatch.policy.families import families, templates
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.lp import fixed_fractions
 from flexbatch.policy.model_shape import ModelShape
-from flexbatch.policy.pass_load import Lengths
 from flexbatch.policy.plan import Plan, price
 from flexbatch.policy.policy import Constraints, Policy
 from flexbatch.policy.rounding import does_not_fit
-from flexbatch.policy.search import Search, family_of
+from flexbatch.policy.search import Search
 from flexbatch.policy.workload import Workload
 
-GRID_BATCHES = tuple(2**i for i in range(11))
-GRID_COUNTS = (1, 4, 16, 64)
-MIN_BUDGET = 256
-"""Prompt tokens that a micro-batch may always bring: fewer would cut prompts into crumbs to save little memory."""
-FILLS = (1.0, 0.5, 0.25, 0.0)
-"""How fast an empty block fills: the share of a sequence's stay over which prompts are spread. 1 keeps every pass
-alike, 0 brings all at once."""
-FINALISTS = 12
+FINALISTS = 8
 CLIMB = 60
 """Sizes that the search around the best grid points may compare."""
-FEW_WAVES = 8
-"""Waves of a job from which a small last one costs too little to look for others."""
+QUICK = tuple(itertools.product((1, 0.5, 2, 4), (1, 4)))
+"""What a family of policies is tried with before its own search: the best block of another, smaller and larger, and
+these cut into more micro-batches."""
+IN_SIGHT = 0.8
+"""The share of the best candidate's throughput below which a family is given up. Whole tensors and the passes of the
+job take 2 to 15 % of what the linear program promises, in all families of one model about alike."""
 POLISHED = 4
 """Plans whose prompt budget is tried out, and smaller blocks that are compared with the best after rounding."""
 DISK_GAIN = 0.01
@@ -46,78 +42,15 @@ GOOD_ENOUGH = 0.995
 """The share of the machine's bound above which nothing is left to search for."""
 
 
-def budget_of(workload: Workload, policy: Policy, fill: float) -> int:
-    """Prompt tokens of a micro-batch in a pass so that a block fills within ``fill`` of a sequence's stay; 0 when
-    that limits nothing."""
-    lengths = Lengths.of(workload, policy)
-    passes = max(lengths.prompt_passes, fill * lengths.residence)
-    budget = max(MIN_BUDGET, math.ceil(policy.gpu_batch_size * lengths.prompt / passes))
-    return budget if budget < policy.gpu_batch_size * policy.prefill_chunk else 0
-
-
 def effort(template: Policy, whole: int) -> int:
     """A third of the ``whole`` effort for caches that reach to the disk, which seldom win and then by far."""
     return whole // 3 if template.cache.disk else whole
 
 
-def block_policy(search: Search, template: Policy, batch: int, count: int, fill: float) -> Policy:
-    """``template`` with the sizes of a block; what the user fixed stays."""
-    constraints = search.constraints
-    batch, count = constraints.gpu_batch_size or batch, constraints.num_gpu_batches or count
-    if search.workload.num_sequences is not None:
-        # Sequences beyond the job's would only reserve memory.
-        batch = constraints.gpu_batch_size or min(batch, search.workload.num_sequences)
-        count = constraints.num_gpu_batches or min(count, math.ceil(search.workload.num_sequences / batch))
-    policy = dataclasses.replace(template, gpu_batch_size=batch, num_gpu_batches=count)
-    budget = (
-        budget_of(search.workload, policy, fill) if constraints.prefill_budget is None else constraints.prefill_budget
-    )
-    return dataclasses.replace(policy, prefill_budget=budget)
-
-
-def first_fill(search: Search, block: float) -> float:
-    """A job of few blocks loses more by filling slowly than by unequal passes."""
-    total = search.workload.num_sequences
-    return 1.0 if total is None or total > 4 * block else 0.5
-
-
-def grid(sequences: float, step: int = 1) -> list[tuple[int, int]]:
-    """Sizes in powers of two (with ``step`` 2, of four) and counts in powers of four, those nearest to ``sequences`` in
-    flight first, so that the rest is pruned early."""
-    pairs = itertools.product(GRID_BATCHES[::step], GRID_COUNTS)
-    return sorted(pairs, key=lambda pair: (abs(math.log2(pair[0] * pair[1] / sequences)), abs(pair[1] - 4)))
-
-
-def neighbors(policy: Policy, total: int | None) -> Iterator[tuple[int, int]]:
-    """Other sizes around a policy's: by one, by an eighth and by a third, the same block cut differently, and those
-    that take the job in whole waves."""
-    b, k = policy.gpu_batch_size, policy.num_gpu_batches
-    for factor in (1.34, 0.75, 1.13, 0.89):
-        yield max(b + (1 if factor > 1 else -1), round(b * factor)), k
-        yield b, max(k + (1 if factor > 1 else -1), round(k * factor))
-    yield b + 1, k
-    yield b - 1, k
-    yield math.ceil(b * k / (k + 1)), k + 1
-    if k > 1:
-        yield b * k // (k - 1), k - 1
-    if total is not None:
-        yield from ((batch, k) for batch in balanced(total, b, k) if batch != b)
-
-
-def balanced(total: int, batch: int, count: int) -> list[int]:
-    """Sizes of ``count`` micro-batches that take a job in whole waves of equal size: as many as ``batch`` takes, one
-    fewer, one more. Of 184 sequences a block of 87 leaves 10 for a third wave, which takes as many passes as the
-    others; 92 leaves none."""
-    waves = math.ceil(total / (batch * count))
-    if waves > FEW_WAVES:
-        return []
-    return [math.ceil(math.ceil(total / each) / count) for each in (waves, waves - 1, waves + 1) if each]
-
-
-def explore(search: Search, template: Policy, bound: MachineBound) -> None:
-    """The grid, then hill climbing from its best points, then other fills."""
+def explore(search: Search, template: Policy, bound: MachineBound, sizes: Iterable[tuple[int, int]]) -> None:
+    """The blocks of these sizes, then hill climbing from the best of them, then other fills."""
     good = GOOD_ENOUGH * bound.tokens_per_second
-    for batch, count in grid(bound.sequences, 2 if template.cache.disk else 1):
+    for batch, count in sizes:
         search.attempt(block_policy(search, template, batch, count, first_fill(search, batch * count)))
     limit = search.weighed + effort(template, CLIMB)
 
@@ -146,7 +79,7 @@ def explore(search: Search, template: Policy, bound: MachineBound) -> None:
                     other = block_policy(search, template, batch, count, 1.0)
                     free = search.constraints.prefill_budget is None and search.workload.num_sequences is not None
                     if free:
-                        other = dataclasses.replace(other, prefill_budget=math.ceil(budget * other.gpu_batch_size))
+                        other = dataclasses.replace(other, prefill_budget=coarse(budget * other.gpu_batch_size))
                     improved |= climb([other])
 
 
@@ -176,7 +109,7 @@ def polish(search: Search, best: Plan) -> Plan:
 
 
 def with_best_budget(search: Search, best: Plan) -> Plan:
-    """``best`` with twice or half its prompt budget, as long as that is faster and fits: priced pass by pass.
+    """``best`` with a larger or half its prompt budget, as long as that is faster and fits: priced pass by pass.
 
     The linear program's average passes cannot tell that a block on the GPU decodes in one graph when no prompts are
     in the pass, so that few passes with many prompts are better than many with few (OPT-1.3B, 9 sequences on the
@@ -184,10 +117,10 @@ def with_best_budget(search: Search, best: Plan) -> Plan:
     """
     if search.constraints.prefill_budget is not None:
         return best
-    for factor in (2.0, 0.5):
+    for factor in (2.0, 1.4, 0.5):
         while True:
             policy = best.policy
-            budget = math.ceil(factor * policy.prompt_tokens_per_micro_batch)
+            budget = coarse(factor * policy.prompt_tokens_per_micro_batch)
             if not MIN_BUDGET <= budget < 2 * policy.gpu_batch_size * policy.prefill_chunk:
                 break
             plan = search.price(dataclasses.replace(policy, prefill_budget=budget))
@@ -255,27 +188,33 @@ def best_plan_of_all(search: Search, bounds: list[tuple[MachineBound, Policy]]) 
     dry = dataclasses.replace(search, hardware=search.hardware.with_memory(disk=0))
     plan = best_plan(dry, [(bound, template) for bound, template in bounds if not template.cache.disk])
     search.linear_programs = dry.linear_programs
-    if plan is not None:
-        # The program's dual is that of a machine without a disk; here it has capacity that the plan leaves.
-        duals = {**plan.tokens_per_second_per_gib, "disk": 0.0}
-        plan = dataclasses.replace(plan, hardware=search.hardware, tokens_per_second_per_gib=duals)
-        # Whole tensors and sequences may lose much of what the program promised, where memory is all but full.
-        rate = min(plan.predicted_tokens_per_second, max(dry.top(template) for _, template in bounds))
-        if not disk_could_gain(search, bounds, plan, rate):
-            return plan
-    best = best_plan(search, bounds)
-    if best is None or plan is None:
-        return best or plan
+    if plan is None:
+        return best_plan(search, bounds)
+    # The program's dual is that of a machine without a disk; here it has capacity that the plan leaves.
+    duals = {**plan.tokens_per_second_per_gib, "disk": 0.0}
+    plan = dataclasses.replace(plan, hardware=search.hardware, tokens_per_second_per_gib=duals)
+    # Whole tensors and sequences may lose much of what the program promised, where memory is all but full.
+    rate = min(plan.predicted_tokens_per_second, max(dry.top(template) for _, template in bounds))
+    if not disk_could_gain(search, bounds, plan, rate):
+        return plan
+    best = best_plan(search, bounds, with_disk(plan.policy))
+    if best is None:
+        return plan
     least = (1 - DISK_GAIN) * best.predicted_tokens_per_second
     return plan if plan.predicted_tokens_per_second >= least else best
+
+
+def with_disk(dry: Policy) -> list[tuple[int, int]]:
+    """Sizes of blocks that the disk may make room for beside the best block without it."""
+    batch, count = dry.gpu_batch_size, dry.num_gpu_batches
+    factors = itertools.product(DISK_FACTORS, (count, count + 1))
+    return [(max(1, round(batch * count * factor / others)), others) for factor, others in factors]
 
 
 def disk_could_gain(search: Search, bounds: list[tuple[MachineBound, Policy]], dry: Plan, rate: float) -> bool:
     """Whether blocks of the size of ``dry``, which leaves the disk alone, and larger ones would be faster than ``rate``
     with it, by more than DISK_GAIN: a few programs, before a search of its own."""
-    batch, count = dry.policy.gpu_batch_size, dry.policy.num_gpu_batches
-    for (_, template), factor, others in itertools.product(bounds, DISK_FACTORS, (count, count + 1)):
-        size = max(1, round(batch * count * factor / others))
+    for (_, template), (size, others) in itertools.product(bounds, with_disk(dry.policy)):
         policy = block_policy(search, template, size, others, first_fill(search, size * others))
         candidate = search.attempt(policy, rate)
         if candidate is not None and candidate.tokens_per_second > (1 + DISK_GAIN) * rate:
@@ -283,16 +222,38 @@ def disk_could_gain(search: Search, bounds: list[tuple[MachineBound, Policy]], d
     return False
 
 
-def best_plan(search: Search, bounds: list[tuple[MachineBound, Policy]]) -> Plan | None:
-    """The plan with the highest predicted throughput of all families; None when nothing fits."""
+def in_sight(search: Search, template: Policy, best: tuple[float, Policy] | None) -> bool:
+    """Whether a family comes near the ``best`` candidate so far with blocks of about that one's size, or has others."""
+    if best is None:
+        return True
+    rate, policy = best
+    for factor, cut in QUICK:
+        batch, count = max(1, round(factor * policy.gpu_batch_size / cut)), policy.num_gpu_batches * cut
+        search.attempt(block_policy(search, template, batch, count, first_fill(search, batch * count)))
+    return not search.top(template) or search.top(template) >= IN_SIGHT * rate
+
+
+def best_plan(
+    search: Search, bounds: list[tuple[MachineBound, Policy]], sizes: list[tuple[int, int]] | None = None
+) -> Plan | None:
+    """The plan with the highest predicted throughput of all families; None when nothing fits. sizes: of the blocks to
+    begin with (default: a grid of all sizes)."""
+    best: tuple[float, Policy] | None = None
+    kept: list[Policy] = []
     for bound, template in sorted(bounds, key=lambda pair: -pair[0].tokens_per_second):
-        if all(
-            search.top(other) < bound.tokens_per_second
-            for _, other in bounds
-            if family_of(other)[2:] == family_of(template)[2:]
-        ):
-            explore(search, template, bound)
-    plans = [plan for _, template in bounds for plan in finals(search, template)]
+        if (best is not None and best[0] >= bound.tokens_per_second) or not in_sight(search, template, best):
+            continue
+        kept.append(template)
+        step = 2 if template.cache.disk else 1
+        explore(search, template, bound, sizes or grid(bound.sequences, step))
+        if best is None or search.top(template) > best[0]:
+            best = (search.top(template), search.best(template, 1)[0].policy) if search.top(template) else best
+    plans = [
+        plan
+        for template in kept
+        if best and search.top(template) >= IN_SIGHT * best[0]
+        for plan in finals(search, template)
+    ]
     if not plans:
         return None
     first = sorted(plans, key=lambda plan: -plan.predicted_tokens_per_second)[:POLISHED]

@@ -39,6 +39,12 @@ def by_total(pairs: np.ndarray) -> np.ndarray:
     return np.stack([first, total - first]).astype(float)
 
 
+def slots_of(totals: np.ndarray) -> np.ndarray:
+    """Cache slots (full pages) of sequences with so many tokens, the fewest first; the most first. The last token that
+    is generated needs none."""
+    return (np.ceil((totals - 1) / PAGE_TOKENS) * PAGE_TOKENS)[::-1]
+
+
 @dataclass(frozen=True)
 class Workload:
     """The lengths of the sequences of a job, as equally likely (prompt tokens, generated tokens) pairs.
@@ -55,6 +61,11 @@ class Workload:
     grows: bool = False
     whole_sequences: int | None = None
     """Of the whole job, where this is what one of several parts of a block runs."""
+    descending_slots: np.ndarray | None = field(default=None, compare=False)
+    """Cache slots (full pages) of every sequence, the most first, where the job is known: a block is made for its
+    longest sequences, which the mean of many hides."""
+    most_prompt: float | None = field(default=None, compare=False)
+    """Tokens of the longest prompt, where the job is known."""
 
     MAX_PAIRS = 256
     MAX_IN_ORDER = 16_384
@@ -78,7 +89,7 @@ class Workload:
 
     @functools.cached_property
     def longest_prompt(self) -> float:
-        return max(prompt for prompt, _ in self.lengths)
+        return self.most_prompt or max(prompt for prompt, _ in self.lengths)
 
     @functools.cached_property
     def mean_prompt(self) -> float:
@@ -90,8 +101,8 @@ class Workload:
 
     @functools.cached_property
     def longest_slots(self) -> np.ndarray:
-        """Cache slots (full pages) of each of the equally likely sequences, the most first."""
-        return np.sort(np.ceil(self.columns.sum(axis=0) / PAGE_TOKENS) * PAGE_TOKENS)[::-1]
+        """Cache slots of every sequence, or of each of the equally likely ones; the most first."""
+        return slots_of(np.sort(self.columns.sum(axis=0))) if self.descending_slots is None else self.descending_slots
 
     @functools.cached_property
     def requests(self) -> list[RequestLengths]:
@@ -125,8 +136,15 @@ class Workload:
         given = np.array([prompts, outputs], dtype=float)
         count = given.shape[1]
         pairs = by_total(given)
+        whole = num_sequences in (None, count)
+        slots, most = (slots_of(pairs.sum(axis=0)), float(given[0].max())) if whole else (None, None)
         if count > cls.MAX_PAIRS:
             cuts = np.array([count * i // cls.MAX_PAIRS for i in range(cls.MAX_PAIRS + 1)])
             pairs = np.add.reduceat(pairs, cuts[:-1], axis=1) / np.diff(cuts)
-        known = num_sequences in (None, count) and count <= cls.MAX_IN_ORDER
-        return cls(tuple(map(tuple, pairs.T.tolist())), num_sequences or count, given.astype(int) if known else None)
+        return cls(
+            tuple(map(tuple, pairs.T.tolist())),
+            num_sequences or count,
+            given.astype(int) if whole and count <= cls.MAX_IN_ORDER else None,
+            descending_slots=slots,
+            most_prompt=most,
+        )

@@ -14,7 +14,7 @@ from flexbatch.memory.files import ALIGNMENT, align
 from flexbatch.models.arch import Arch
 from flexbatch.models.quantized.scheme import Form
 from flexbatch.models.specs import WeightSpec, weight_specs
-from flexbatch.policy.balancer import spread
+from flexbatch.policy.balancer import dealt, spread
 from flexbatch.policy.policy import TIERS, Split
 
 SLAB_ALIGNMENT = 256
@@ -217,8 +217,8 @@ def plan_weights(
     formats = {spec: tensor_format(spec, bits, group, prequantized or {}) for spec in specs}
     floating = [spec for spec in specs if spec.layer >= 0 or spec.role in GATHERED_ROLES]
     unplaced = [placed_tensor(spec, "gpu", formats[spec], element_bytes) for spec in floating]
-    tiers = spread_tensors(unplaced, split)
     head = arch.num_layers
+    tiers = spread_tensors(unplaced, split, arch)
     groups: dict[int, list[PlacedTensor]] = {layer: [] for layer in range(-1, head + 1)}
     offsets: dict[tuple[int, str], int] = {}
     added = [
@@ -230,7 +230,7 @@ def plan_weights(
     tiers += spread((tensor.num_bytes for tensor in added), Split(split.gpu, 1 - split.gpu))
     for tensor, tier in zip(unplaced, tiers, strict=True):
         spec = tensor.spec
-        layer = head if spec.role == "embed.weight" and arch.tie_word_embeddings else spec.layer
+        layer = group_of(spec, arch)
         offset = offsets.get((layer, tier), 0)
         offsets[layer, tier] = offset + align(tensor.num_bytes, slab_alignment(tier))
         groups[layer].append(placed_tensor(spec, tier, tensor.form, element_bytes, offset))
@@ -244,10 +244,24 @@ def plan_weights(
     )
 
 
-def spread_tensors(tensors: Sequence[PlacedTensor], split: Split) -> list[str]:
-    """The tier of every tensor. Both matrices of experts go to one, where whoever computes them finds them together."""
-    sizes = by_piece((tensor.spec, tensor.num_bytes) for tensor in tensors)
-    tiers = dict(zip(sizes, spread(sizes.values(), split), strict=True))
+def group_of(spec: WeightSpec, arch: Arch) -> int:
+    """The layer that a tensor is fetched with: a table of tied embeddings with the head."""
+    tied = spec.role == "embed.weight" and arch.tie_word_embeddings
+    return arch.num_layers if tied else spec.layer
+
+
+def spread_tensors(tensors: Sequence[PlacedTensor], split: Split, arch: Arch) -> list[str]:
+    """The tier of every tensor. Both matrices of experts go to one, where whoever computes them finds them together.
+
+    As in `footprint.spread_weights`, which counts on it.
+    """
+    ends = {arch.num_layers: 0, -1: 1}
+    parts: list[list[PlacedTensor]] = [[], [], []]
+    for each in tensors:
+        parts[ends.get(group_of(each.spec, arch), 2)].append(each)
+    sizes = [by_piece((tensor.spec, tensor.num_bytes) for tensor in part) for part in parts]
+    dealt_to = dealt(*(list(each.values()) for each in sizes), split)
+    tiers = dict(zip((piece for each in sizes for piece in each), (TIERS[tier] for tier in dealt_to), strict=True))
     return [tiers[piece_of(tensor.spec)] for tensor in tensors]
 
 

@@ -44,6 +44,8 @@ A block of 70 sequences that was kept at any price went to disk with 9 % of its 
 second."""
 LENGTH_TOLERANCE = 0.25
 """Relative difference of mean lengths from which another job is decided for again."""
+NOTHING_LOST = 0.99
+"""The share of what was planned with all memory from which a block that was placed again in less is the best one."""
 ROUNDS = 12
 """Choices that may follow each other with less capacity, until the exact sizes fit."""
 
@@ -135,7 +137,7 @@ def counting_graphs(problem: Problem, machine: Hardware, requirements: Requireme
 def searched(problem: Problem, hardware: Hardware, requirements: Requirements) -> Choice:
     """Returns the optimizer's choice. While exact sizes exceed a budget, it chooses again with less capacity. Raises
     DoesNotFit."""
-    capacity, block, before, last, cut = dict(problem.budgets), None, 0.0, None, 1
+    capacity, block, before, last, cut, most = dict(problem.budgets), None, 0.0, None, 1, 0.0
     shape, workload = problem.shape, problem.workload
     for left in reversed(range(ROUNDS)):
         try:
@@ -149,12 +151,14 @@ def searched(problem: Problem, hardware: Hardware, requirements: Requirements) -
             # The block lost more than rounding: another one suits the smaller capacity better.
             plan, block = choose(shape, hardware, workload, constraints_of(problem, capacity), problem.known), None
         before = plan.predicted_tokens_per_second
+        most = most or before
         found = choice_of(plan, problem, hardware)
         policy = found.policy
         missing = overshoot(requirements(policy), problem.budgets)
         if not missing:
             # A block that was kept while rounding was mended may have lost more than another one would.
-            return found if block is None else faster(found, problem, hardware, requirements, capacity)
+            best = block is None or before >= NOTHING_LOST * most
+            return found if best else faster(found, problem, hardware, requirements, capacity)
         # Rounding is mended within the block; what is missing by more calls for another block, and so does rounding
         # that cannot be mended.
         small = all(size <= ROUNDING * problem.budgets[tier] for tier, size in missing.items())

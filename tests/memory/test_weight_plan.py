@@ -20,6 +20,7 @@ from flexbatch.memory.weight_plan import (
 from flexbatch.models import families
 from flexbatch.models.shapes import shape
 from flexbatch.models.specs import weight_specs
+from flexbatch.policy.balancer import dealt
 from flexbatch.policy.policy import TIERS, Split
 from tests.memory.rigs import splits, tiny_arch
 from tests.models.test_arch import configuration
@@ -125,3 +126,40 @@ def test_experts_are_multiplied_in_codes_where_all_of_a_layer_are_in_one_form(gr
             kept = (layer, tensor.spec.role) in plan.in_codes
             assert kept == (tensor.spec.role.startswith("experts.") and tensor.spec.role.split(".")[2] in coded)
             assert (tensor in plan.expanded(layer, stage_of(tensor.spec.role))) == (tensor.quantized and not kept)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(1, 50), max_size=3),
+    st.lists(st.integers(1, 50), max_size=3),
+    st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    st.integers(1, 8),
+    splits(),
+)
+def test_a_head_is_resident_and_layers_share_what_is_left(head, embedding, layer, layers, split) -> None:
+    """Whatever sizes the ends have: what a large head takes of the gpu tier's share is not taken from a few layers."""
+    found = dealt(head, embedding, layer * layers, split)
+    sizes = [*head, *embedding, *layer * layers]
+    total = sum(sizes)
+    if sum(head) <= split.gpu * total:
+        assert found[: len(head)] == [0] * len(head)
+    for tier, share in enumerate(split.fractions):
+        there = sum(size for size, at in zip(sizes, found, strict=True) if at == tier)
+        assert abs(there - share * total) <= sum(head) + sum(embedding) + max(layer)
+        assert there == 0 or share > 0
+        by_layer = [
+            sum(size for size, at in zip(layer, found[start : start + len(layer)], strict=True) if at == tier)
+            for start in range(len(head) + len(embedding), len(found), len(layer))
+        ]
+        assert max(by_layer) - min(by_layer) <= 3 * max(layer)
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3-8b", "opt-1.3b", "opt-30b"])
+def test_the_head_of_a_streamed_model_needs_no_slab(name: str) -> None:
+    """Slabs of Llama-3-8B were 2 GiB for a head of 1, of which every pass read half."""
+    arch = shape(name)
+    plan = plan_weights(arch, Split(0.5, 0.5), 16, 64, 2)
+    assert plan.streamed_bytes(arch.num_layers) == 0
+    assert plan.slab_bytes <= 0.75 * sum(t.num_bytes for t in plan.layers[0])
+    none = plan_weights(arch, Split(0, 1), 16, 64, 2)
+    assert none.streamed_bytes(arch.num_layers) == none.slab_bytes or name == "opt-30b"

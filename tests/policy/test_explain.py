@@ -268,7 +268,7 @@ def test_shape_comes_back_from_json():
 def test_spread_weights_meet_the_split_to_one_tensor(gpu, rest, name):
     shape = public_shape(name)
     asked = Split(gpu, (1 - gpu) * rest, 1 - gpu - (1 - gpu) * rest)
-    realized, largest = spread_weights(shape, asked)
+    realized, largest, _ = spread_weights(shape, asked)
     tensor = max(*shape.block_tensors, *shape.head_tensors, *shape.embedding_tensors) / shape.total_elements
     for want, have in zip(asked.fractions, realized.fractions, strict=True):
         assert abs(want - have) <= tensor + 1e-9

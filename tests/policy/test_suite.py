@@ -27,7 +27,7 @@ def test_both_run_and_are_compared(monkeypatch, tmp_path, capfd):
 
     def run(name, scenario, loaded, overrides, trace):
         ran.append((name, "percent" in scenario.settings, scenario.num_prompts))
-        return {"scenario": name, "tokens_per_second": rates[name]}
+        return {"scenario": name, "tokens_per_second": rates[name], "predicted_tokens_per_second": rates[name] + 1}
 
     monkeypatch.setattr(suite, "run", run)
     names = ["opt-30b-4-4", "llama-3-70b-4-4"]
@@ -36,4 +36,5 @@ def test_both_run_and_are_compared(monkeypatch, tmp_path, capfd):
     # Where nothing was placed by hand there is nothing to compare.
     assert ran == [("opt-30b-4-4", True, 7), ("opt-30b-4-4 chosen", False, 7), ("llama-3-70b-4-4", False, 7)]
     lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-    assert lines[3:] == [{"scenario": "opt-30b-4-4 chosen", "share_of_hand_placed": 0.95}]
+    rates = {"predicted": 191.0, "chosen": 190.0, "placed": 200.0, "share_of_hand_placed": 0.95}
+    assert lines[3:] == [{"scenario": "opt-30b-4-4 chosen", **rates}]
