@@ -25,7 +25,7 @@ from flexbatch.planner import budgets
 from flexbatch.planner.choose import Choice, choose_policy, differs, on_slowest, priced, without_reserves
 from flexbatch.planner.deploy import deploy, refuse_adapters
 from flexbatch.planner.engine_plan import EnginePlan, described
-from flexbatch.planner.learned import is_faster, most_saved
+from flexbatch.planner.learned import LEAST_GAIN, is_faster, most_saved
 from flexbatch.planner.placements import baseline_policy, fallbacks, overshoot
 from flexbatch.planner.problem import Problem
 from flexbatch.planner.relocation import Kind, Relocation, could_gain, fits_while_moving, kind_of
@@ -260,7 +260,7 @@ class Planner:
         None where the block in flight is about as good, or the search would take longer than it could save of passes
         that have taken ``pass_seconds`` each."""
         before, placed = self.engine_plan, self.placed or self.engine_plan
-        if before.plan is None or not differs(self.problem, before.policy, self._part(job)):
+        if before.plan is None or not differs(self.problem, before.policy, self._part(job), LEAST_GAIN):
             return None
         if self.search_seconds > most_saved(self._problem(job, placed), self.problem.job, before, pass_seconds):
             return None
