@@ -53,7 +53,7 @@ class ObservedLoop(EngineLoop):
         engine_plan = self.planner.engine_plan
         plan = engine_plan.plan or priced_by_sizes(self.planner, engine_plan.policy)
         self.pass_log = self.log_class(plan, monitor.BusySeconds(self.tracer))
-        return monitor.PlanMonitor(self.planner, self.pass_log, self.statistics, self.replans, cpu_attention=False)
+        return monitor.PlanMonitor(self.planner, self.pass_log, self.statistics, self.replans)
 
 
 def priced_by_sizes(planner: Planner, policy: Policy) -> Plan:

@@ -137,7 +137,7 @@ class EngineLoop:
         job = self.capacity.holdable(self.job([*(each.request for each in started), *ahead]))
         if not complete:
             job = job.repeated(PEEKED_BLOCKS * before.block_size)
-        if (found := self.planner.adopt_lengths(job)) is None:
+        if (found := self.planner.adopt_lengths(job, self.statistics.pass_seconds)) is None:
             return
         reason = (
             f"sequences have {job.mean_tokens:.4g} tokens on average by {self.lengths.num_seen} answers; "
@@ -148,7 +148,7 @@ class EngineLoop:
         left = scheduler.withdraw()
         self.statistics.preemptions += scheduler.aside.take_counts()
         self.end()
-        runner = self.capacity.prepare(job) if complete else self.capacity.prepare_largest(job)
+        runner = self.capacity.prepare(job, found) if complete else self.capacity.prepare_largest(job, found)
         self.begin(runner, left, scheduler.proposer)
 
     def begin_for_waiting(self, complete: bool) -> None:
@@ -214,9 +214,8 @@ class EngineLoop:
         plan = self.planner.engine_plan.plan
         if plan is None or self.capacity.speculator is not None:
             return None
-        meter = PassMeter(plan, BusySeconds(self.tracer))
-        has_buffers = runner.sizes.max_cpu_attention_tokens > 0
-        return PlanMonitor(self.planner, meter, self.statistics, self.replans, has_buffers)
+        meter = PassMeter(plan, BusySeconds(self.tracer), runner.sizes.max_cpu_attention_tokens > 0)
+        return PlanMonitor(self.planner, meter, self.statistics, self.replans)
 
     @torch.inference_mode()
     def run_pass(self) -> list[Sequence]:

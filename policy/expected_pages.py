@@ -32,7 +32,10 @@ class ExpectedPages:
         left = np.maximum(0, self.limit - generated)
         ahead = AHEAD[: 1 + np.searchsorted(AHEAD, left.max())]
         grown = np.minimum(ahead[:, None], left)
-        alive = np.minimum(1.0, self.survival(generated + grown) / self.survival(generated))
+        # Those that reach the limit have all of its rows until then, and end there.
+        reached = np.minimum(generated + grown, self.limit - 1)
+        alive = np.minimum(1.0, self.survival(reached) / self.survival(generated))
+        alive[1:][ahead[:-1, None] >= left] = 0
         later = rows + grown
         return later * alive, later**2 * alive * (1 - alive)
 

@@ -80,14 +80,19 @@ def scaled(rate: float | Curve, factor: float) -> float | Curve:
 
 
 def replan(
-    plan: Plan, measured_pass_seconds: float, measured: Mapping[str, float], mean_context: float | None = None
+    plan: Plan,
+    measured_pass_seconds: float,
+    measured: Mapping[str, float],
+    mean_context: float | None = None,
+    cpu_attention: bool = True,
 ) -> Replan:
     """Settings for the next passes when a pass takes ``measured_pass_seconds``.
 
     plan: what was predicted. measured: busy seconds of each resource in that pass. mean_context: tokens that a
-    decoding sequence really holds, where the estimate of the lengths was wrong. Within ``TOLERANCE`` everything
-    stays. Otherwise the rates are corrected by what was measured, and the CPU-attention share and the admission
-    limit with the highest throughput under them are taken; memory stays where it is.
+    decoding sequence really holds, where the estimate of the lengths was wrong. cpu_attention: whether its share may
+    change; there may be no buffers for any. Within ``TOLERANCE`` everything stays. Otherwise the rates are corrected
+    by what was measured, and the CPU-attention share and the admission limit with the highest throughput under them
+    are taken; memory stays where it is.
     """
     policy = plan.policy
     ratio = measured_pass_seconds / plan.pass_seconds
@@ -100,7 +105,7 @@ def replan(
         return Replan(policy.block_size, budget, policy.cpu_attention, measured_pass_seconds, False, reason)
     hardware = recalibrate(plan.hardware, plan.resource_seconds, measured)
     limit = admission_limit(plan, mean_context)
-    share, seconds = best_share(plan, hardware, limit, mean_context)
+    share, seconds = best_share(plan, hardware, limit, mean_context, cpu_attention)
     budget = chunk_budget(plan, hardware, limit, share, mean_context)
     culprit = max(RESOURCES, key=lambda name: measured.get(name, 0.0) - plan.resource_seconds[name])
     words = [f"pass took {measured_pass_seconds:.3g} s, planned {plan.pass_seconds:.3g} s ({ratio - 1:+.0%})"]
@@ -143,7 +148,9 @@ def model_for(
     return plan.passes_like(load, hardware, policy), point_of(policy)
 
 
-def best_share(plan: Plan, hardware: Hardware, limit: int, mean_context: float | None) -> tuple[float, float]:
+def best_share(
+    plan: Plan, hardware: Hardware, limit: int, mean_context: float | None, may_change: bool = True
+) -> tuple[float, float]:
     """(share of the CPU's sequences to attend there, seconds of the pass). Staging was sized by the plan: the share
     may rise, not fall below it."""
     # Two staging areas hold the planned share of a micro-batch; a smaller share would need larger ones, unless fewer
@@ -153,8 +160,8 @@ def best_share(plan: Plan, hardware: Hardware, limit: int, mean_context: float |
     least = max(0.0, 1 - may_be_staged / plan.policy.cache.cpu) if plan.policy.cache.cpu else 0.0
     shares = (
         sorted({plan.policy.cpu_attention, *(share for share in SHARES if share >= least - 1e-9)})
-        if plan.policy.cache.cpu
-        else [0.0]
+        if plan.policy.cache.cpu and may_change
+        else [plan.policy.cpu_attention if plan.policy.cache.cpu else 0.0]
     )
     models = {share: model_for(plan, hardware, limit, share, mean_context) for share in shares}
     seconds = {share: float(model.pass_seconds(point)) for share, (model, point) in models.items()}

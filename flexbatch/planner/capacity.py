@@ -96,9 +96,10 @@ class Capacity:
             return Job.TYPICAL_REQUESTS, FIRST_LOOK
         return block, PEEKED_BLOCKS * block
 
-    def prepare(self, job: Job) -> Runner:
-        """A runner whose sizes suit the job. Raises DoesNotFitError."""
-        engine_plan = self.planner.replan(job)
+    def prepare(self, job: Job, found: EnginePlan | None = None) -> Runner:
+        """A runner whose sizes suit the job. found: the plan for it, where that is made already. Raises
+        DoesNotFitError."""
+        engine_plan = found or self.planner.replan(job)
         self.on_plan()
         sizes = engine_plan.sizes(job)
         if not self.holds_weights(engine_plan) or engine_plan.speculation is not None:
@@ -135,13 +136,13 @@ class Capacity:
             leader.runner = self.runner
         return self.runner
 
-    def prepare_largest(self, job: Job) -> Runner:
+    def prepare_largest(self, job: Job, found: EnginePlan | None = None) -> Runner:
         """`prepare` for as many of the longest requests of a job as the budgets hold. Raises DoesNotFitError when the
         longest alone does not fit."""
         count, job = job.num_requests, job.longest_first()
         while True:
             try:
-                return self.prepare(job.first(count))
+                return self.prepare(job.first(count), found)
             except DoesNotFitError:
                 if count == 1:
                     raise

@@ -199,9 +199,9 @@ def faster(
     return max(found, other, key=predicted)
 
 
-def differs(problem: Problem, policy: Policy, job: Job) -> bool:
-    """Whether the sizes of a block that were chosen for the problem's job are wrong for another: lengths unlike, or
-    more requests than the block was cut to."""
+def differs(problem: Problem, policy: Policy, job: Job, tolerance: float = LENGTH_TOLERANCE) -> bool:
+    """Whether the sizes of a block that were chosen for the problem's job are wrong for another: mean lengths unlike by
+    more than a ``tolerance``, or more requests than the block was cut to."""
     planned, config = problem.job, problem.config
     if None not in (config.gpu_batch_size, config.num_gpu_batches) or job == planned:
         return False
@@ -211,7 +211,7 @@ def differs(problem: Problem, policy: Policy, job: Job) -> bool:
         and policy.block_size < min(job.num_requests, WHOLE_BLOCK)
     ):
         return True
-    return policy.block_size < job.num_requests and abs(job.mean_tokens / planned.mean_tokens - 1) > LENGTH_TOLERANCE
+    return policy.block_size < job.num_requests and abs(job.mean_tokens / planned.mean_tokens - 1) > tolerance
 
 
 def executable(problem: Problem, policy: Policy) -> Policy:

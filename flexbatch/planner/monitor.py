@@ -145,10 +145,10 @@ class BusySeconds:
 
 class PassMeter:
     """Measures passes against a plan. ``busy()`` gives the busy seconds of a pass by resource, None for one that was
-    not timed."""
+    not timed. cpu_attention: whether there are buffers for it; without them its share stays."""
 
-    def __init__(self, plan: Plan, busy: Any) -> None:
-        self.plan, self.busy = plan, busy
+    def __init__(self, plan: Plan, busy: Any, cpu_attention: bool = True) -> None:
+        self.plan, self.busy, self.cpu_attention = plan, busy, cpu_attention
         self.point = point_of(plan.policy)
         self.passes, self.measured_pass_seconds, self.predicted_pass_seconds = 0, 0.0, 0.0
         self.measured, self.predicted = dict.fromkeys(MEASURED, 0.0), dict.fromkeys(RESOURCES, 0.0)
@@ -198,7 +198,8 @@ class PassMeter:
         factors = {name: measured[name] / predicted[name] if predicted[name] > 0 else 0.0 for name in MEASURED}
         # The plan's average pass on the machine as these passes show it.
         busy = {name: seconds * factors.get(name, 1.0) for name, seconds in self.plan.resource_seconds.items()}
-        change = replan(self.plan, ratio * self.plan.pass_seconds, busy)
+        seconds = ratio * self.plan.pass_seconds
+        change = replan(self.plan, seconds, busy, cpu_attention=self.cpu_attention)
         if not change.changed:
             return None
         self.point = point_of(dataclasses.replace(self.plan.policy, cpu_attention=change.cpu_attention))
@@ -267,25 +268,25 @@ class PassMeter:
 
 
 class PlanMonitor(RunObserver):
-    """Holds a run beside its plan: re-plans what may change between passes, and reports predicted against measured.
+    """Holds a run beside its plan: re-plans what may change between passes, and reports predicted against measured."""
 
-    cpu_attention: whether there are buffers for CPU attention; without them there is none, whatever a re-plan says.
-    """
-
-    def __init__(
-        self, planner: Planner, meter: PassMeter, statistics: Statistics, replans: list[str], cpu_attention: bool
-    ) -> None:
+    def __init__(self, planner: Planner, meter: PassMeter, statistics: Statistics, replans: list[str]) -> None:
         self.planner, self.meter, self.statistics, self.replans = planner, meter, statistics, replans
-        self.cpu_attention = cpu_attention
         self.generated_tokens, self.seconds = statistics.generated_tokens, statistics.seconds
         self.prediction: dict[str, Any] = {}
+        self.settings: tuple[int, int, float] | None = None
+        """Of the last re-plan."""
 
     def after_pass(self, scheduler: Scheduler, batch: PassBatch, seconds: float) -> None:
         change = self.meter.record(self.meter.load(batch), seconds)
         if change is None:
             return
-        share = change.cpu_attention if self.cpu_attention else 0.0
-        scheduler.adjust(self.meter.plan.shape.stages * change.admission_limit, change.prefill_budget, share)
+        limit = self.meter.plan.shape.stages * change.admission_limit
+        settings = limit, change.prefill_budget, change.cpu_attention
+        if settings == self.settings:
+            return
+        self.settings = settings
+        scheduler.adjust(*settings)
         if not self.replans:
             logger.info("re-planned: %s; the report counts what follows", change.reason)
         self.replans.append(change.reason)

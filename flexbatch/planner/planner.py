@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import sys
+import time
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from flexbatch.planner import budgets
 from flexbatch.planner.choose import Choice, choose_policy, differs, on_slowest, priced, without_reserves
 from flexbatch.planner.deploy import deploy, refuse_adapters
 from flexbatch.planner.engine_plan import EnginePlan, described
+from flexbatch.planner.learned import LEAST_GAIN, is_faster, most_saved
 from flexbatch.planner.placements import baseline_policy, fallbacks, overshoot
 from flexbatch.planner.problem import Problem
 from flexbatch.planner.relocation import Kind, Relocation, could_gain, fits_while_moving, kind_of
@@ -36,8 +38,6 @@ from flexbatch.validation.errors import DoesNotFitError
 
 logger = logging.getLogger("flexbatch")
 
-LEAST_GAIN = 0.1
-"""Of throughput, that another block must promise before sequences in flight are read anew for it."""
 ANSWER_SHARES = (1.0, 0.5, 0.25, 0.125, 0.0)
 """Of ``max_tokens``, that a block is tried with which the user fixed."""
 
@@ -78,6 +78,7 @@ class Planner:
         self.placed: EnginePlan | None = None
         """Whose weights are in memory."""
         self.job_is_known = job is not None
+        self.search_seconds = 0.0  # of the last decision
         self._engine_plan: EnginePlan | None = None
         self._settled: set[Kind] = set()
         """Kinds of jobs for which the weights that are in memory were found to be good enough."""
@@ -170,9 +171,9 @@ class Planner:
         raise refusal
 
     def _decide_for(self, job: Job, before: EnginePlan | None, answer_share: float = 1.0) -> EnginePlan:
-        problem = self._problem(job, before)
+        problem, began = self._problem(job, before), time.perf_counter()
         choice = self._chosen(problem, job, None if before is None else before.weight_plan.num_slabs)
-        self.problem = problem
+        self.problem, self.search_seconds = problem, time.perf_counter() - began
         weight_plan = self.deployment.weight_plan(choice.policy) if before is None else before.weight_plan
         return EnginePlan(self.deployment, choice.policy, choice.plan, weight_plan, answer_share)
 
@@ -254,22 +255,21 @@ class Planner:
         self._settled.add(kind)
         return None
 
-    def adopt_lengths(self, job: Job) -> EnginePlan | None:
+    def adopt_lengths(self, job: Job, pass_seconds: float) -> EnginePlan | None:
         """A plan for what is left of a job whose answers are not as long as assumed; it is the latest from now on.
-        None where the block in flight is as good, to within ``LEAST_GAIN``."""
-        before = self.engine_plan
-        if before.plan is None or not differs(self.problem, before.policy, self._part(job)):
+        None where the block in flight is about as good, or the search would take longer than it could save of passes
+        that have taken ``pass_seconds`` each."""
+        before, placed = self.engine_plan, self.placed or self.engine_plan
+        if before.plan is None or not differs(self.problem, before.policy, self._part(job), LEAST_GAIN):
             return None
-        try:
-            found = self._decide(job, self.placed or before)
-        except DoesNotFitError:
+        if self.search_seconds > most_saved(self._problem(job, placed), self.problem.job, before, pass_seconds):
             return None
-        as_before = priced(self.problem, without_reserves(self.hardware), before.policy).predicted_tokens_per_second
-        better = found.plan is not None and found.plan.predicted_tokens_per_second > (1 + LEAST_GAIN) * as_before
-        if found.policy == before.policy or not better:
-            return None
-        self._engine_plan = found
-        return found
+        with contextlib.suppress(DoesNotFitError):
+            found = self._decide(job, placed)
+            if is_faster(self.problem, before, found):
+                self._engine_plan = found
+                return found
+        return None
 
     def shortfall(self, job: Job) -> dict[str, int]:
         """Bytes by tier that a block for a job needs beyond the budgets; none where another policy would hold it,

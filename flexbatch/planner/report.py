@@ -58,6 +58,11 @@ class Statistics(RunObserver):
         return self.generated_tokens / self.seconds if self.seconds else 0.0
 
     @property
+    def pass_seconds(self) -> float:
+        """Of the average pass."""
+        return self.seconds / self.passes if self.passes else 0.0
+
+    @property
     def total_tokens_per_second(self) -> float:
         return (self.prompt_tokens + self.generated_tokens) / self.seconds if self.seconds else 0.0
 

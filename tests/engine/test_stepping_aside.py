@@ -246,7 +246,7 @@ def replanned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     take all that was in flight."""
     sizes, chosen, advance = itertools.cycle([1, 6, 2, 5, 1, 3]), [], EngineLoop.advance
 
-    def adopt(planner: Planner, job: Any) -> Any:
+    def adopt(planner: Planner, job: Any, pass_seconds: float) -> Any:
         chosen.append(next(sizes))
         plan = planner.engine_plan
         policy = dataclasses.replace(plan.policy, gpu_batch_size=chosen[-1])

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.execution.answer_lengths import EDGES, ENOUGH, NOTHING_SEEN, AnswerLengths, Survival
+from flexbatch.execution.answer_lengths import EDGES, ENOUGH, NOTHING_SEEN, AnswerLengths, Likely, Survival
 from flexbatch.execution.job import Job
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.scheduler import Scheduler
@@ -77,10 +77,12 @@ def test_the_estimate_is_the_distribution(seed: int, mean: float, begun: int) ->
     """Also of answers that have begun: of memory a geometric length has none."""
     chance = random.Random(seed)
     lengths = np.array([geometric(chance, mean) for _ in range(1000)], dtype=float)
-    survival = Survival.of(lengths, np.ones(1000, dtype=bool))
+    survival, likely = (each.of(lengths, np.ones(1000, dtype=bool)) for each in (Survival, Likely))
     survival.check()
+    likely.check()
     for share in (0.2, 0.5, 0.9):
-        assert abs(survival.quantile(share) - np.quantile(lengths, share)) <= 0.07 * np.quantile(lengths, share) + 8
+        assert abs(likely.quantile(share, MOST) - min(MOST, np.quantile(lengths, share))) <= 1
+        assert abs(survival.at(np.quantile(lengths, [share]))[0] - (1 - share)) < 0.06 + 4 / mean
     if (lengths > begun).sum() > 100:
         later = survival.at(np.array([begun + mean])) / survival.at(np.array([begun]))
         assert abs(later[0] - math.exp(-1)) < 0.2 + 8 / mean
@@ -114,6 +116,7 @@ def test_answers_cut_at_their_limit_say_only_that_they_go_on() -> None:
     survival = seen.sources[None].survival
     for length in (20, 100, 300):
         assert abs(survival.at(np.array([length]))[0] - math.exp(-length / 120)) < 0.06
+        assert abs(seen.sources[None].likely.quantile(1 - math.exp(-length / 120), MOST) / length - 1) < 0.25
 
 
 def test_the_first_to_end_do_not_stand_for_all() -> None:

@@ -7,18 +7,30 @@ import dataclasses
 import itertools
 import json
 import random
+from unittest.mock import MagicMock
 
 import pytest
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.planner import tables
-from flexbatch.planner.monitor import TIMED_EVERY, TIMED_FIRST, WARM_UP, WINDOW, BusySeconds, PassMeter, UsageTracer
+from flexbatch.planner.monitor import (
+    TIMED_EVERY,
+    TIMED_FIRST,
+    WARM_UP,
+    WINDOW,
+    BusySeconds,
+    PassMeter,
+    PlanMonitor,
+    UsageTracer,
+)
+from flexbatch.planner.report import Statistics
 from flexbatch.policy.affine import point_of
 from flexbatch.policy.cost import PassModel
 from flexbatch.policy.hardware import SHIPPED, load_hardware
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.plan import price
 from flexbatch.policy.policy import Policy, Split
+from flexbatch.policy.replan import Replan
 from flexbatch.policy.shapes import public_shape
 from flexbatch.policy.workload import Workload
 from flexbatch.validation.errors import ConfigurationError
@@ -160,6 +172,20 @@ def test_meter_moves_attention_once_when_the_link_is_slow():
         > 3 * meter.report(1.0)["resources"]["h2d"]["predicted_seconds"]
     )
     assert meter.recalibrated(meter.plan.hardware).h2d < meter.plan.hardware.h2d / 3
+
+
+def test_the_same_settings_once_more_are_no_replan():
+    """On a machine whose passes now and then take three times as long, every window calls for the same settings."""
+    meter, _ = metered(1.0)
+    change = Replan(80, 1000, 1.0, 0.1, True, "a reason")
+    scheduler, statistics, replans = MagicMock(), Statistics(), []
+    half = dataclasses.replace(change, cpu_attention=0.5)
+    meter.load, meter.record = MagicMock(), MagicMock(side_effect=[change, None, change, half])
+    monitor = PlanMonitor(MagicMock(), meter, statistics, replans)
+    for _ in range(4):
+        monitor.after_pass(scheduler, MagicMock(), 1.0)
+    assert [call.args for call in scheduler.adjust.call_args_list] == [(80, 1000, 1.0), (80, 1000, 0.5)]
+    assert len(replans) == 2
 
 
 def test_passes_that_are_not_timed_do_not_count_against_the_plan():

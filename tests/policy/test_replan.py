@@ -49,6 +49,13 @@ def test_slow_link_moves_attention_to_the_cpu():
     assert "h2d" in result.reason and "CPU attention 0.4" in result.reason
 
 
+def test_without_buffers_for_cpu_attention_no_replan_speaks_of_it():
+    plan = planned()
+    slow = dataclasses.replace(plan.hardware, h2d=15e9, gather=14e9, h2d_during_cpu_attention=14e9)
+    result = replan(plan, *measured_on(slow), cpu_attention=False)
+    assert result.cpu_attention == 0.4 and "CPU attention" not in result.reason
+
+
 def test_share_never_falls_below_what_staging_was_sized_for():
     policy = dataclasses.replace(POLICY, cpu_attention=0.9)
     plan = planned(policy)

@@ -1,0 +1,198 @@
+"""What it is worth to reserve cache for likely answers, at equal memory: learned reservation beside ``--reserve all``.
+
+    python -m benchmark.reservation
+    python -m benchmark.reservation --model llama-3-8b --gpu-memory 24GiB --cpu-memory 8GiB --requests 4000 --sudden 240
+
+Two engines with the same budgets, each with a plan of its own, run the same jobs one after the other in this process:
+
+- ``geometric``: answers of geometric length under a max_tokens that few of them reach. The engine that learns begins
+  this job without having seen an answer.
+- ``sudden``: every answer reaches max_tokens, after the short ones of the job before. The engine that reserves all
+  has planned for exactly this.
+
+How long an answer is, no engine knows: the token that a pass draws is replaced by a stop token where the answer is to
+end, as if the model had drawn it. Both engines so generate the same number of tokens. Passes and processor time are
+counted beside seconds: on a machine that others use as well, seconds say little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from benchmark.machine import publish
+from flexbatch import LLM, SamplingParams
+from flexbatch.execution.pass_batch import PassBatch
+from flexbatch.execution.sampler import SampledTokens
+from flexbatch.loop import EngineLoop
+from flexbatch.policy.stdout import run_process
+
+RESERVES = ("all", "expected")
+ALIKE = 8
+"""First tokens of a prompt, by which it is known."""
+
+Prompt = list[int]
+
+
+class EndingLoop(EngineLoop):
+    """Ends answers where they are told to end, which nothing else in the engine knows."""
+
+    stop_token = 0
+    answers: Mapping[tuple[int, ...], int] = {}
+
+    def begin(self, *arguments: Any, **options: Any) -> None:
+        super().begin(*arguments, **options)
+        assert self.scheduler is not None
+        scheduler, commit = self.scheduler, self.scheduler.commit
+
+        def ending(batch: PassBatch, sampled: Mapping[int, SampledTokens]) -> None:
+            drawn = {
+                id: self.ended(result, scheduler.running[id].request.prompt_token_ids, generated)
+                for id, result in sampled.items()
+                for generated in [scheduler.running[id].num_output_tokens]
+            }
+            commit(batch, drawn)
+
+        scheduler.commit = ending  # type: ignore[method-assign]
+
+    def ended(self, result: SampledTokens, prompt: Prompt, generated: int) -> SampledTokens:
+        """The result of a pass, with the stop token where the answer ends and nowhere else."""
+        answer = self.answers.get(tuple(prompt[:ALIKE]))
+        if answer is None or not result.token_ids:
+            return result
+        (token,) = result.token_ids
+        if token == self.stop_token:
+            token -= 1
+        return dataclasses.replace(result, token_ids=[self.stop_token if generated + 1 == answer else token])
+
+
+class EndingLLM(LLM):
+    loop_class = EndingLoop
+
+    @property
+    def loop(self) -> EndingLoop:
+        return cast("EndingLoop", self._loop)
+
+
+def geometric(chance: random.Random, mean: float, most: int) -> int:
+    return min(most, int(np.ceil(np.log(1 - chance.random()) / np.log(1 - 1 / mean))) or 1)
+
+
+def run_job(llm: EndingLLM, prompts: Sequence[Prompt], answers: Sequence[int], max_tokens: int) -> dict[str, Any]:
+    """One job, and what it took."""
+    loop, stop = llm.loop, llm.loop.stop_token
+    loop.answers = {tuple(prompt[:ALIKE]): answer for prompt, answer in zip(prompts, answers, strict=True)}
+    params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, stop_token_ids=[stop])
+    before, replans = llm.report(), len(loop.replans)
+    started, processor = time.perf_counter(), time.process_time()
+    completions = llm.generate(list(prompts), params)
+    seconds, processor = time.perf_counter() - started, time.process_time() - processor
+    report, block = llm.report(), llm.engine_plan
+    lengths = [len(each.token_ids) for each in completions]
+    if lengths != [min(answer, max_tokens) for answer in answers]:
+        raise RuntimeError(f"{llm.config.reserve}: answers do not have the lengths that they were to have")
+    in_passes = report["seconds"] - before["seconds"]
+    return {
+        "tokens": sum(lengths),
+        "passes": report["passes"] - before["passes"],
+        "seconds": seconds,
+        "seconds_in_passes": in_passes,
+        "processor_seconds": processor,
+        "tokens_per_second": sum(lengths) / seconds,
+        "sequences_per_pass": sum(lengths) / (report["passes"] - before["passes"]),
+        "preemptions": {name: value - before["preemptions"][name] for name, value in report["preemptions"].items()},
+        "replans": [reason for reason in loop.replans[replans:] if "answers" in reason],
+        "last_block": block.block_policy.block_size,
+        "percent": block.policy.percent,
+        "job": report.get("job", {}),
+        "answers": [each.token_ids for each in completions],
+    }
+
+
+def compared(name: str, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Both runs of a job, and the ratios of the one that learns to the one that reserves all."""
+    answers = [run.pop("answers") for run in runs.values()]
+    reserved, learned = (runs[reserve] for reserve in RESERVES)
+    ratios = {
+        f"{what}_ratio": reserved[of] / learned[of]
+        for what, of in (("throughput", "seconds"), ("pass", "passes"), ("processor", "processor_seconds"))
+    }
+    alike = sum(one == other for one, other in zip(*answers, strict=True)) / len(answers[0])
+    found = {"job": name, **ratios, "answers_alike": alike, **runs}
+    counts = ", ".join(
+        f"{reserve}: {run['passes']} passes, {run['seconds']:.4g} s, {run['preemptions']['total']} preemptions, "
+        f"{len(run['replans'])} re-plans"
+        for reserve, run in runs.items()
+    )
+    words = ", ".join(f"{what.replace('_', ' ')} {ratio:.3g}" for what, ratio in ratios.items())
+    print(f"{name}: {words}; {counts}", file=sys.stderr, flush=True)
+    return found
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    chance = random.Random(args.seed)
+    settings = {
+        "dummy_weights": args.model != "demo",
+        "gpu_memory": args.gpu_memory,
+        "cpu_memory": args.cpu_memory,
+        **({"hardware": args.hardware} if args.hardware else {}),
+        **({"dtype": args.dtype} if args.dtype else {}),
+        **({"device": args.device} if args.device else {}),
+    }
+    jobs = {
+        "geometric": [geometric(chance, args.mean, args.max_tokens) for _ in range(args.requests)],
+        "sudden": [args.max_tokens + 1] * args.sudden,
+    }
+    found: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        engines = {
+            reserve: stack.enter_context(EndingLLM(args.model, reserve=reserve, **settings)) for reserve in RESERVES
+        }
+        for name, answers in jobs.items():
+            runs, vocabulary = {}, engines["all"].arch.vocab_size
+            prompts = [[chance.randrange(10, vocabulary - 2) for _ in range(args.prompt)] for _ in answers]
+            for reserve, llm in engines.items():
+                llm.loop.stop_token = vocabulary - 1
+                if not found:
+                    # Kernels compile and graphs are captured; nothing is learned of requests that only max_tokens ends.
+                    warm_up = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
+                    llm.generate([prompt[::-1] for prompt in prompts[:64]], warm_up)
+                if answers:
+                    runs[reserve] = run_job(llm, prompts, answers, args.max_tokens)
+                    shown = {what: value for what, value in runs[reserve].items() if what not in ("answers", "job")}
+                    print(f"{name}, {reserve}: {shown}", file=sys.stderr, flush=True)
+            if runs:
+                found.append(compared(name, runs))
+    return {"settings": vars(args), "jobs": found}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="demo, or a public shape with random weights")
+    parser.add_argument("--gpu-memory", default="48MiB", help="budget of each engine; both are in memory")
+    parser.add_argument("--cpu-memory", default="64MiB")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype")
+    parser.add_argument("--hardware", help="profile that plans are made by (default: this machine, measured)")
+    parser.add_argument("--requests", type=int, default=400, help="of the geometric job")
+    parser.add_argument("--sudden", type=int, default=64, help="requests of the job whose answers are suddenly long")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of every prompt")
+    parser.add_argument("--mean", type=float, default=120, help="tokens of an answer")
+    parser.add_argument("--max-tokens", type=int, default=1024)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    return publish(lambda: measure(args), args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(run_process(main))
