@@ -73,7 +73,10 @@ class KVCache(CacheStorage):
         """A table with pages for ``num_tokens`` tokens on ``tier``; the caller has asked `can_open`. ``prompt`` enters
         the prefix index, under its ``adapter``. ``cpu_attention``: decode tokens are attended by the CPU."""
         shared, pool = list(shared_pages), self.pools[tier]
-        known = pool.prefixes.match(prompt, len(prompt) // self.layout.page_tokens, adapter) if self.windows else []
+        known = []
+        if self.windows is not None:
+            found = pool.prefixes.match(prompt, len(prompt) // self.layout.page_tokens, adapter)
+            known = self.windows.known(tier, found)
         pool.share(shared)
         pages = shared + pool.allocate(self.layout.num_pages(num_tokens) - len(shared))
         pool.prefixes.enter(pages, prompt, adapter)

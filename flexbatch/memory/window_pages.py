@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from flexbatch.memory.pages import PagePool, PageTable
+from flexbatch.memory.prefix import Key
 from flexbatch.policy.layer_window import LayerWindow, WindowSizes
 from flexbatch.policy.policy import TIERS
 
@@ -124,10 +125,15 @@ class WindowPages:
         """What it counts for that a sequence has ``after`` pages in the other layers, and not ``before``."""
         return self.sizes.of(after) - self.sizes.of(before)
 
-    def open(self, table: PageTable, known: Sequence[int]) -> None:
-        """Count a new table. known: pages of the prefix index with the beginning of its prompt."""
-        keys = self.pools[table.tier].prefixes.keys
-        table.twins = {i: (known[i], keys[known[i]]) for i in range(table.num_shared, len(known))}
+    def known(self, tier: str, pages: Sequence[int]) -> list[tuple[int, Key]]:
+        """Pages of the prefix index with the beginning of a prompt, with their keys: a table that is opened may drive
+        some of them out."""
+        keys = self.pools[tier].prefixes.keys
+        return [(page, keys[page]) for page in pages]
+
+    def open(self, table: PageTable, known: Sequence[tuple[int, Key]]) -> None:
+        """Count a new table. known: as found before it took its pages."""
+        table.twins = {i: known[i] for i in range(table.num_shared, len(known))}
         table.waits = table.num_shared > 0
         self.count(table.tier, 0, len(table.pages))
 

@@ -213,6 +213,17 @@ def test_a_prefix_whose_window_is_gone_is_read_anew(folders, tmp_path, checked, 
     assert 96 + 140 * 12 + 12 * 9 < read < unshared - 5 * 96
 
 
+def test_a_prompt_whose_own_pages_drive_it_out_of_the_index(folders, tmp_path, checked):
+    """A second run finds the beginning of a long prompt in the index, of which it may share nothing since what its
+    windows saw is gone, and takes those very pages for itself."""
+    folder, _ = folders("gemma3", 19, max_position_embeddings=2048)
+    prompts = random_prompts([700, 5, 900], seed=3)
+    settings = {**SETTINGS, "gpu_batch_size": 5, "num_gpu_batches": 1, "prefill_chunk": 16, **PLACES["gpu"]}
+    with LLM(str(folder), **settings, offload_dir=str(tmp_path)) as llm:
+        once, again = ([each.token_ids for each in llm.generate(prompts, GREEDY)] for _ in range(2))
+        assert once == again
+
+
 @pytest.mark.parametrize(
     ("place", "bits"), [("mixed", 16), *(pytest.param(*row, marks=pytest.mark.slow) for row in
     [("gpu", 16), ("disk", 16), ("cpu attention", 16), ("mixed", 4), ("gpu", 4), ("disk", 8)])]
