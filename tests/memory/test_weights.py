@@ -71,14 +71,14 @@ def sweep(store: WeightStore, arch: Arch, bits: int, count: int) -> None:
         if tick.fetch_weights is not None:
             store.fetch(*tick.fetch_weights)
         store.check()
-        for stage in ("pre", "post"):
+        for stage in ("pre", "post", 1):
             weights = store.weights(tick.layer, stage)
             for role, tensor in wanted[tick.layer].items():
                 if role in weights:
                     quantized = bits != 16 and role in ("qkv.weight", "o.weight", "gate_up.weight", "down.weight")
                     if not quantized or (stage == "pre") == (role == "qkv.weight"):
                         assert torch.equal(weights[role], tensor), (tick, stage, role)
-        assert set(wanted[tick.layer]) <= set(store.weights(tick.layer, "post")), tick
+        assert set(wanted[tick.layer]) <= set(store.weights(tick.layer, "post", 1)), tick
         if tick.micro_batch == count - 1:
             store.release(tick.layer, READY)
     store.check()
@@ -132,8 +132,8 @@ def test_a_fetch_into_a_slab_waits_for_the_compute_that_reads_it(staged: bool) -
     arch = tiny_arch(4)
     with open_store(arch, Split(0, 0.5, 0.5), staged=staged) as (store, queues):
         store.fetch_rest(0, 1)
-        reading = {role: tensor.clone() for role, tensor in store.weights(0, "pre").items()}
-        now = store.weights(0, "pre")
+        reading = {role: tensor.clone() for role, tensor in store.weights(0, "pre", 1).items()}
+        now = store.weights(0, "pre", 1)
         store.fetch_rest(1, 1)
         for handle in store.leases[1].handles:
             handle.synchronize()
@@ -144,7 +144,7 @@ def test_a_fetch_into_a_slab_waits_for_the_compute_that_reads_it(staged: bool) -
         time.sleep(0.05)
         assert all(torch.equal(now[role], tensor) for role, tensor in reading.items()), "overwritten while it was read"
         read.set()
-        store.weights(2, "pre")
+        store.weights(2, "pre", 1)
         assert not all(torch.equal(now[role], tensor) for role, tensor in reading.items())
         store.drain()
 
@@ -154,7 +154,7 @@ def test_weights_are_not_used_before_they_were_fetched() -> None:
         open_store(tiny_arch(2), MIXED) as (store, _),
         pytest.raises(AssertionError, match="layer 0 is used before it was fetched"),
     ):
-        store.weights(0, "pre")
+        store.weights(0, "pre", 1)
 
 
 @pytest.mark.parametrize("staged", [False, True])
@@ -171,7 +171,7 @@ def test_a_failed_read_reaches_the_layers_user_and_nobody_after_a_drain(
         monkeypatch.setattr(files.DiskFile, "read", fail)
         store.fetch_rest(0, 2)
         with pytest.raises(OSError, match="Input/output error"):
-            store.weights(0, "pre")
+            store.weights(0, "pre", 1)
         monkeypatch.setattr(files.DiskFile, "read", read)
         store.drain()
         store.check()
