@@ -13,9 +13,10 @@ from tests.kernels.cases import CASES, TOLERANCE, Case
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler")
 
 
-def assert_close(got: torch.Tensor, wanted: torch.Tensor) -> None:
+def assert_close(got: torch.Tensor, wanted: torch.Tensor, products: torch.dtype | None = None) -> None:
+    """products: the dtype that operands are rounded to, where it is not that of the result."""
     assert got.dtype == wanted.dtype
-    tolerance = TOLERANCE[wanted.dtype]
+    tolerance = TOLERANCE[products or wanted.dtype]
     torch.testing.assert_close(got.float().cpu(), wanted.float(), atol=tolerance, rtol=tolerance)
 
 
@@ -143,7 +144,8 @@ def test_triton(name, splits, device):
     arguments, options = case.build()
     wanted = attention_reference.paged_attention(*arguments, **options)
     arguments, options = case.build(device)
-    assert_close(attention.paged_attention(*arguments, **options, splits=splits), wanted)
+    products = torch.bfloat16 if name.startswith("shared decode") and device.type == "cuda" else None
+    assert_close(attention.paged_attention(*arguments, **options, splits=splits), wanted, products)
 
 
 def test_triton_looks_pages_up_once(device):
