@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 
 from benchmark.kernel_cases import DECODE, MIB, PREFILL, Row, attention_call, seconds
-from flexbatch.kernels import reference
+from flexbatch.kernels import ops, reference
+from flexbatch.kernels.coded_matrix import CodedMatrix
 
 
 def ceilings() -> Row:
@@ -128,6 +129,7 @@ def quant_rows(ceiling: Row) -> list[Row]:
         ):
             rate = moved / seconds(work) / 1e9
             rows.append({"kernel": name, "bits": bits, "gbps": rate, "share": rate / ceiling["copy_gbps"]})
+        rows += few_tokens_rows(weight, CodedMatrix(codes, parameters, bits, 64), dense, ceiling)
         key, value = (torch.randn(4096, 56, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         cache = torch.zeros(65536, reference.token_bytes(56, 128, bits, 64, 2), dtype=torch.uint8, device="cuda")
         slots = torch.randperm(65536, device="cuda")[:4096]
@@ -137,6 +139,29 @@ def quant_rows(ceiling: Row) -> list[Row]:
             / 1e9
         )
         rows.append({"kernel": "append_rows", "bits": bits, "gbps": rate, "share": rate / ceiling["copy_gbps"]})
+    return rows
+
+
+def few_tokens_rows(weight: torch.Tensor, matrix: CodedMatrix, dense: torch.Tensor, ceiling: Row) -> list[Row]:
+    """Products of few tokens with a matrix in codes, and by expanding it; shares are of the bytes of what is stored."""
+    rows: list[Row] = []
+    stored = matrix.codes.nbytes + matrix.parameters.nbytes
+    for tokens in (1, 4, 8, 16, 32, 64):
+        x = torch.randn(tokens, weight.shape[1], device="cuda", dtype=weight.dtype)
+
+        def expanded(x: torch.Tensor = x) -> torch.Tensor:
+            out = ops.dequantize(matrix.codes, matrix.parameters, weight.shape[1], matrix.bits, matrix.group, out=dense)
+            return ops.linear(x, out)
+
+        works: list[tuple[str, int, Callable[[], object]]] = [
+            ("product", weight.nbytes, lambda x=x: ops.linear(x, weight)),  # type: ignore[misc]
+            ("product with codes", stored, lambda x=x: ops.linear(x, matrix)),  # type: ignore[misc]
+            ("expand and product", stored, expanded),
+        ]
+        for name, num_bytes, work in works:
+            rate = num_bytes / seconds(work) / 1e9
+            row: Row = {"kernel": name, "bits": 16 if name == "product" else matrix.bits, "tokens": tokens}
+            rows.append(row | {"gbps": rate, "share": rate / ceiling["copy_gbps"]})
     return rows
 
 

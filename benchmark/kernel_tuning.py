@@ -44,7 +44,7 @@ PREFILL_LAUNCHES = [  # query rows, keys, warps, stages, registers
 DECODE_LAUNCHES = [
     (keys, warps, stages) for keys, warps in ((16, 2), (32, 2), (32, 4), (64, 4), (64, 8)) for stages in (1, 3)
 ]
-EXPANDING_LAUNCHES = [(64, 4, 3), (32, 4, 3), (128, 4, 2), (128, 8, 3), (64, 2, 3)]
+SHARED_LAUNCHES = [(32, 1, 2), (32, 1, 3), (32, 1, 4), (64, 1, 2), (64, 2, 2), (64, 2, 3), (128, 4, 3)]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def prefill_trials() -> Iterator[Trial]:
 def decode_trials() -> Iterator[Trial]:
     for name, launches in (
         ("OPT-30B shape, 64 x 512", DECODE_LAUNCHES),
-        ("Llama-3-8B shape, 64 x 4096", EXPANDING_LAUNCHES),
+        ("Llama-3-8B shape, 64 x 4096", SHARED_LAUNCHES),
     ):
         for bits in (8, 4):
             queries, contexts, heads, kv_heads, head_dim = DECODE[name]
@@ -101,10 +101,8 @@ def decode_trials() -> Iterator[Trial]:
             num_bytes = sum(contexts) * call[1].stride(0)
             wanted = attention_reference.paged_attention(*call, **options)
             rate = lambda took, n=num_bytes: {"gbps": n / took / 1e9}  # noqa: E731
-            first = 1 if launches is DECODE_LAUNCHES else 16
-            tried = [(first, *launch) for launch in launches] + ([(16, 64, 4, 3)] if first == 1 else [])
-            for launch in tried:
-                for splits in (0, 1) if launch[:2] == (1, 32) else (0,):
+            for launch in [*((1, *launch) for launch in launches), (16, 64, 4, 3)]:
+                for splits in (0, 1, 4) if launch[:2] == (1, 32) else (0,):
                     shape = attention.AttentionLaunch(*launch)
                     work = functools.partial(attention.paged_attention, *call, **options, launch=shape, splits=splits)
                     yield Trial(

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from flexbatch.kernels import reference
 from flexbatch.kernels.attention_kernels import attention_kernel, combine_kernel
 from flexbatch.kernels.attention_reference import AttentionOptions
 from flexbatch.kernels.decode_kernels import decode_kernel
+from flexbatch.kernels.grouped_decode_kernels import grouped_decode_kernel
 
 SMALL_ROWS = 16  # the least height of a tensor core tile; what one decoded token needs when the group is no larger
 MAX_SPLITS = 64
@@ -39,6 +41,13 @@ class AttentionLaunch:
 DECODE = AttentionLaunch(1, 32, 2, 3)
 """For one query token over quantized heads of their own: 2,600 GB/s at 8 and 1,490 at 4 bits on the H200, with four
 warps 2,300 and 1,270."""
+
+
+GROUPED = AttentionLaunch(1, 32, 1, 3)
+"""For one query token over quantized heads that up to `MAX_SHARED` query heads share."""
+GROUPED_DEPTH = 8
+"""Programs of it for each multiprocessor."""
+MAX_SHARED = 16
 
 
 def choose_launch(dtype: torch.dtype, head_dim: int, bits: int, max_rows: int) -> AttentionLaunch:
@@ -62,10 +71,10 @@ def multiprocessors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def choose_splits(programs: int, max_context_len: int, multiprocessors: int) -> int:
-    """Splits of the context that fill the chip about four programs deep, none shorter than 256 keys; a power of two:
-    `combine_kernel` is compiled for each."""
-    wanted = max(1, min(-(-4 * multiprocessors // programs), -(-max_context_len // 256), MAX_SPLITS))
+def choose_splits(programs: int, max_context_len: int, multiprocessors: int, depth: int = 4) -> int:
+    """Splits of the context that fill the chip about ``depth`` programs deep, none shorter than 256 keys; a power of
+    two: `combine_kernel` is compiled for each."""
+    wanted = max(1, min(-(-depth * multiprocessors // programs), -(-max_context_len // 256), MAX_SPLITS))
     return 1 << (wanted.bit_length() - 1)
 
 
@@ -94,17 +103,26 @@ def paged_attention(
         query = query.contiguous()
     max_rows = (chosen.max_query_len or num_tokens) * heads_per_group
     unmasked = chosen.tree_masks is None and not chosen.window and not chosen.soft_cap and not chosen.alibi_scale
-    direct = chosen.bits != 16 and max_rows == 1 and unmasked and words_of(rows, query.dtype, head_dim, chosen)
-    launch = launch or (DECODE if direct else choose_launch(query.dtype, head_dim, chosen.bits, max_rows))
-    one_tile, sequences = max_rows <= launch.block_m, len(page_table)
+    single = chosen.bits != 16 and max_rows == heads_per_group and unmasked
+    direct = single and words_of(rows, query.dtype, head_dim, chosen)
+    grouped = direct and heads_per_group > 1 and grouped_fits(heads_per_group, head_dim, chosen)
+    direct = direct and heads_per_group == 1
+    if launch is None:
+        tiled = choose_launch(query.dtype, head_dim, chosen.bits, max_rows)
+        launch = DECODE if direct else GROUPED if grouped else tiled
+    direct, grouped = direct and launch.block_m == 1, grouped and launch.block_m == 1
+    one_tile, sequences = max_rows <= launch.block_m or grouped, len(page_table)
     tiles = sequences if one_tile else num_tokens * heads_per_group // launch.block_m + sequences
     programs = chosen.num_kv_heads * tiles
     longest = chosen.max_context_len or page_table.shape[1] * chosen.page_tokens
-    splits = splits or choose_splits(programs, longest, multiprocessors_of(query.device))
+    depth = GROUPED_DEPTH if grouped else 4
+    splits = splits or choose_splits(programs, longest, multiprocessors_of(query.device), depth)
     target, statistics = results_of_splits(out, splits)
     arguments = (query, rows, page_table, query_starts, context_lens, target, statistics, (programs, splits), launch)
-    if direct and launch.block_m == 1:
+    if direct:
         _launch_decode(*arguments, chosen)
+    elif grouped:
+        _launch_grouped(*arguments, chosen)
     else:
         _launch_tiles(*arguments, chosen, max_rows, one_tile)
     combine_splits(target, statistics, out)
@@ -148,6 +166,25 @@ def _launch_decode(
     )  # fmt: skip
 
 
+def _launch_grouped(
+    query: Tensor, rows: Tensor, page_table: Tensor, query_starts: Tensor, context_lens: Tensor, target: Tensor,
+    statistics: Tensor, grid: tuple[int, int], launch: AttentionLaunch, options: AttentionOptions,
+) -> None:  # fmt: skip
+    """`grouped_decode_kernels`: one query token per sequence over a quantized cache whose heads are shared."""
+    head_dim, shared = query.shape[2], query.shape[1] // options.num_kv_heads
+    grouped_decode_kernel[grid](
+        query, rows.view(torch.int32), page_table, query_starts, context_lens, target, statistics,
+        query_starts if options.sinks is None else options.sinks,  # not followed then
+        len(query), query.stride(0), rows.stride(0) // 16, page_table.stride(0), options.scale,
+        SPLIT=grid[1] > 1, SINKS=options.sinks is not None,
+        product=tl.bfloat16 if query.is_cuda else tl.float32,  # the interpreter has no products of bfloat16
+        HEADS=options.num_kv_heads, SHARED=shared, BLOCK_H=8 if shared <= 8 else 16, HEAD_DIM=head_dim,
+        PAGE_TOKENS=options.page_tokens, BITS=options.bits, GROUPS=reference.num_groups(head_dim, options.group),
+        BLOCK_N=launch.block_n, STAGES=launch.num_stages, num_warps=launch.num_warps,
+        maxnreg=launch.max_registers or None,
+    )  # fmt: skip
+
+
 def _launch_tiles(
     query: Tensor, rows: Tensor, page_table: Tensor, query_starts: Tensor, context_lens: Tensor, target: Tensor,
     statistics: Tensor, grid: tuple[int, int], launch: AttentionLaunch, options: AttentionOptions, max_rows: int,
@@ -186,6 +223,13 @@ def words_of(rows: Tensor, dtype: torch.dtype, head_dim: int, options: Attention
     group = min(options.group, head_dim)
     powers = group & (group - 1) == 0 and head_dim & (head_dim - 1) == 0
     return powers and dtype.itemsize == 2 and group * options.bits >= 32 and rows.stride(0) % 16 == 0
+
+
+def grouped_fits(shared: int, head_dim: int, options: AttentionOptions) -> bool:
+    """Whether `grouped_decode_kernels` reads heads that so many query heads share: of one or two groups, each of whole
+    tiles of a tensor core."""
+    group = min(options.group, head_dim)
+    return shared <= MAX_SHARED and head_dim <= 2 * group and group >= 16 and options.alibi_slopes is None
 
 
 def quantized_view(

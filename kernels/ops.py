@@ -10,10 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flexbatch.kernels import (
     attention_reference,
+    coded_matrix,
     experts_reference,
     latent_reference,
     low_rank_reference,
@@ -114,6 +116,17 @@ def dequantize(
         return native_quant.dequantize(codes, parameters, size, bits, group, out)
     dense = reference.dequantize(codes, parameters, size, bits, group)
     return dense if out is None else out.copy_(dense)
+
+
+def linear(x: Tensor, matrix: Tensor | coded_matrix.CodedMatrix, bias: Tensor | None = None) -> Tensor:
+    """x [tokens, columns] times a matrix [rows, columns], and a bias."""
+    if isinstance(matrix, Tensor):
+        return F.linear(x, matrix, bias)
+    if x.is_cuda:
+        from flexbatch.kernels import coded_linear
+
+        return coded_linear.coded_linear(x, matrix, bias)
+    return matrix.linear(x, bias)
 
 
 def expand_mxfp4(codes: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

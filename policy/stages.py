@@ -11,7 +11,7 @@ from flexbatch.policy.affine import affine, total
 from flexbatch.policy.expert_shape import ExpertShape
 from flexbatch.policy.expert_traffic import NO_EXPERTS, hit_fetch_seconds, product_seconds, routed_traffic, spared_bytes
 from flexbatch.policy.hardware import Hardware
-from flexbatch.policy.limits import DISK_THREADS, PAGE_TOKENS
+from flexbatch.policy.limits import CODED_TOKENS, DISK_THREADS, PAGE_TOKENS
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.policy import Policy
@@ -209,7 +209,9 @@ class PassStages:
         logits = 3.0 * 4 * rows * shape.vocab_size
         return affine(seconds + logits / hardware.gpu_bandwidth), affine(flops), affine(moved + logits)
 
-    def _gemm(self, elements: int, tokens: np.ndarray, expanded: float) -> tuple[np.ndarray, np.ndarray, float]:
+    def _gemm(
+        self, elements: int, tokens: np.ndarray, expanded: float | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, float | np.ndarray]:
         """Every micro-batch multiplies with all weights; quantized ones (``expanded`` bytes) are expanded once for
         all of them."""
         shape = self.shape
@@ -217,15 +219,18 @@ class PassStages:
         seconds = self.batches * self.hardware.gemm_seconds(elements, tokens / self.batches, shape.element_bytes)
         return seconds + expanded / self.hardware.expand, 2.0 * elements * tokens, self.batches * plain + expanded
 
-    def _expanded_bytes(self, kind: str) -> float:
+    def _expanded_bytes(self, kind: str) -> float | np.ndarray:
         """Read and written to expand the quantized weights of a layer of this kind to 16 bits; 0 for 16 bits, for the
-        head, and for experts, which are expanded in registers."""
+        head, for experts, which are expanded in registers, and for the few tokens that a GPU multiplies with codes."""
         shape, bits = self.shape, self.policy.weight_bits
         stored = {"layer": shape.block_bytes, "dense": shape.dense_bytes}.get(kind)
         if stored is None or bits == 16:
             return 0.0
         whole = float(stored(bits) + stored(16))
-        return whole - shape.expert_bytes(bits) - shape.expert_bytes(16) if kind == "layer" else whole
+        if kind == "layer":
+            whole -= shape.expert_bytes(bits) + shape.expert_bytes(16)
+        few = self.tokens / self.batches <= CODED_TOKENS * (self.hardware.device == "cuda")
+        return np.where(few, 0.0, whole)
 
     def _work(
         self, traffic: dict[str, np.ndarray], gpu_flops: np.ndarray, gpu_bytes: np.ndarray

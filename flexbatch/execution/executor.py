@@ -265,7 +265,7 @@ class Executor:
 
     def head(self, inputs: MicroBatchInputs, layer: int, micro_batch: int, count: int) -> Iterator[LogitsChunk]:
         """Logits of the rows that were asked for, in chunks."""
-        weights = self.weights.weights(layer, "head")
+        weights = self.weights.weights(layer, "head", len(inputs.logit_rows))
         hidden = self.activations.get(micro_batch)
         step = self.logit_rows
         for chunk, start in enumerate(range(0, len(hidden), step)):

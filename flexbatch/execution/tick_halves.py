@@ -78,7 +78,7 @@ class TickHalves:
         self, tick: Tick, inputs: MicroBatchInputs, watch: Watch | None = None
     ) -> tuple[PendingTick, tuple[Tensor, Tensor, Tensor]]:
         """Up to attention: queries, keys and values, with room for what attention makes of them."""
-        weights = self.weights.weights(tick.layer, "pre")
+        weights = self.weights.weights(tick.layer, "pre", inputs.num_tokens)
         hidden = self.ends.given(tick.layer, tick.micro_batch, inputs)
         if watch is not None and tick.layer == 0:
             watch(-1, inputs, hidden)
@@ -97,7 +97,8 @@ class TickHalves:
                 pending.cpu_output, pending.attention[pending.inputs.cpu.start : pending.inputs.cpu.end]
             )
             self.host_buffers.release(pending.cpu_output, self.queues.mark())
-        weights, adapters = self.weights.weights(tick.layer, "post"), pending.inputs.adapters
+        tokens, adapters = pending.inputs.num_tokens, pending.inputs.adapters
+        weights = self.weights.weights(tick.layer, "post", tokens)
         with self.tracer.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):
             stacks, given = self.weights.experts(tick.layer), (weights, pending.hidden, pending.attention, adapters)
             fetch_hit = partial(self.weights.fetch_hit, tick.layer)

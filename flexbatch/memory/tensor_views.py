@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.kernels import ops
+from flexbatch.kernels.coded_matrix import CodedMatrix
 from flexbatch.memory.files import align
 from flexbatch.memory.tiers import Pool
 from flexbatch.memory.weight_plan import SLAB_ALIGNMENT, PlacedTensor, WeightPlan
@@ -23,6 +24,12 @@ class TensorView:
     dense: Tensor | None = None
     codes: Tensor | None = None
     parameters: Tensor | None = None
+
+    @property
+    def coded(self) -> CodedMatrix:
+        """A quantized matrix as it is stored."""
+        assert self.codes is not None and self.parameters is not None, self.placed
+        return CodedMatrix(self.codes, self.parameters, self.placed.bits, self.placed.group)
 
     def copy_codes(self, source: TensorView) -> None:
         """Copy the codes and parameters of another view of the same quantized tensor into this one."""

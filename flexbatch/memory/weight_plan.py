@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from flexbatch.kernels import reference
+from flexbatch.kernels.coded_matrix import multiplied
 from flexbatch.kernels.expert_codes import CodeForm
 from flexbatch.memory.files import ALIGNMENT, align
 from flexbatch.models.arch import Arch
@@ -25,6 +26,8 @@ QUANTIZED_ROLES = re.compile(r"(qkv|q|q_a|q_b|kv_a|k_up|v_up|o|(shared\.|experts
 EXPERT_ROLES = re.compile(r"(experts\.\d+)\.(gate_up|down)\.weight")
 PRE_ROLES = frozenset(f"{name}.weight" for name in ("qkv", "q", "q_a", "q_b", "kv_a", "k_up"))
 """Those that are multiplied with before attention."""
+ABSORBED_ROLES = frozenset({"k_up.weight", "v_up.weight"})
+"""Those of latent attention that are not multiplied with rows of tokens."""
 GATHERED_ROLES = frozenset({"embed.weight", "pos_embed.weight", "adapters.embed.rows"})
 """Tables whose rows are gathered where they lie; a whole table never crosses the link."""
 
@@ -49,6 +52,13 @@ class PlacedTensor:
     @property
     def quantized(self) -> bool:
         return self.bits != 16
+
+    @property
+    def multiplied(self) -> bool:
+        """Whether a few tokens can be multiplied with the codes."""
+        if self.floats or self.spec.role in ABSORBED_ROLES or self.spec.role.startswith("experts."):
+            return False
+        return multiplied(self.bits, self.group, self.spec.shape[1], self.element_bytes)
 
     @property
     def codes_shape(self) -> tuple[int, int]:

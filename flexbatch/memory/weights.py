@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexbatch.kernels.coded_matrix import CodedMatrix
 from flexbatch.kernels.expert_codes import ExpertStacks
 from flexbatch.memory.cpu_experts import CpuExperts, LeftOut, Ranges, cut
 from flexbatch.memory.expert_stacks import layer_stacks
@@ -19,6 +21,7 @@ from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import READY, Handle, TransferQueues, together
 from flexbatch.memory.weight_plan import PlacedTensor, WeightPlan
 from flexbatch.memory.weight_tensors import WeightTensors
+from flexbatch.policy.limits import CODED_TOKENS
 
 BUFFERS = ("weight slab ", "disk staging ", "dequantization ")
 
@@ -36,6 +39,7 @@ class WeightStore:
         self.plan, self.tiers, self.queues, self.dtype = plan, tiers, queues, dtype
         self.device = queues.device
         self.staged = self.device.type == "cuda" if staged is None else staged
+        self.coded_tokens = CODED_TOKENS if self.device.type == "cuda" else 0
         self.tensors = WeightTensors(plan, tiers, self.device, dtype)
         self.views, self.files, self.cpu_slabs = self.tensors.views, self.tensors.files, self.tensors.cpu_slabs
         self.open_buffers()
@@ -188,17 +192,25 @@ class WeightStore:
 
     # Using
 
-    def weights(self, layer: int, stage: str) -> dict[str, Tensor]:
-        """Role -> tensor of a layer, ready for the compute stream; quantized tensors of ``stage`` ("pre" or "post", up
-        to attention or after it) are dequantized at their first use in a pass."""
+    def weights(self, layer: int, stage: str, tokens: int) -> dict[str, Any]:
+        """Role -> tensor of a layer, ready for the compute stream; quantized ones of ``stage`` ("pre" or "post": up to
+        attention or after it) as they are for a few ``tokens`` on a GPU, else dequantized, once in a pass."""
         ready = self.ready.get(layer)
         if ready is None:
             ready = self.ready[layer] = self.collect(layer)
         if self.dequantization.lacks(layer, stage):
+            if tokens <= self.coded_tokens and (coded := self.coded(layer, stage)):
+                return ready | coded
             lease = self.leases.get(layer)
             views = [self.compute_view(tensor, layer, lease) for tensor in self.plan.expanded(layer, stage)]
             ready.update(self.dequantization.fill(layer, stage, views))
         return ready
+
+    def coded(self, layer: int, stage: str) -> dict[str, CodedMatrix]:
+        """The quantized matrices of a stage of a layer as they are stored; none unless all can be multiplied so."""
+        placed, lease = self.plan.expanded(layer, stage), self.leases.get(layer)
+        whole = all(each.multiplied for each in placed)
+        return {each.spec.role: self.compute_view(each, layer, lease).coded for each in placed if whole}
 
     def experts(self, layer: int) -> tuple[ExpertStacks, ExpertStacks] | None:
         """Gate and up, and down of all experts of a layer whose `weights` were taken, in codes where they are stored in

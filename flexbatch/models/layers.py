@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,8 @@ from flexbatch.models.rope import RopeTables
 from flexbatch.models.routing import RoutingCounts
 from flexbatch.parallel.tensor_ranks import TensorRanks
 
-Weights = Mapping[str, Tensor]
+Weights = Mapping[str, Any]
+"""Tensors; what `_linear` multiplies with may be a `CodedMatrix`."""
 
 
 def embed(
@@ -199,7 +201,7 @@ def _norm(arch: Arch, weights: Weights, name: str, x: Tensor, residual: Tensor |
 
 def _linear(weights: Weights, role: str, x: Tensor, layer: int, adapters: PassAdapters | None) -> Tensor:
     """The product of x with a matrix, its bias and the updates of the tokens' adapters."""
-    out = F.linear(x, weights[f"{role}.weight"], weights.get(f"{role}.bias"))
+    out = ops.linear(x, weights[f"{role}.weight"], weights.get(f"{role}.bias"))
     if adapters is not None:
         adapters.add(layer, role, weights, x, out)
     return out

@@ -145,6 +145,15 @@ CASES = {
     "sinks, decode, 4 bits": Case(
         (1, 1, 0, 1), (1, 37, 5, 130), num_heads=3, num_kv_heads=3, dtype=torch.float16, bits=4, sinks=True
     ),
+    "shared decode, 4 bits": Case(
+        (1, 1, 0, 1), (1, 37, 5, 130), num_heads=8, head_dim=128, dtype=torch.float16, bits=4, group=64
+    ),
+    "shared decode, 8 bits": Case(
+        (1, 1), (70, 33), num_heads=24, head_dim=64, dtype=torch.float16, bits=8, group=32, sinks=True, page_tokens=16
+    ),
+    "shared decode, 4 bits, one group": Case(
+        (1, 1), (33, 96), num_heads=6, head_dim=64, dtype=torch.float16, bits=4, group=64, sinks=True
+    ),
     "4 bits, short group": Case((1, 20), (40, 41), head_dim=34, bits=4),
 }
 WINDOWED = [

@@ -65,9 +65,9 @@ def same_weights(store: WeightStore, bits: int = 16, seed: int = 3) -> bool:
     """Whether every layer computes with the weights of the seed."""
     for layer in range(ARCH.num_layers + 1):
         store.fetch_rest(layer, 1)
-        found = {**store.weights(layer, "pre")}
+        found = {**store.weights(layer, "pre", 1)}
         found = {
-            **store.weights(layer, "post"),
+            **store.weights(layer, "post", 1),
             **{role: tensor for role, tensor in found.items() if role == "qkv.weight"},
         }
         for piece in pieces(ARCH, seed):

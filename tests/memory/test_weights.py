@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch.kernels import ops, reference
+from flexbatch.kernels.coded_matrix import CodedMatrix
 from flexbatch.memory import files
 from flexbatch.memory.files import DiskFile
 from flexbatch.memory.loading import Loader
@@ -32,10 +33,17 @@ MIXED = Split(0.3, 0.3, 0.4)
 
 @contextmanager
 def open_store(
-    arch: Arch, split: Split, bits: int = 16, late: float = 0.0, staged: bool = False
+    arch: Arch,
+    split: Split,
+    bits: int = 16,
+    late: float = 0.0,
+    staged: bool = False,
+    group: int = 8,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[WeightStore, TransferQueues]]:
     with tempfile.TemporaryDirectory() as folder, open_tiers(Path(folder)) as (tiers, queues):
-        store = WeightStore(plan_weights(arch, split, bits, 8, 4), tiers, queues, torch.float32, staged)
+        plan = plan_weights(arch, split, bits, group, dtype.itemsize)
+        store = WeightStore(plan, tiers, queues, dtype, staged)
         loader = Loader(store, Path(folder) / "files", cache_quantized=False)
         loader.load(lambda skip: (piece for piece in pieces(arch) if (piece.layer, piece.role) not in skip))
         loader.check()
@@ -72,13 +80,13 @@ def sweep(store: WeightStore, arch: Arch, bits: int, count: int) -> None:
             store.fetch(*tick.fetch_weights)
         store.check()
         for stage in ("pre", "post"):
-            weights = store.weights(tick.layer, stage)
+            weights = store.weights(tick.layer, stage, 1)
             for role, tensor in wanted[tick.layer].items():
                 if role in weights:
                     quantized = bits != 16 and role in ("qkv.weight", "o.weight", "gate_up.weight", "down.weight")
                     if not quantized or (stage == "pre") == (role == "qkv.weight"):
                         assert torch.equal(weights[role], tensor), (tick, stage, role)
-        assert set(wanted[tick.layer]) <= set(store.weights(tick.layer, "post")), tick
+        assert set(wanted[tick.layer]) <= set(store.weights(tick.layer, "post", 1)), tick
         if tick.micro_batch == count - 1:
             store.release(tick.layer, READY)
     store.check()
@@ -112,6 +120,28 @@ def test_embedding_rows_are_gathered_where_the_table_lives(split: Split, tied: b
         assert torch.equal(store.tensors.gather_rows("embed.weight", row_ids, row_ids), table[row_ids])
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_few_tokens_get_codes(bits: int) -> None:
+    """Where they lie, in a slab or not, until more tokens have had the stage expanded. What has rows of no whole groups
+    is expanded for one token too, with its stage."""
+    wide = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
+    few = torch.randn(3, 32, generator=torch.Generator().manual_seed(1)).to(torch.float16)
+    for changes, coded in ((wide, {"pre", "post"}), (wide | {"intermediate_size": 40}, {"pre"})):
+        arch = tiny_arch(2, **changes)
+        with open_store(arch, Split(0.4, 0.6), bits, group=16, dtype=torch.float16) as (store, _):
+            store.coded_tokens = 64
+            for layer in range(2):
+                store.fetch_rest(layer, 1)
+                for stage, role in (("pre", "qkv.weight"), ("post", "gate_up.weight")):
+                    matrix = store.weights(layer, stage, 64)[role]
+                    assert isinstance(matrix, CodedMatrix) == (stage in coded)
+                    assert store.weights(layer, stage, 64)["attn_norm.weight"].dim() == 1
+                    dense = store.weights(layer, stage, 65)[role]
+                    assert torch.equal(ops.linear(few, matrix), few @ dense.T)
+                    assert store.weights(layer, stage, 1)[role] is dense
+                store.release(layer, READY)
+
+
 def test_a_slab_is_not_claimed_while_a_layer_holds_it() -> None:
     arch = tiny_arch(4)
     with open_store(arch, MIXED) as (store, _):
@@ -132,8 +162,8 @@ def test_a_fetch_into_a_slab_waits_for_the_compute_that_reads_it(staged: bool) -
     arch = tiny_arch(4)
     with open_store(arch, Split(0, 0.5, 0.5), staged=staged) as (store, queues):
         store.fetch_rest(0, 1)
-        reading = {role: tensor.clone() for role, tensor in store.weights(0, "pre").items()}
-        now = store.weights(0, "pre")
+        reading = {role: tensor.clone() for role, tensor in store.weights(0, "pre", 1).items()}
+        now = store.weights(0, "pre", 1)
         store.fetch_rest(1, 1)
         for handle in store.leases[1].handles:
             handle.synchronize()
@@ -144,7 +174,7 @@ def test_a_fetch_into_a_slab_waits_for_the_compute_that_reads_it(staged: bool) -
         time.sleep(0.05)
         assert all(torch.equal(now[role], tensor) for role, tensor in reading.items()), "overwritten while it was read"
         read.set()
-        store.weights(2, "pre")
+        store.weights(2, "pre", 1)
         assert not all(torch.equal(now[role], tensor) for role, tensor in reading.items())
         store.drain()
 
@@ -154,7 +184,7 @@ def test_weights_are_not_used_before_they_were_fetched() -> None:
         open_store(tiny_arch(2), MIXED) as (store, _),
         pytest.raises(AssertionError, match="layer 0 is used before it was fetched"),
     ):
-        store.weights(0, "pre")
+        store.weights(0, "pre", 1)
 
 
 @pytest.mark.parametrize("staged", [False, True])
@@ -171,7 +201,7 @@ def test_a_failed_read_reaches_the_layers_user_and_nobody_after_a_drain(
         monkeypatch.setattr(files.DiskFile, "read", fail)
         store.fetch_rest(0, 2)
         with pytest.raises(OSError, match="Input/output error"):
-            store.weights(0, "pre")
+            store.weights(0, "pre", 1)
         monkeypatch.setattr(files.DiskFile, "read", read)
         store.drain()
         store.check()

@@ -204,6 +204,23 @@ def test_expansion_is_launched_once_a_layer():
     assert small(launch_seconds=6.0).expansion_launch_seconds == pytest.approx(1.0)
 
 
+def test_a_few_tokens_are_multiplied_with_codes():
+    """On a GPU: of a micro-batch of 64 tokens nothing is expanded, of 65 all."""
+    shape = public_shape("opt-6.7b")
+
+    def seconds(hardware: Hardware, tokens: int) -> float:
+        policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), tokens, 2, weight_bits=4)
+        model = PassModel(shape, hardware, policy, PassLoad.decode(2 * tokens, 100))
+        return float(model.resource_seconds(point_of(policy))["gpu_compute"])
+
+    fast, slow = small(expand=1e18), small(expand=1e12)
+    expansion = 32 * (shape.block_bytes(4) + shape.block_bytes(16)) / 1e12
+    assert seconds(slow, 64) == pytest.approx(seconds(fast, 64))
+    assert seconds(slow, 65) - seconds(fast, 65) == pytest.approx(expansion, rel=1e-3)
+    fast, slow = (dataclasses.replace(hardware, device="cpu") for hardware in (fast, slow))
+    assert seconds(slow, 64) - seconds(fast, 64) == pytest.approx(expansion, rel=1e-3)
+
+
 def test_a_sequence_costs_the_host_once_more_when_its_prompt_is_read():
     policy = Policy(Split(0, 1), Split(1, 0), Split(1, 0), 8, 3)
     shape = public_shape("opt-6.7b")

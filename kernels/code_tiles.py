@@ -1,0 +1,93 @@
+"""Codes of 4 and 8 bits as operands of tensor cores, inside Triton programs.
+
+Codes are small integers, exact in 16 bits, so that scale and minimum of a group are applied to its products, not to its
+elements. They get from 32-bit words into an operand by shifts and masks alone, two at a time. That takes the orders of
+elements that the functions here name: in the natural one a thread throws away most of what it unpacks, or the operand
+goes through shared memory.
+"""
+
+# mypy: allow-incomplete-defs, allow-untyped-defs
+# Triton functions annotate their constants only: the other arguments have no Python type.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _number(code, dtype: tl.constexpr):
+    """A code of 8 bits, without the conversion of integers, which is slow: the lowest bits of 2^23."""
+    return ((code | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0).to(dtype)
+
+
+@triton.jit
+def _numbers(pair, dtype: tl.constexpr, BITS: tl.constexpr):
+    """[..., 2] of the codes in the lower and the upper half of integers: in float16 as code / 2^24, which is subnormal
+    and exact, in bfloat16 as 128 + code at 4 bits, else as they are."""
+    if dtype == tl.float32 or (dtype == tl.bfloat16 and BITS == 8):
+        return tl.join(_number(pair & 0xFFFF, dtype), _number(pair >> 16, dtype))
+    else:
+        if dtype == tl.bfloat16:
+            pair = pair | 0x43004300
+        return tl.join(pair.to(tl.int16), (pair >> 16).to(tl.int16)).to(dtype, bitcast=True)
+
+
+@triton.jit
+def rows_of_codes(words, dtype: tl.constexpr, BITS: tl.constexpr):
+    """[rows, elements] of [rows, words] of one group; the elements in the order of `elements_of_rows`."""
+    PIECES: tl.constexpr = 32 // BITS
+    MASK: tl.constexpr = 0x000F000F if BITS == 4 else 0x00FF00FF
+    pair = (words[:, :, None] >> (tl.arange(0, PIECES // 2) * BITS)[None, None, :]) & MASK
+    numbers = tl.permute(_numbers(pair, dtype, BITS), (0, 2, 1, 3))
+    return numbers.reshape(words.shape[0], words.shape[1] * PIECES)
+
+
+@triton.jit
+def elements_of_rows(SIZE: tl.constexpr, BITS: tl.constexpr):
+    """The element of a group of SIZE at each place of `rows_of_codes`."""
+    PIECES: tl.constexpr = 32 // BITS
+    WORDS: tl.constexpr = SIZE // PIECES
+    place = tl.arange(0, SIZE)
+    return place // 2 % WORDS * PIECES + place // (2 * WORDS) + place % 2 * (PIECES // 2)
+
+
+@triton.jit
+def columns_of_codes(first, second, dtype: tl.constexpr, BITS: tl.constexpr):
+    """[elements, 2 * rows] of two tiles [rows, words] of one group: a row of each by turns, the elements in the order
+    of `elements_of_columns`."""
+    PIECES: tl.constexpr = 32 // BITS
+    MASK: tl.constexpr = 0x000F000F if BITS == 4 else 0x00FF00FF
+    halves = tl.join((first & 0xFFFF) | (second << 16), ((first >> 16) & 0xFFFF) | (second & -65536))
+    pair = (halves[:, :, :, None] >> (tl.arange(0, PIECES // 2) * BITS)[None, None, None, :]) & MASK
+    numbers = tl.permute(_numbers(pair, dtype, BITS), (2, 3, 1, 0, 4))
+    return numbers.reshape(first.shape[1] * PIECES, first.shape[0] * 2)
+
+
+@triton.jit
+def elements_of_columns(SIZE: tl.constexpr, BITS: tl.constexpr):
+    """The element of a group of SIZE at each row of `columns_of_codes`."""
+    PIECES: tl.constexpr = 32 // BITS
+    WORDS: tl.constexpr = SIZE // PIECES
+    place = tl.arange(0, SIZE)
+    return place % WORDS * PIECES + place // WORDS
+
+
+@triton.jit
+def scale_and_minimum(pair, dtype: tl.constexpr):
+    """Of pairs of two 16-bit floats."""
+    if dtype == tl.bfloat16:
+        return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+    else:
+        scale = pair.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        return scale, (pair >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def of_numbers(scale, minimum, dtype: tl.constexpr, BITS: tl.constexpr):
+    """Scale and minimum that go with what `_numbers` makes of codes."""
+    if BITS == 4 and dtype == tl.bfloat16:
+        minimum = minimum - 128.0 * scale
+    elif dtype == tl.float16:
+        scale = scale * 16777216.0
+    return scale, minimum

@@ -1,0 +1,78 @@
+"""Products of few tokens with a matrix in codes: what is read is the codes, a quarter or half of the 16 bits that they
+would be expanded to, written and read again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from flexbatch.kernels import coded_linear_kernels as kernels
+from flexbatch.kernels.attention import multiprocessors_of
+from flexbatch.kernels.coded_matrix import CodedMatrix
+
+SUM_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class CodedLaunch:
+    """Rows of the matrix and tokens of a tile; groups of a step; warps and pipeline depth of a program; programs for
+    each multiprocessor that splits of the columns should give."""
+
+    rows: int = 128
+    tokens: int = 8
+    per_step: int = 1
+    warps: int = 4
+    stages: int = 4
+    depth: int = 5
+
+
+def choose_launch(tokens: int) -> CodedLaunch:
+    block = next(size for size in (8, 16, 32, 64) if tokens <= size or size == 64)
+    return CodedLaunch(tokens=block)
+
+
+def choose_splits(blocks: int, steps: int, multiprocessors: int, depth: int) -> int:
+    """Splits of the columns that give the chip ``depth`` programs a multiprocessor, each of at least four steps; a
+    power of two: a kernel is compiled for each."""
+    wanted = max(1, min(depth * multiprocessors // blocks, steps // 4, 16))
+    return 1 << (wanted.bit_length() - 1)
+
+
+def coded_linear(
+    x: Tensor,
+    matrix: CodedMatrix,
+    bias: Tensor | None = None,
+    launch: CodedLaunch | None = None,
+    splits: int = 0,
+) -> Tensor:
+    """`CodedMatrix.linear` of x [tokens, columns]. ``launch``, ``splits``: by the shapes unless given."""
+    (tokens, columns), rows, groups = x.shape, len(matrix.codes), matrix.parameters.shape[1]
+    out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
+    if not tokens:
+        return out
+    assert x.stride(1) == 1 and matrix.codes.is_contiguous() and matrix.parameters.is_contiguous()
+    launch = launch or choose_launch(tokens)
+    blocks = triton.cdiv(rows, launch.rows) * triton.cdiv(tokens, launch.tokens)
+    per_step = launch.per_step if groups % launch.per_step == 0 else 1
+    splits = splits or choose_splits(blocks, groups // per_step, multiprocessors_of(x.device), launch.depth)
+    arranged = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
+    sums = torch.empty(groups, tokens, dtype=torch.float32, device=x.device)
+    kernels.arrange_kernel[tokens, groups](
+        x, arranged, sums, tokens, columns, x.stride(0), BITS=matrix.bits, GROUP=matrix.group, num_warps=1
+    )
+    target = out if splits == 1 else torch.empty(splits, tokens, rows, dtype=torch.float32, device=x.device)
+    biased = bias is not None
+    bias = arranged if bias is None else bias  # not followed then
+    kernels.coded_linear_kernel[triton.cdiv(rows, launch.rows), splits, triton.cdiv(tokens, launch.tokens)](
+        arranged, sums, matrix.codes.view(torch.int32), matrix.parameters.view(torch.int32).view(rows, groups), bias,
+        target, tokens, rows, columns, BIASED=biased and splits == 1, BITS=matrix.bits, GROUP=matrix.group,
+        BLOCK_R=launch.rows, BLOCK_T=launch.tokens, PER_STEP=per_step, STAGES=launch.stages, num_warps=launch.warps,
+    )  # fmt: skip
+    if splits > 1:
+        kernels.sum_of_splits_kernel[(triton.cdiv(out.numel(), SUM_BLOCK),)](
+            target, bias, out, out.numel(), rows, BIASED=biased, SPLITS=splits, BLOCK=SUM_BLOCK
+        )
+    return out

@@ -1,0 +1,36 @@
+"""A matrix in codes that few tokens are multiplied with as it is stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexbatch.kernels import reference
+
+
+@dataclass(frozen=True)
+class CodedMatrix:
+    """[rows, columns] as codes [rows, bytes] and parameters [rows, groups, 2]: scale and minimum."""
+
+    codes: Tensor
+    parameters: Tensor
+    bits: int
+    group: int
+
+    @property
+    def columns(self) -> int:
+        return self.codes.shape[1] * 8 // self.bits
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The oracle: x [tokens, columns] times the expanded matrix."""
+        dense = reference.dequantize(self.codes, self.parameters, self.columns, self.bits, self.group)
+        return F.linear(x, dense, bias)
+
+
+def multiplied(bits: int, group: int, columns: int, element_bytes: int) -> bool:
+    """Whether `coded_linear` reads such a matrix: rows of whole groups, these of a power of two, with parameters of 16
+    bits."""
+    whole = group & (group - 1) == 0 and columns % group == 0 and 16 <= group <= 256
+    return bits in (4, 8) and whole and element_bytes == 2
