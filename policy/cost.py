@@ -40,6 +40,7 @@ JOINT: dict[str, tuple[str, ...]] = {
     "one micro-batch": ("cpu_attention", "cpu_experts", "gpu_compute"),
     "h2d after dequantization": ("h2d", "gpu_compute"),
     "cpu_attention after dequantization": ("cpu_attention", "gpu_compute"),
+    "between stages": (),
     "cores": ("gpu_compute", "cpu_attention", "cpu_experts", "h2d", "d2h"),
     "no overlap": SERIAL,
 }
@@ -59,7 +60,7 @@ class PassModel:
         self, shape: ModelShape, hardware: Hardware, policy: Policy, load: PassLoad, graphs: bool = True
     ) -> None:
         self.shape, self.hardware, self.policy, self.load = shape, hardware, policy, load
-        self.graphs = graphs and runs_graphs(policy, hardware.device)
+        self.graphs = graphs and runs_graphs(policy, hardware.device, shape.stages * hardware.tensor_ranks)
         self.batches = policy.num_gpu_batches
 
     @functools.cached_property
