@@ -71,7 +71,8 @@ def serve_run(data: Any) -> int:
     faulthandler.dump_traceback_later(max(1.0, words["limit"] - LAST_SECONDS))
 
     def tell(found: dict[str, Any]) -> None:
-        print(json.dumps(found, default=str), file=data, flush=True)
+        # From here: the process of `run_all` looks at no GPU.
+        print(json.dumps({**found, "machine": machine()}, default=str), file=data, flush=True)
 
     run_one(words, tell)
     return 0
@@ -153,7 +154,7 @@ def share_of(mesh: str, arguments: argparse.Namespace, folder: Path) -> dict[str
         from flexbatch.policy.shared_host import OF_THE_HOST, scaled
 
         file = folder / f"{gpus}.hardware.json"
-        whole = scaled(read_hardware(arguments.hardware), OF_THE_HOST, gpus if arguments.of_gpus else 1)
+        whole = scaled(read_hardware(Path(arguments.hardware)), OF_THE_HOST, gpus if arguments.of_gpus else 1)
         file.write_text(whole.to_json())
         settings["hardware"] = str(file)
     return {**found, "set": settings}
@@ -199,8 +200,9 @@ def parser() -> argparse.ArgumentParser:
 def run_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The result of every run by its name; what is known is in the output after every run."""
     path: Path = arguments.output
-    kept = json.loads(path.read_text())["results"] if path.exists() else {}
-    results = {name: result for name, result in kept.items() if "error" not in result}
+    kept = json.loads(path.read_text()) if path.exists() else {"results": {}}
+    results = {name: result for name, result in kept["results"].items() if "error" not in result}
+    known = kept.get("machine")
     todo = {name: words for name, words in runs(arguments, folder).items() if name not in results}
     end = time.monotonic() + arguments.total
     following = Run(folder, 0) if todo else None
@@ -214,7 +216,8 @@ def run_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         else:
             print(f"{time.strftime('%H:%M:%S')} {name}: {words}", file=sys.stderr, flush=True)
             results[name] = run.result(words, limit)
-        told = {"machine": machine(), "speedup": summary(results), "results": results}
+        known = results[name].pop("machine", known)
+        told = {"machine": known, "speedup": summary(results), "results": results}
         path.write_text(json.dumps(told, indent=1))
         print(f"{name}: {summary(results).get(name, results[name].get('error'))}", file=sys.stderr, flush=True)
     return results

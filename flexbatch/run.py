@@ -112,7 +112,7 @@ def print_plan(
     from flexbatch.policy.explain import engines_summary, engines_text, explain, summary
     from flexbatch.policy.whatif import plot_plan
 
-    engine = with_chosen_mesh(engine, job, model)
+    engine = with_chosen_mesh(engine, job, model, measure=False)
     planner = Planner(engine, job, dry=True, model=model)
     report = planner.describe(job or Job.typical(planner.deployment.model.arch.context))
     plan = report.pop("plan")

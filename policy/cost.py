@@ -40,6 +40,7 @@ JOINT: dict[str, tuple[str, ...]] = {
     "one micro-batch": ("cpu_attention", "cpu_experts", "gpu_compute"),
     "h2d after dequantization": ("h2d", "gpu_compute"),
     "cpu_attention after dequantization": ("cpu_attention", "gpu_compute"),
+    "between stages": (),
     "cores": ("gpu_compute", "cpu_attention", "cpu_experts", "h2d", "d2h"),
     "no overlap": SERIAL,
 }
@@ -65,7 +66,7 @@ class PassModel:
         hits: bool = True,
     ) -> None:
         self.shape, self.hardware, self.policy, self.load, self.hits = shape, hardware, policy, load, hits
-        self.graphs = graphs and runs_graphs(policy, hardware.device)
+        self.graphs = graphs and runs_graphs(policy, hardware.device, shape.stages * hardware.tensor_ranks)
         self.batches = policy.num_gpu_batches
 
     @functools.cached_property

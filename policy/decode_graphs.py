@@ -5,6 +5,7 @@ kernels one by one where there is none."""
 from __future__ import annotations
 
 from flexbatch.policy.admission import micro_batch_tokens
+from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES, PAGE_TOKENS
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.policy import Policy
@@ -71,14 +72,15 @@ def piece_bytes(num_layers: int, buckets: tuple[int, ...], workspace_bytes: int)
     return len(buckets) * LAUNCH_BYTES * LAUNCHES_OF_LAYER * num_layers + 2 * max(buckets, default=0) * workspace_bytes
 
 
-def runs_graphs(policy: Policy, device: str) -> bool:
-    """Whether decode passes are graphs where everything is on the gpu tier."""
-    return device == "cuda" and policy.num_gpu_batches == 1 and policy.overlap
+def runs_graphs(policy: Policy, device: str, ranks: int = 1) -> bool:
+    """Whether decode passes are graphs where everything is on the gpu tier. ranks: of the engine; nobody has recorded
+    what several of them send each other."""
+    return device == "cuda" and policy.num_gpu_batches == 1 and policy.overlap and ranks == 1
 
 
-def planned_bytes(shape: ModelShape, policy: Policy, device: str, longest: float) -> int:
+def planned_bytes(shape: ModelShape, policy: Policy, hardware: Hardware, longest: float) -> int:
     """The bytes of the graphs that a plan counts on, pieces among them. longest: tokens of the longest sequence."""
-    if shape.stages > 1 or not runs_graphs(policy, device):
+    if not runs_graphs(policy, hardware.device, shape.stages * hardware.tensor_ranks):
         return 0
     sizes = shape.num_layers, shape.hidden_bytes, policy.gpu_batch_size, int(longest), PAGE_TOKENS
     one = graph_bytes(*sizes, shape.experts is not None)

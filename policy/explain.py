@@ -203,6 +203,7 @@ LIMITS = {
     "cpu_attention": "attention on the CPU",
     "cpu_experts": "experts on the CPU",
     "host_memory": "the host's memory bandwidth",
+    "between stages": "hidden states on their way to the next stage",
     "launch": "launching work and waiting in between, while no link and no processor is busy",
 }
 

@@ -168,7 +168,7 @@ def expert_exchange_bytes(shape: ModelShape, policy: Policy, tokens: float) -> f
 
 def graph_bytes_of(shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy) -> int:
     """The bytes of the decode graphs that a block on the gpu tier is planned with."""
-    return planned_bytes(shape, policy, hardware.device, workload.longest_slots[0])
+    return planned_bytes(shape, policy, hardware, workload.longest_slots[0])
 
 
 def has_graphs(peak: dict[str, dict[str, int]]) -> bool:

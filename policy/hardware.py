@@ -101,6 +101,10 @@ class Hardware:
     """Bytes a second that each GPU sends to another one while they add up numbers; 0: as fast as ``d2h``."""
     interconnect_seconds: float = 0.0
     """Fixed cost of adding up numbers of several GPUs once."""
+    interconnect_send: float = 0.0
+    """Bytes a second from one GPU to another one; 0: as fast as ``interconnect``."""
+    links_together: Curve | None = None
+    """Share of its link that each GPU has while so many are sent something by the host; None: all of it."""
     tensor_ranks: int = 1
     """GPUs that share every layer, of which this is one."""
     cpu_experts: Curve | None = None

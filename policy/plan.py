@@ -117,7 +117,7 @@ class Plan:
     @property
     def _limit(self) -> tuple[str, float]:
         row = self.limiting_row
-        if row not in JOINT:
+        if not JOINT.get(row):
             return row, self.launch_seconds if row == "launch" else self.row_seconds[row]
         own = {name: self.row_seconds[name] for name in JOINT[row]}
         busiest = max(own, key=lambda name: own[name])

@@ -18,12 +18,16 @@ OF_A_CPU = frozenset(
     | {"attention_prefill", "expand", "h2d_during_cpu_attention", "attention_expand"}
 )
 """Also rates of the host, where it is the compute device."""
+OF_A_LINK = frozenset({"h2d", "d2h", "link_both", "gather", "scatter", "h2d_during_cpu_attention"})
+"""What GPUs have less of where they share a switch, or together more links than host memory can fill."""
 
 
 def shared_by(hardware: Hardware, ranks: int, tensor_ranks: int = 1) -> Hardware:
     """The machine of one rank: a GPU and its link, and an equal part of the host's memory bandwidth, disk and cores.
     tensor_ranks: those that share every layer."""
     names = OF_THE_HOST | (OF_A_CPU if hardware.device == "cpu" else frozenset())
+    if hardware.links_together is not None and hardware.device != "cpu":
+        hardware = scaled(hardware, OF_A_LINK, hardware.links_together.at(ranks))
     return dataclasses.replace(scaled(hardware, names, 1 / ranks), tensor_ranks=tensor_ranks)
 
 

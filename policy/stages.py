@@ -89,6 +89,10 @@ class PassStages:
             first = (gpu_seconds - affine(dequantization)) / self.batches + affine(dequantization)
             for row in ("h2d", "cpu_attention"):
                 seconds[f"{row} after dequantization"] = first + seconds[row] * (1 - 1 / self.batches)
+        if shape.stages > 1:
+            # They travel while others are computed, any time of a pass.
+            sent = self.tokens * shape.hidden_bytes / self._send_rate / shape.num_layers
+            seconds["between stages"] = affine(sent if compute != "head" else 0.0 * sent)
         ticks = 0 if compute == "head" else self.batches
         return Stage(name, count, ticks, seconds, self._work(traffic, gpu_flops, gpu_bytes))
 
@@ -174,6 +178,10 @@ class PassStages:
         ranks, rate = self.hardware.tensor_ranks, self.hardware.interconnect or self.hardware.d2h
         sent = 2 * (ranks - 1) / ranks * self.tokens * self.shape.hidden_bytes
         return 2 * (sent / rate + self.batches * self.hardware.interconnect_seconds)
+
+    @property
+    def _send_rate(self) -> float:
+        return self.hardware.interconnect_send or self.hardware.interconnect or self.hardware.d2h
 
     def _around(
         self, seconds: np.ndarray, flops: np.ndarray, moved: float | np.ndarray

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
+from flexbatch.calibrate.profile_file import write_hardware
 from flexbatch.kernels.native_cache import user_cache_folder
 from flexbatch.policy.hardware import Hardware, load_hardware, read_hardware
 from flexbatch.policy.units import duration_text
 from flexbatch.validation.devices import AUTO
-from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError, LostRankError
 
 logger = logging.getLogger("flexbatch")
 
@@ -44,9 +45,32 @@ def known_machine(device: torch.device, disk_folder: Path, cache_folder: Path) -
         return None
 
 
-def this_machine(device: torch.device, disk_folder: Path, cache_folder: Path, measure: bool = True) -> Hardware:
+def this_machine(
+    device: torch.device, disk_folder: Path, cache_folder: Path, measure: bool = True, gpus: int = 1
+) -> Hardware:
     """The cached profile of this machine, else a measured one; a shipped one where measuring is not wanted or would
-    take long."""
+    take long. gpus: of this host, that it is wanted for: what is between them is measured when it is first needed."""
+    hardware = of_one_gpu(device, disk_folder, cache_folder, measure)
+    gpus = min(gpus, torch.cuda.device_count())
+    if not measure or device.type != "cuda" or gpus == 1:
+        return hardware
+    from flexbatch.calibrate.interconnect import lacks_interconnect, with_interconnect
+
+    if not lacks_interconnect(hardware, gpus):
+        return hardware
+    logger.info("measuring once how %d GPUs of this host work together, about 20 s", gpus)
+    try:
+        hardware = with_interconnect(hardware, gpus)
+        write_hardware(hardware, profile_path(AUTO, device, disk_folder, cache_folder))
+    except OSError as error:
+        logger.warning("what was measured between GPUs cannot be kept: %s", error)
+    except (LostRankError, RuntimeError) as error:
+        logger.warning("what is between GPUs was not measured, and counts as the bus: %s", error)
+    return hardware
+
+
+def of_one_gpu(device: torch.device, disk_folder: Path, cache_folder: Path, measure: bool) -> Hardware:
+    """`this_machine`, without what is between GPUs."""
     from flexbatch.calibrate.cache import cache_path, cached
 
     known = known_machine(device, disk_folder, cache_folder)

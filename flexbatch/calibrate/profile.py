@@ -20,9 +20,9 @@ from flexbatch.validation.errors import DONE, INTERRUPTED, USAGE, ConfigurationE
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         "flexbatch profile",
-        description="Measure this machine for the policy optimizer: links, kernels, host and disk. Takes about 20 s on "
-        "an idle CPU machine or with a GPU. Every run measures by itself at first use; this is for other "
-        "machines' plans.",
+        description="Measure this machine for the policy optimizer: links, kernels, host, disk, and what is between "
+        "its GPUs. Takes about 20 s on an idle CPU machine or with a GPU, half a minute more with several. Every run "
+        "measures by itself at first use; this is for other machines' plans.",
         first={
             "--output": "JSON file to write",
             "--device": "auto, cpu, cuda, cuda:N",
@@ -63,6 +63,7 @@ def check(options: argparse.Namespace) -> None:
 def write_profile(options: argparse.Namespace) -> None:
     import torch
 
+    from flexbatch.calibrate.interconnect import with_interconnect
     from flexbatch.calibrate.measure import measure
     from flexbatch.calibrate.phases import Phases
     from flexbatch.calibrate.profile_file import write_hardware
@@ -75,6 +76,8 @@ def write_profile(options: argparse.Namespace) -> None:
 
         kernels = kernel_rates(device, phases)
     hardware = measure(device, options.offload_dir, kernels, phases)
+    if device == "cuda" and (gpus := torch.cuda.device_count()) > 1:
+        hardware = with_interconnect(hardware, gpus)
     write_hardware(hardware, options.output)
     print(f"{hardware.name}: measured in {time.perf_counter() - start:.1f} s -> {options.output}", file=sys.stderr)
     print(f"  {phases.text}", file=sys.stderr)

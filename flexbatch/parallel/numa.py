@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import torch
+
 SYSTEM = Path("/sys")
 
 
@@ -77,3 +79,21 @@ def run_on(cores: Iterable[int], threads: Iterable[int] | None = None) -> Callab
                 continue
 
     return undo
+
+
+def run_near(device: torch.device, local_ranks: int) -> Callable[[], None]:
+    """Have this process run, and get its memory, where its GPU is attached; returns what undoes it. local_ranks: of
+    this host, which share the cores of a node where their GPUs are attached to the same one."""
+    number = device.index or 0
+    near = [cores_near_gpu(each) for each in range(max(number + 1, min(local_ranks, torch.cuda.device_count())))]
+    if cores := near[number]:
+        torch.set_num_threads(threads_near(near, number, torch.get_num_threads()))
+    return run_on(cores)
+
+
+def cores_near_gpu(number: int) -> frozenset[int]:
+    """Of the node of a GPU; none where nobody says which it is."""
+    found = torch.cuda.get_device_properties(number)
+    # Older versions of torch do not say where a GPU is.
+    domain, bus, slot = (getattr(found, f"pci_{part}_id", -1) for part in ("domain", "bus", "device"))
+    return cores_near(pci_name(domain, bus, slot)) if bus >= 0 else frozenset()

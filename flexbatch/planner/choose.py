@@ -128,7 +128,7 @@ def counting_graphs(problem: Problem, machine: Hardware, requirements: Requireme
         rows = requirements(policy)
         if any(split.gpu < 1 for split in (policy.weights, policy.cache, policy.activations)):
             return rows
-        size = planned_bytes(problem.shape, policy, machine.device, problem.job.longest)
+        size = planned_bytes(problem.shape, policy, machine, problem.job.longest)
         return [*rows, MemoryRequirement("decode graphs", "gpu", size)] if size else rows
 
     return needs

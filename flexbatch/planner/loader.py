@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -74,7 +74,7 @@ class PlacedModel:
                 stack.callback(self.leader.close)
             if deployment.local_ranks > 1 and device.type == "cuda":
                 # Not before other ranks are started: they would inherit the cores, which may be far from their GPUs.
-                stack.callback(run_near(device, deployment.local_ranks))
+                stack.callback(numa.run_near(device, deployment.local_ranks))
             self._stack = stack.pop_all()
 
     def place(self, engine_plan: EnginePlan) -> tuple[WeightStore, Speculator | None]:
@@ -155,24 +155,6 @@ class PlacedModel:
     def close(self) -> None:
         with self._stack:
             self._unload()
-
-
-def run_near(device: torch.device, local_ranks: int) -> Callable[[], None]:
-    """Have this process run, and get its memory, where its GPU is attached; returns what undoes it. local_ranks: of
-    this host, which share the cores of a node where their GPUs are attached to the same one."""
-    number = device.index or 0
-    near = [cores_near(each) for each in range(max(number + 1, min(local_ranks, torch.cuda.device_count())))]
-    if cores := near[number]:
-        torch.set_num_threads(numa.threads_near(near, number, torch.get_num_threads()))
-    return numa.run_on(cores)
-
-
-def cores_near(number: int) -> frozenset[int]:
-    """Of the node of a GPU; none where nobody says which it is."""
-    found = torch.cuda.get_device_properties(number)
-    # Older versions of torch do not say where a GPU is.
-    domain, bus, slot = (getattr(found, f"pci_{part}_id", -1) for part in ("domain", "bus", "device"))
-    return numa.cores_near(numa.pci_name(domain, bus, slot)) if bus >= 0 else frozenset()
 
 
 def pieces_of(engine_plan: EnginePlan, skip: set[Key]) -> Iterator[Piece | QuantizedPiece]:

@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 
+from flexbatch.calibrate import machine
 from flexbatch.config import EngineConfig
 from flexbatch.execution.job import Job
 from flexbatch.models.opened import OpenModel, open_configured
 from flexbatch.parallel.mesh import MeshShape
-from flexbatch.planner.budgets import resolve_device
+from flexbatch.planner.budgets import offload_dir, resolve_device
 from flexbatch.planner.planner import Planner
 from flexbatch.planner.tables import table
+from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.plan import Plan
-from flexbatch.policy.units import size_text
+from flexbatch.policy.units import duration_text, size_text
+from flexbatch.validation.devices import AUTO
 from flexbatch.validation.errors import ConfigurationError, DoesNotFitError
 
 logger = logging.getLogger("flexbatch")
@@ -103,7 +106,49 @@ class Meshes:
         sizes = ["engines", "stages", "tensor ranks"]
         header = [*sizes, "tokens/s", "of the chosen", "weights off the GPUs", "limited by"]
         flags = " ".join(f"--{name.replace('_', '-')} {size}" for name, size in sizes_of(chosen.shape).items())
-        return f"meshes of {chosen.shape.size} GPUs; chosen: {flags}\n{table(header, rows)}"
+        return f"meshes of {chosen.shape.size} GPUs; chosen: {flags}\n{table(header, rows)}\n{self.why()}"
+
+    def why(self) -> str:
+        """What sets the one that is taken apart from the next best, and how the GPUs' connection is known."""
+        chosen = self.best
+        assert chosen.plan is not None
+        parts = []
+        others = [each for each in self.plans if each.plan is not None and each is not chosen]
+        if others:
+            second = max(others, key=lambda each: each.tokens_per_second)
+            assert second.plan is not None
+            gain = chosen.tokens_per_second / second.tokens_per_second - 1
+            if gain < PLAN_ERROR:
+                parts.append(
+                    f"{named(second.shape)} differs by {abs(gain):.1%}, less than plans are off: of the two the one "
+                    "with smaller engines, whose ranks wait for fewer others"
+                )
+            else:
+                parts.append(
+                    f"{named(chosen.shape)} is {gain:.0%} faster than {named(second.shape)}: "
+                    f"{share_of_limit(chosen.plan)}; there {share_of_limit(second.plan)}"
+                )
+        parts.append(connection(chosen.plan.hardware))
+        return "\n".join(parts)
+
+
+def share_of_limit(plan: Plan) -> str:
+    """How long a pass takes, and what of it is the resource that limits it."""
+    busy = plan.limiting_seconds / plan.pass_seconds
+    return f"a pass of {duration_text(plan.pass_seconds)}, {busy:.0%} of it {plan.limiting_resource}"
+
+
+def connection(hardware: Hardware) -> str:
+    """What plans take the connection between GPUs for, and where that is from."""
+    if not hardware.interconnect:
+        return f"sums between GPUs count as copies over the bus ({hardware.d2h / 1e9:.3g} GB/s): nothing was measured"
+    known = hardware.source.get("interconnect", "published figures")
+    links = hardware.links_together
+    slower = f"; copies to all GPUs at once at {links.values[-1]:.0%} of a link each" if links is not None else ""
+    sums = (
+        f"sums between GPUs at {hardware.interconnect / 1e9:.3g} GB/s and {1e6 * hardware.interconnect_seconds:.0f} us"
+    )
+    return f"{sums} each ({known}){slower}"
 
 
 def shapes_of(gpus: int) -> Iterator[MeshShape]:
@@ -144,13 +189,19 @@ def gpus_here(config: EngineConfig) -> int:
     return torch.cuda.device_count() if device.type == "cuda" and config.device in ("auto", "cuda") else 1
 
 
-def with_chosen_mesh(config: EngineConfig, job: Job | None = None, model: OpenModel | None = None) -> EngineConfig:
+def with_chosen_mesh(
+    config: EngineConfig, job: Job | None = None, model: OpenModel | None = None, measure: bool = True
+) -> EngineConfig:
     """The settings, with ``parallel="auto"`` those of the mesh that is fastest by its plan, for a job or a typical one.
-    Raises DoesNotFitError, ConfigurationError."""
+    measure: this machine, where its rates are not known. Raises DoesNotFitError, ConfigurationError."""
     if config.parallel is None:
         return config
     if (gpus := gpus_here(config)) == 1:
         return with_shape(config, MeshShape())
+    if measure and config.hardware == AUTO:
+        # The plans that follow find it in the cache.
+        folders = offload_dir(config), machine.default_profile_dir()
+        machine.this_machine(resolve_device(config.device), *folders, gpus=gpus)
     opened = open_configured(config) if model is None else model
     expected = job or Job.typical(opened.arch.context)
 

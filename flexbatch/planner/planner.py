@@ -120,8 +120,8 @@ class Planner:
     def hardware(self) -> Hardware:
         """The machine that plans are made for; measured at first use."""
         if self._hardware is None:
-            machine_key = self.deployment.device, self.offload_dir, machine.default_profile_dir()
-            self._hardware = self._of_a_rank(machine.this_machine(*machine_key, measure=not self.dry))
+            key = self.deployment.device, self.offload_dir, machine.default_profile_dir(), not self.dry
+            self._hardware = self._of_a_rank(machine.this_machine(*key, self.deployment.local_ranks))
         return self._hardware
 
     def _of_a_rank(self, found: Hardware) -> Hardware:

@@ -100,7 +100,7 @@ def test_other_ranks_are_started_before_this_one_keeps_to_its_cores(monkeypatch,
     monkeypatch.setattr(loader, "TransferQueues", lambda *_: closing)
     monkeypatch.setattr(loader, "open_engines", lambda _: called.append("engines") or closing)
     monkeypatch.setattr(loader, "lead", lambda _: called.append("ranks") or closing)
-    monkeypatch.setattr(loader, "run_near", noted("cores"))
+    monkeypatch.setattr(loader.numa, "run_near", noted("cores"))
     config = SimpleNamespace(offload_path=None)
     of_rank = {"rank": 0, "local_ranks": 4, "offload_dir": tmp_path, "device": torch.device("cuda", 0)}
     deployment = SimpleNamespace(config=config, budgets={"gpu": 1, "cpu": 1, "disk": 1}, **of_rank)

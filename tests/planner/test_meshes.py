@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
 from flexbatch.cli.plan import main
 from flexbatch.config import EngineConfig
 from flexbatch.parallel.mesh import MeshShape
+from flexbatch.planner import meshes
 from flexbatch.planner.meshes import NO_ROOM, Meshes, MeshPlan, gpus_here, shapes_of, with_chosen_mesh
-from flexbatch.policy.hardware import load_hardware
+from flexbatch.policy.curve import Curve
+from flexbatch.policy.hardware import Hardware, load_hardware
 from flexbatch.policy.shared_host import shared_by
 from flexbatch.validation.errors import ConfigurationError, DoesNotFitError
 
@@ -24,6 +27,9 @@ class Priced:
 
     predicted_tokens_per_second: float
     limiting_resource: str = "h2d"
+    pass_seconds: float = 1.0
+    limiting_seconds: float = 0.5
+    hardware: Hardware = dataclasses.field(default_factory=lambda: load_hardware("h200"))
     memory: dict = dataclasses.field(default_factory=lambda: {"cpu": {"weights": 2**30}, "disk": {}})
 
 
@@ -109,3 +115,49 @@ def test_sums_over_gpus_are_in_a_plan(tmp_path, capsys):
         words = "opt-1.3b", "--gpu", str(path), "--tensor-parallel-size", "2"
         rates[name] = planned(capsys, *words)["predicted_tokens_per_second"]
     assert rates["slow"] < 0.8 * rates["fast"]
+
+
+@pytest.mark.parametrize("name", ["interconnect_send", "links_together"])
+def test_what_is_measured_between_gpus_is_in_a_plan(name, tmp_path, capsys):
+    """Hidden states over a slow network, and links that share a switch."""
+    machine, rates = load_hardware("h200"), {}
+    values = {"interconnect_send": (360e9, 1e7), "links_together": (None, Curve((1.0, 2.0), (1.0, 0.4)))}[name]
+    for kind, value in zip(("fast", "slow"), values, strict=True):
+        path = tmp_path / f"{kind}.json"
+        path.write_text(dataclasses.replace(machine, **{name: value}).to_json())
+        sizes = ("--pipeline-parallel-size", "2", "--gpu-memory", "6GiB", "--cpu-attention", "0")
+        rates[kind] = planned(capsys, "opt-6.7b", "--gpu", str(path), *sizes)["predicted_tokens_per_second"]
+    assert rates["slow"] < 0.8 * rates["fast"]
+
+
+def test_a_choice_says_why(tmp_path, capsys):
+    base = "opt-6.7b", "--gpus", "2", "--parallel", "auto", *JOB
+    assert main([*base, "--gpu", "h200", "--gpu-memory", "6GiB"]) == 0
+    told = capsys.readouterr().out
+    why = r"\n1 x 1 x 2 is \d+% faster than \d x \d x \d: a pass of .*% of it \w+; there a pass of"
+    assert re.search(why, told), told
+    assert "sums between GPUs at 360 GB/s and 20 us each (published figures)" in told
+    machine = dataclasses.replace(load_hardware("h200"), interconnect=0.0)
+    (tmp_path / "own.json").write_text(machine.to_json())
+    assert main([*base, "--gpu", str(tmp_path / "own.json")]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"sums between GPUs count as copies over the bus \(5\d.* GB/s\): nothing was measured", told)
+
+
+def test_gpus_are_measured_before_a_mesh_is_chosen(monkeypatch):
+    called: list[object] = []
+    monkeypatch.setattr(meshes, "gpus_here", lambda config: 2)
+    monkeypatch.setattr(meshes.machine, "this_machine", lambda *_, gpus: called.append(gpus))
+
+    class Planned:
+        def config(self, config):
+            return "chosen"
+
+        def text(self):
+            return "table"
+
+    monkeypatch.setattr(Meshes, "planned", lambda *_: called.append("plans") or Planned())
+    for hardware, measure, wanted in (("auto", True, [2]), ("h200", True, []), ("auto", False, [])):
+        called.clear()
+        config = EngineConfig(model="opt-1.3b", dummy_weights=True, parallel="auto", hardware=hardware)
+        assert with_chosen_mesh(config, measure=measure) == "chosen" and called == [*wanted, "plans"]
