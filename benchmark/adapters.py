@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmark.loading import projections
+from benchmark.loading_files import projections
 from benchmark.machine import publish
 from flexbatch import LLM, SamplingParams
 from flexbatch.policy.shapes import SHAPES

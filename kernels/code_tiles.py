@@ -45,11 +45,11 @@ def rows_of_codes(words, dtype: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def elements_of_rows(SIZE: tl.constexpr, BITS: tl.constexpr):
-    """The element of a group of SIZE at each place of `rows_of_codes`."""
+    """The element of a group of SIZE at each index of `rows_of_codes`."""
     PIECES: tl.constexpr = 32 // BITS
     WORDS: tl.constexpr = SIZE // PIECES
-    place = tl.arange(0, SIZE)
-    return place // 2 % WORDS * PIECES + place // (2 * WORDS) + place % 2 * (PIECES // 2)
+    index = tl.arange(0, SIZE)
+    return index // 2 % WORDS * PIECES + index // (2 * WORDS) + index % 2 * (PIECES // 2)
 
 
 @triton.jit
@@ -69,8 +69,8 @@ def elements_of_columns(SIZE: tl.constexpr, BITS: tl.constexpr):
     """The element of a group of SIZE at each row of `columns_of_codes`."""
     PIECES: tl.constexpr = 32 // BITS
     WORDS: tl.constexpr = SIZE // PIECES
-    place = tl.arange(0, SIZE)
-    return place % WORDS * PIECES + place // WORDS
+    index = tl.arange(0, SIZE)
+    return index % WORDS * PIECES + index // WORDS
 
 
 @triton.jit

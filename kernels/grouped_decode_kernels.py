@@ -74,9 +74,9 @@ def _step(
     HALF: tl.constexpr = BLOCK_N // 2
     SIDE: tl.constexpr = HEADS * GROUPS * WORDS
     dtype: tl.constexpr = q0.dtype
-    place = tl.arange(0, BLOCK_N)
+    index = tl.arange(0, BLOCK_N)
     word = (head * GROUPS * WORDS + tl.arange(0, WORDS))[None, :]
-    row, seen = _rows_at(words, table, start + place // 2 + place % 2 * HALF, hi, row_quads, PAGE_TOKENS, MASKED)
+    row, seen = _rows_at(words, table, start + index // 2 + index % 2 * HALF, hi, row_quads, PAGE_TOKENS, MASKED)
     early, early_seen = _rows_at(words, table, start + tl.arange(0, HALF), hi, row_quads, PAGE_TOKENS, MASKED)
     late, late_seen = _rows_at(words, table, start + HALF + tl.arange(0, HALF), hi, row_quads, PAGE_TOKENS, MASKED)
     pair = row + 2 * SIDE + head * GROUPS

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexbatch.policy.affine import affine, total
+from flexbatch.policy.collectives import send_rate, sum_seconds
 from flexbatch.policy.expert_shape import ExpertShape
 from flexbatch.policy.expert_traffic import NO_EXPERTS, hit_fetch_seconds, product_seconds, routed_traffic, spared_bytes
 from flexbatch.policy.hardware import Hardware
@@ -91,7 +92,7 @@ class PassStages:
                 seconds[f"{row} after dequantization"] = first + seconds[row] * (1 - 1 / self.batches)
         if shape.stages > 1:
             # They travel while others are computed, any time of a pass.
-            sent = self.tokens * shape.hidden_bytes / self._send_rate / shape.num_layers
+            sent = self.tokens * shape.hidden_bytes / send_rate(self.hardware) / shape.num_layers
             seconds["between stages"] = affine(sent if compute != "head" else 0.0 * sent)
         ticks = 0 if compute == "head" else self.batches
         return Stage(name, count, ticks, seconds, self._work(traffic, gpu_flops, gpu_bytes))
@@ -172,17 +173,6 @@ class PassStages:
         moved = self.batches * hit * shape.expert_bytes(bits) / experts.count
         return self.batches * hit * each, 2.0 * experts.top_k * elements * self.tokens, moved
 
-    def _sum_seconds(self) -> np.ndarray:
-        """GPUs that share a layer add up its two products, and compute nothing meanwhile. Each sends, of a sum, twice
-        what it does not have itself of the result: NCCL's ring."""
-        ranks, rate = self.hardware.tensor_ranks, self.hardware.interconnect or self.hardware.d2h
-        sent = 2 * (ranks - 1) / ranks * self.tokens * self.shape.hidden_bytes
-        return 2 * (sent / rate + self.batches * self.hardware.interconnect_seconds)
-
-    @property
-    def _send_rate(self) -> float:
-        return self.hardware.interconnect_send or self.hardware.interconnect or self.hardware.d2h
-
     def _around(
         self, seconds: np.ndarray, flops: np.ndarray, moved: float | np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -201,7 +191,7 @@ class PassStages:
         decode = np.maximum(reading, decode_flops / hardware.attention_prefill)
         seconds = seconds + elementwise / hardware.gpu_bandwidth + prompt_flops / hardware.attention_prefill + decode
         if hardware.tensor_ranks > 1:
-            seconds = seconds + self._sum_seconds()
+            seconds = seconds + sum_seconds(hardware, self.tokens, shape.hidden_bytes, self.batches)
         flops = flops + prompt_flops + decode_flops
         return (
             affine(seconds, cpu_attention=-decode),

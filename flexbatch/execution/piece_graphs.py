@@ -25,6 +25,7 @@ from flexbatch.execution.attention import PendingTick
 from flexbatch.execution.graphs import Record, Recorded
 from flexbatch.execution.inputs import MicroBatchInputs
 from flexbatch.execution.tick_halves import TickHalves
+from flexbatch.memory.transfer import READY
 from flexbatch.policy.schedule import Tick
 from flexbatch.trace import Tracer
 
@@ -125,6 +126,8 @@ class PieceGraphs:
             halves.finish(before, 1)
         if layer == halves.arch.num_layers:
             return halves.ends.activations.get(0)
+        # The recorder runs a piece before it records it: what that has expanded of the layer is to be expanded anew.
+        halves.weights.release(layer, READY)
         pending, projected = halves.project(Tick(layer, 0, None, None, None), static)
         for target, part in zip(self.projected, projected, strict=False):
             target[:bucket].copy_(part)

@@ -21,7 +21,8 @@ from flexbatch.validation.errors import reason
 if TYPE_CHECKING:
     from torch import Tensor  # the command line writes its output by way of this module, and must not wait for torch
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 ALIGNMENT = 4096
 """Bytes. Offsets and lengths of O_DIRECT transfers, and of every tensor in a slab that the disk fills."""

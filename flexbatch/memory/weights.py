@@ -12,7 +12,6 @@ from flexbatch.kernels.coded_matrix import CodedMatrix
 from flexbatch.kernels.expert_codes import ExpertStacks
 from flexbatch.memory.cpu_experts import CpuExperts, LeftOut, Ranges, cut
 from flexbatch.memory.expert_stacks import layer_stacks
-from flexbatch.memory.files import DiskFile, align, chunks
 from flexbatch.memory.hit_experts import HitExperts, leased
 from flexbatch.memory.read_ahead import ReadAhead
 from flexbatch.memory.slab_lease import SlabLease, gaps, slices
@@ -28,8 +27,7 @@ BUFFERS = ("weight slab ", "disk staging ", "dequantization ")
 
 class WeightStore:
     """Weights over the tiers, the `tensors`, and their way to the compute device. One owner per working slab: a layer
-    leases it, fetches into it, computes, and releases it with a handle.
-    """
+    leases it, fetches into it, computes, and releases it with a handle."""
 
     def __init__(
         self, plan: WeightPlan, tiers: Tiers, queues: TransferQueues, dtype: torch.dtype, staged: bool | None = None
@@ -47,12 +45,11 @@ class WeightStore:
     def open_buffers(self) -> None:
         """What passes need besides the tensors: working slabs, staging, dequantization."""
         plan, tiers, streamed = self.plan, self.tiers, self.plan.slab_bytes
-        self.slabs = (
-            [tiers.gpu.allocate(f"weight slab {i}", streamed) for i in range(plan.num_slabs)] if streamed else []
-        )
+        count = range(plan.num_slabs if streamed else 0)
+        self.slabs = [tiers.gpu.allocate(f"weight slab {i}", streamed) for i in count]
         disk_bytes = max(plan.layer_bytes(layer, "disk") for layer in range(len(plan.layers)))
-        count = plan.num_slabs if disk_bytes and self.staged else 0
-        staging = [tiers.cpu.allocate(f"disk staging {i}", disk_bytes) for i in range(count)]
+        buffers = range(plan.num_slabs if disk_bytes and self.staged else 0)
+        staging = [tiers.cpu.allocate(f"disk staging {i}", disk_bytes) for i in buffers]
         self.disk_tensors = [[tensor for tensor in layer if tensor.tier == "disk"] for layer in plan.layers]
         on_disk = {layer: plan.layer_bytes(layer, "disk") for layer, tensors in enumerate(self.disk_tensors) if tensors}
         self.read_ahead = ReadAhead(on_disk, staging, self.read_disk, self.queues) if staging else None
@@ -84,14 +81,12 @@ class WeightStore:
 
     def leave_to_cpu(self, share: float) -> None:
         """From the next fetch on: the CPU computes this share of the experts in host memory."""
-        self.cpu_experts = (
-            CpuExperts(self.plan, self.tensors, share, self.device) if share and self.plan.arch.experts else None
-        )
+        some = share and self.plan.arch.experts
+        self.cpu_experts = CpuExperts(self.plan, self.tensors, share, self.device) if some else None
 
     def left_out(self, layer: int) -> LeftOut | None:
         """Experts of a layer that is leased which are not in its slab; None where all are."""
-        lease = self.leases.get(layer)
-        return lease.left_out if lease else None
+        return self.leases[layer].left_out if layer in self.leases else None
 
     # Fetching
 
@@ -107,8 +102,11 @@ class WeightStore:
         if index < lease.slices_fetched:
             return
         lease.slices_fetched = index + 1
-        slab, after = self.slabs[lease.slab], self.free_after[lease.slab]
-        disk_bytes = self.plan.layer_bytes(layer, "disk")
+        slab, after, disk_bytes = (
+            self.slabs[lease.slab],
+            self.free_after[lease.slab],
+            self.plan.layer_bytes(layer, "disk"),
+        )
         if index == 0 and disk_bytes:
             if self.read_ahead is None:
                 job = partial(self.read_disk, layer, slab[:disk_bytes])
@@ -159,14 +157,13 @@ class WeightStore:
 
     def fetch_rest(self, layer: int, count: int) -> None:
         """Fetch what is not yet fetched of a layer, as ``count`` slices."""
-        lease = self.leases.get(layer)
-        for index in range(lease.slices_fetched if lease else 0, count):
+        begun = self.leases[layer].slices_fetched if layer in self.leases else 0
+        for index in range(begun, count):
             self.fetch(layer, index, count)
 
     def lease(self, layer: int) -> SlabLease:
         """Lease the next free slab to ``layer``; slabs go round, but for those of layers that were fetched early."""
-        owners = {lease.slab: owner for owner, lease in self.leases.items()}
-        count = len(self.slabs)
+        owners, count = {lease.slab: owner for owner, lease in self.leases.items()}, len(self.slabs)
         free = [slab for i in range(count) if (slab := (self.next_slab + i) % count) not in owners]
         assert free, f"slab {self.next_slab} is still layer {owners.get(self.next_slab)}'s, layer {layer} wants it"
         elsewhere = self.cpu_experts if self.leaves_experts else None
@@ -178,25 +175,14 @@ class WeightStore:
 
     def read_disk(self, layer: int, host: Tensor) -> None:
         """Read a layer's disk tensors with several threads. host: [bytes on disk] uint8."""
-        jobs = []
-        for placed in self.disk_tensors[layer]:
-            file = self.files[placed.spec.layer, placed.spec.role]
-            for start, end in chunks(align(placed.num_bytes)):
-                jobs.append((file, placed.offset + start, placed.offset + end, start))
-
-        def read(job: tuple[DiskFile, int, int, int]) -> None:
-            file, begin, end, file_offset = job
-            file.read(host[begin:end], file_offset)
-
-        list(self.queues.disk_chunks.map(read, jobs))
+        self.tensors.read(self.disk_tensors[layer], host, self.queues.disk_chunks)
 
     # Using
 
     def weights(self, layer: int, stage: str, tokens: int) -> dict[str, Any]:
         """Role -> tensor of a layer, ready for the compute stream; quantized ones of ``stage`` ("pre" or "post": up to
         attention or after it) as they are for a few ``tokens`` on a GPU, else dequantized, once in a pass."""
-        ready = self.ready.get(layer)
-        if ready is None:
+        if (ready := self.ready.get(layer)) is None:
             ready = self.ready[layer] = self.collect(layer)
         if self.dequantization.lacks(layer, stage):
             if tokens <= self.coded_tokens and (coded := self.coded(layer, stage)):
@@ -215,10 +201,10 @@ class WeightStore:
     def experts(self, layer: int) -> tuple[ExpertStacks, ExpertStacks] | None:
         """Gate and up, and down of all experts of a layer whose `weights` were taken, in codes where they are stored in
         codes that the kernels read; None where it has no experts."""
-        experts = self.plan.arch.experts_of(layer) if layer < self.plan.arch.num_layers else None
+        arch, lease = self.plan.arch, self.leases.get(layer)
+        experts = arch.experts_of(layer) if layer < arch.num_layers else None
         if experts is None:
             return None
-        lease = self.leases.get(layer)
         key = layer, lease.slab if lease is not None else -1
         if key not in self.stacks:
             placed = {each.spec.role: each for each in self.plan.layers[layer]}
@@ -238,7 +224,9 @@ class WeightStore:
         key = layer, lease.slab if lease is not None else -1
         if key not in self.dense_views:
             views = ((placed, self.compute_view(placed, layer, lease).dense) for placed in self.plan.layers[layer])
-            self.dense_views[key] = {self.role(placed): dense for placed, dense in views if dense is not None}
+            roles = {"embed.weight": "head.weight"}
+            named = ((roles.get(role := placed.spec.role, role), dense) for placed, dense in views)
+            self.dense_views[key] = {role: dense for role, dense in named if dense is not None}
         return dict(self.dense_views[key])
 
     def compute_view(self, placed: PlacedTensor, layer: int, lease: SlabLease | None) -> TensorView:
@@ -248,9 +236,6 @@ class WeightStore:
         assert lease is not None
         start = placed.offset + (self.plan.layer_bytes(layer, "disk") if placed.tier == "cpu" else 0)
         return view_of(self.slabs[lease.slab], placed, start, self.dtype)
-
-    def role(self, placed: PlacedTensor) -> str:
-        return "head.weight" if placed.spec.role == "embed.weight" else placed.spec.role
 
     def release(self, layer: int, done: Handle) -> None:
         """End a layer's lease; the next fetch into its slab waits for ``done``, the last compute that reads it."""
@@ -266,16 +251,14 @@ class WeightStore:
         owners = [lease.slab for lease in self.leases.values()]
         assert len(owners) == len(set(owners)), self.leases
         assert all(0 <= slab < len(self.slabs) for slab in owners), (owners, len(self.slabs))
-        assert all(layer in self.leases or not self.plan.streamed_bytes(layer) for layer in self.ready), (
-            self.ready.keys(),
-            self.leases.keys(),
-        )
+        lacking = [layer for layer in self.ready if layer not in self.leases and self.plan.streamed_bytes(layer)]
+        assert not lacking, (lacking, self.leases.keys())
         for part in (self.read_ahead, self.cpu_experts, self.hit_experts, self.tensors):
             if part is not None:
                 part.check()
 
     def synchronize(self) -> None:
-        """Block until everything that the leased slabs wait for has arrived. Re-raises the error of a fetch."""
+        """Wait until all that the leased slabs wait for has arrived. Re-raises the error of a fetch."""
         for lease in self.leases.values():
             together(*lease.handles).synchronize()
 

@@ -8,7 +8,6 @@ import random
 from collections import deque
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import fields
 from itertools import islice
 from typing import Any
 
@@ -206,10 +205,10 @@ class PassMeter:
         return change
 
     def fold(self, kind: str) -> tuple[float, float, dict[str, float], dict[str, float]]:
-        window = self.windows[kind]
-        pass_loads, seconds, busy = zip(*window, strict=True)
-        window.clear()
-        load = PassLoad(*(np.array([getattr(each, field.name) for each in pass_loads]) for field in fields(PassLoad)))
+        pass_loads, seconds, busy = zip(*self.windows[kind], strict=True)
+        self.windows[kind].clear()
+        names = [field.name for field in dataclasses.fields(PassLoad)]
+        load = PassLoad(*(np.array([getattr(each, name) for each in pass_loads]) for name in names))
         model = self.plan.passes_like(load)
         predicted_seconds = float(np.sum(model.pass_seconds(self.point)))
         timed = np.array([each is not None for each in busy])

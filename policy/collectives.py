@@ -1,0 +1,20 @@
+"""What GPUs that have a part of the model each take to give each other what they have computed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flexbatch.policy.hardware import Hardware
+
+
+def sum_seconds(hardware: Hardware, tokens: np.ndarray, hidden_bytes: float, micro_batches: int) -> np.ndarray:
+    """GPUs that share a layer add up its two products, and compute nothing meanwhile. Each sends, of a sum, twice what
+    it does not have itself of the result: NCCL's ring."""
+    ranks, rate = hardware.tensor_ranks, hardware.interconnect or hardware.d2h
+    sent = 2 * (ranks - 1) / ranks * tokens * hidden_bytes
+    return 2 * (sent / rate + micro_batches * hardware.interconnect_seconds)
+
+
+def send_rate(hardware: Hardware) -> float:
+    """Bytes a second of hidden states that one stage of a pipeline sends to the next."""
+    return hardware.interconnect_send or hardware.interconnect or hardware.d2h
