@@ -281,10 +281,10 @@ class Executor:
     def replay(self, inputs: MicroBatchInputs) -> Tensor | None:
         """A pass of a block that is on the GPU whole, as one graph or as several; None when the pass has to run tick by
         tick."""
-        assert self.graphs is not None and self.pieces is not None
+        assert self.graphs is not None
         with self.tracer.compute_span("layers"):
             hidden = self.graphs.run(inputs, self.resident_layers)
-            return self.pieces.run(inputs) if hidden is None else hidden
+            return self.pieces.run(inputs) if hidden is None and self.pieces is not None else hidden
 
     def resident_layers(self, inputs: MicroBatchInputs) -> Tensor:
         """All layers without a tick's transfers. Runs under capture: spans would record events that no replay
