@@ -86,7 +86,7 @@ class Planner:
             self._check_smallest()
             model.check()
         else:
-            found = self._engine_plan = self._decide(job.of_every(config.data_parallel_size))
+            found = self._decide_first(job.of_every(config.data_parallel_size))
             check_budgets(found.requirements(found.sizes(job.first(1))), self.deployment.budgets)
 
     def _check_smallest(self) -> None:
@@ -94,7 +94,6 @@ class Planner:
         measured, where a simple placement does."""
         problem = self._problem(smallest := Job((1,), (1,)))
         baseline = baseline_policy(problem)
-
         needs = partial(self.requirements_of, job=smallest)
         if problem.is_fixed:
             check_budgets(needs(baseline), self.deployment.budgets)
@@ -149,14 +148,19 @@ class Planner:
         if self.profile_path is not None:
             write_hardware(hardware, self.profile_path)
 
+    def _decide_first(self, job: Job) -> EnginePlan:
+        """Before any weights are placed: for this job nothing needs to be searched for once they are."""
+        self._engine_plan = self._decide(job)
+        self._settled.add(kind_of(job))
+        return self._engine_plan
+
     def _decide(self, job: Job, before: EnginePlan | None = None) -> EnginePlan:
         """A plan for a job; with ``before``, around its weights, which are in memory. Raises DoesNotFitError.
 
         Where the user fixed the block, and the budgets do not hold it with answers as long as they may be, it is
         planned for shorter ones: sequences are admitted as there are pages for them.
         """
-        config = self.config
-        fixed = None not in (config.gpu_batch_size, config.num_gpu_batches)
+        fixed = None not in ((config := self.config).gpu_batch_size, config.num_gpu_batches)
         if config.reserve == "all" or not fixed:
             return self._decide_for(job, before)
         refusal: DoesNotFitError | None = None
@@ -180,9 +184,8 @@ class Planner:
     def _problem(self, job: Job, before: EnginePlan | None = None, bits: Policy | None = None) -> Problem:
         model, config = self.deployment.model, self.config
         if bits is not None:
-            config = dataclasses.replace(
-                config, weight_bits=bits.weight_bits, cache_bits=bits.cache_bits, allow_bits=()
-            )
+            own = {"weight_bits": bits.weight_bits, "cache_bits": bits.cache_bits}
+            config = dataclasses.replace(config, **own, allow_bits=())
         element_bytes, loaded = self.deployment.dtype.itemsize, None if before is None else before.policy
         held, loras = self.deployment.budgets, self.deployment.adapters
         arch, part = self.deployment.most_layers, self._part(job)
@@ -212,10 +215,8 @@ class Planner:
     def replan(self, job: Job) -> EnginePlan:
         """The plan for a job, a new one where it is not like the one that the policy was chosen for. The weights move
         only where that is worth it, or nothing else fits. Raises DoesNotFitError."""
-        before = self.placed
-        if before is None:
-            self._engine_plan = self._decide(job)
-            return self._engine_plan
+        if (before := self.placed) is None:
+            return self._decide_first(job)
         current = self.engine_plan
         fits = not overshoot(current.requirements(current.sizes(job)), self.deployment.budgets)
         kept: EnginePlan | None = current
@@ -274,8 +275,7 @@ class Planner:
     def shortfall(self, job: Job) -> dict[str, int]:
         """Bytes by tier that a block for a job needs beyond the budgets; none where another policy would hold it,
         wherever the weights lie then."""
-        plan = self.engine_plan
-        missing = overshoot(plan.requirements(plan.sizes(job)), self.deployment.budgets)
+        missing = overshoot((plan := self.engine_plan).requirements(plan.sizes(job)), self.deployment.budgets)
         if not missing or self.problem.is_fixed or job.longest >= self._shortest_refused:
             return missing
         num_slabs = plan.weight_plan.num_slabs

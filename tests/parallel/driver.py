@@ -12,7 +12,7 @@ import contextlib
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ from flexbatch import LLM, SamplingParams
 from flexbatch.config import EngineConfig
 from flexbatch.execution.pipelined import PipelinedPasses
 from flexbatch.execution.scheduler import Scheduler
+from flexbatch.execution.tick_halves import TickHalves
+from flexbatch.memory.weights import WeightStore
 from flexbatch.parallel.channel import RankChannel, open_store
 from flexbatch.parallel.mesh import Mesh
+from flexbatch.parallel.tensor_ranks import TensorRanks
 from flexbatch.planner.follower import Follower, follow_launched
 from flexbatch.planner.planner import Planner
 from flexbatch.planner.rank_commands import Leave
@@ -74,17 +77,52 @@ def counting_in_flight(most: list[int]) -> Iterator[None]:
         PipelinedPasses.fill = fill  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def noting(events: list[tuple]) -> Iterator[None]:
+    """Notes, in their order, ticks that are begun on this rank (layer, micro-batch), slices of weights that are put on
+    the link (layer), sums over ranks, and how many passes are in flight in every turn."""
+    named: dict[tuple[type, str], Callable[..., tuple]] = {
+        (TickHalves, "begin"): lambda tick, *_: ("tick", tick.layer, tick.micro_batch),
+        (WeightStore, "send"): lambda layer, *_: ("fetch", layer),
+        (TensorRanks, "sum"): lambda _: ("sum",),
+    }
+    before = {(owner, name): getattr(owner, name) for owner, name in [*named, (PipelinedPasses, "fill")]}
+
+    def noted(key: tuple[type, str], what: Callable[..., tuple]) -> None:
+        def note(self: Any, *words: Any) -> Any:
+            events.append(what(*words))
+            return before[key](self, *words)
+
+        setattr(*key, note)
+
+    def filled(passes: PipelinedPasses) -> None:
+        before[PipelinedPasses, "fill"](passes)
+        if passes.in_flight:
+            events.append(("in flight", len(passes.in_flight)))
+
+    for key, what in named.items():
+        noted(key, what)
+    PipelinedPasses.fill = filled  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for key, method in before.items():
+            setattr(*key, method)
+
+
 def generated(engine: dict[str, Any], channel: RankChannel | None = None) -> dict[str, Any]:
     """Token ids and errors of every prompt, each of its samples; twice where ``again`` names further prompts.
     ``stages``: of a pipeline; the other ranks share each layer."""
     size, stages = (1, 1) if channel is None else (channel.mesh.size, engine.get("stages", 1))
     sizes = {"pipeline_parallel_size": stages, "tensor_parallel_size": size // stages}
     config = EngineConfig(model=engine["model"], **{**SETTINGS, **sizes, **engine["settings"]})
-    in_flight = [0]
+    in_flight, events = [0], list[tuple]()
     params = [SamplingParams(**each) for each in engine["params"]]
     found, steps = [], list[int]()
     with LLM.from_planner(Planner(config, channel=channel)) as llm, contextlib.ExitStack() as stack:
         stack.enter_context(counting_in_flight(in_flight))
+        if engine.get("events"):
+            stack.enter_context(noting(events))
         if engine.get("steps_aside"):
             stack.enter_context(stepping_aside(llm, steps))
         for prompts in (engine["prompts"], *engine.get("again", ())):
@@ -98,7 +136,7 @@ def generated(engine: dict[str, Any], channel: RankChannel | None = None) -> dic
         weights = sum(llm.engine_plan.weight_plan.tier_bytes(tier) for tier in ("gpu", "cpu", "disk"))
         told = {"read": llm.report()["loaded_bytes"], "weights": weights, "percent": config.percent}
         told["ring"] = 0 if llm.runner is None else llm.runner.cache.ring
-    return {"answers": found, "steps_aside": len(steps), "in_flight": max(in_flight), **told}
+    return {"answers": found, "steps_aside": len(steps), "in_flight": max(in_flight), "events": events, **told}
 
 
 def failing_at(number: int) -> None:

@@ -59,6 +59,27 @@ def test_what_cannot_run_is_refused_at_once(percent, reference, tmp_path):
         LLM(str(tmp_path / "model"), device="cpu", percent=percent, hardware="cpu")
 
 
+@pytest.mark.parametrize("known", ["prepared", "when the engine is made"])
+def test_the_job_that_weights_were_placed_for_is_planned_once(known, reference, tmp_path, monkeypatch):
+    """Runs of every command searched for a better placement right after they had chosen one: 4 s of OPT-30B's 9."""
+    from flexbatch.planner import planner
+
+    searched, choose = [], planner.choose_policy
+    monkeypatch.setattr(planner, "choose_policy", lambda problem, *more: searched.append(1) or choose(problem, *more))
+    monkeypatch.setattr(planner, "could_gain", lambda *_: True)
+    settings = {"device": "cpu", "hardware": "cpu", "offload_dir": str(tmp_path), "cpu_memory": "1MiB"}
+    config = EngineConfig(model=str(reference("llama").folder), gpu_memory="2400KiB", **settings)
+    job = Job.alike(3, 9, 4, 64) if known == "when the engine is made" else None
+    prompts = random_prompts([9, 9, 9])
+    with LLM.from_config(config, job=job) as llm:
+        if job is None:
+            llm.prepare(prompts, params(4))
+        llm.generate(prompts, params(4))
+        assert len(searched) == 1
+        llm.generate(random_prompts([60] * 40), params(4))
+        assert len(searched) > 1, "another kind of job is looked at"
+
+
 def test_weights_move_for_a_job_that_gains_by_it(reference, tmp_path, caplog):
     """Many long sequences leave no memory for weights on the gpu tier; for a few short ones all of them fit there."""
     model = reference("llama")
