@@ -28,7 +28,7 @@ from flexbatch.policy.limits import DISK_THREADS
 
 FILE_BYTES = 1 << 30
 """Of tensors that wait to be written to the offload folder, or are being read from there: at most, and no more than the
-budget of host memory leaves beside the weights (one tensor in any case)."""
+budget of host memory leaves beside the weights, or than a sixteenth of these (one tensor in any case)."""
 FILE_THREADS = 8
 """That read, write and digest chunks of files, where there are as many cores: SHA-256 takes 0.7 s per GiB."""
 
@@ -67,8 +67,8 @@ class Loader:
         cores = len(os.sched_getaffinity(0))
         self.num_threads = (min(THREADS, cores) if store.device.type == "cuda" else 0) if threads is None else threads
         self.num_file_threads = max(DISK_THREADS, min(FILE_THREADS, cores))
-        host = store.tiers.cpu
-        self.budget = ByteBudget(min(FILE_BYTES, max(0, host.budget_bytes - host.total_used_bytes)))
+        host, whole = store.tiers.cpu, sum(placed.num_bytes for placed in self.placed.values())
+        self.budget = ByteBudget(min(FILE_BYTES, whole // 16, max(0, host.budget_bytes - host.total_used_bytes)))
         self.buffers = LoadBuffers(pinned=store.device.type == "cuda")
         self._lock = threading.Lock()
 
