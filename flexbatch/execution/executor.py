@@ -82,7 +82,7 @@ class Executor:
         self.graphs: DecodeGraphs | None = None
         self.pieces: PieceGraphs | None = None
         if self.device.type == "cuda" and self.resident and overlap and recordable(arch):
-            sizes, group = (cache.layout.page_tokens, arch.max_positions), self.builder.group_adapters
+            sizes, group = (cache.layout.page_tokens, arch.max_positions), self.builder.adapters_at_once
             recorder = CudaRecorder(arch.experts is not None)
             self.graphs = DecodeGraphs(self.device, *sizes, recorder, max_graphs, group, cache.ring)
             self.pieces = PieceGraphs(self.halves, self.device, CudaRecorder(runs_before=True), piece_buckets)

@@ -87,6 +87,12 @@ class InputBuilder:
         numbers = adapter_ids.astype(np.int64)
         return PassAdapters(self.adapters, self.upload(order), self.upload(tiles), self.upload(numbers))
 
+    def adapters_at_once(self, adapter_ids: np.ndarray) -> PassAdapters | None:
+        """The same of a graph, whose tokens are more than those of the pass: on their way when this returns."""
+        groups = self.group_adapters(adapter_ids)
+        self.uploads.flush()
+        return groups
+
     def head_adapters(self, adapter_ids: np.ndarray) -> tuple[PassAdapters | None, ...]:
         if self.adapters is None or not self.adapters.in_head:
             return ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -205,3 +206,12 @@ def test_a_pass_counts_its_prompt_tokens() -> None:
     young, old = partial(query_of, 0, num_prompt_tokens=3), partial(query_of, 1, num_prompt_tokens=2)
     work = PassBatch(((young((5, 6), 0, 2, table), old((9,), 3, 0, table)), (old((6, 9, 9), 1, 2, table),)))
     assert (work.num_prompt_tokens, work.num_sequences) == (3, 3)
+
+
+def test_adapters_of_a_graph_are_on_their_way_at_once(builder, monkeypatch):
+    """Nothing else of that pass is sent after them."""
+    sent: list[str] = []
+    monkeypatch.setattr(builder, "group_adapters", lambda ids: sent.append("groups"))
+    monkeypatch.setattr(builder.uploads, "flush", lambda: sent.append("flush"))
+    builder.adapters_at_once(np.ones(3, dtype=np.int32))
+    assert sent == ["groups", "flush"]
