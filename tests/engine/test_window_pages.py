@@ -110,18 +110,20 @@ def alignments() -> list[tuple[int, int]]:
     return [(1, 5), *sorted(around)]
 
 
-@pytest.mark.parametrize(
-    ("window", "chunk", "place", "bits", "tree"),
-    [
-        pytest.param(*row, marks=() if i in (37, 401, 1011) else pytest.mark.slow)
-        for i, row in enumerate(
-            (*pair, place, bits, tree)
-            for bits, tree, place, pair in itertools.product(
-                (16, 4, 8), ("", "<2,2,1>", "chain:5"), PLACES, alignments()
-            )
-        )
-    ],
-)
+def cells() -> list[Any]:
+    """Three run by default; with ``-m slow`` every window and chunk at every place, bits and trees by turns; with
+    ``-m whole`` the rest, which is nine tenths."""
+    found = []
+    axes = (16, 4, 8), ("", "<2,2,1>", "chain:5"), PLACES, alignments()
+    for i, cell in enumerate(itertools.product(*map(enumerate, axes))):
+        (bits_at, bits), (tree_at, tree), (place_at, place), (pair_at, pair) = cell
+        turn = (bits_at, tree_at) == ((pair_at + place_at) % 3, (pair_at + pair_at // 3 + 2 * place_at) % 3)
+        mark = () if i in (37, 401, 1011) else pytest.mark.slow if turn else pytest.mark.whole
+        found.append(pytest.param(*pair, place, bits, tree, marks=mark))
+    return found
+
+
+@pytest.mark.parametrize(("window", "chunk", "place", "bits", "tree"), cells())
 def test_tokens_are_those_of_full_pages(window, chunk, place, bits, tree, folders, tmp_path, checked, monkeypatch):
     """Windows at every place in a page; chunks that are longer than a window; trees whose nodes are rejected."""
     family = ("gemma3", "mistral", "gpt_oss")[window % 3]
