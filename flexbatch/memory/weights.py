@@ -12,9 +12,8 @@ from flexbatch.kernels.coded_matrix import CodedMatrix
 from flexbatch.kernels.expert_codes import ExpertStacks
 from flexbatch.memory.cpu_experts import CpuExperts, LeftOut, Ranges, cut
 from flexbatch.memory.expert_stacks import layer_stacks
-from flexbatch.memory.files import DiskFile, align, chunks
 from flexbatch.memory.hit_experts import HitExperts, leased
-from flexbatch.memory.read_ahead import ReadAhead
+from flexbatch.memory.read_ahead import ReadAhead, read_tensors
 from flexbatch.memory.slab_lease import SlabLease, gaps, slices
 from flexbatch.memory.tensor_views import DequantizationBuffers, TensorView, view_of
 from flexbatch.memory.tiers import Tiers
@@ -47,9 +46,8 @@ class WeightStore:
     def open_buffers(self) -> None:
         """What passes need besides the tensors: working slabs, staging, dequantization."""
         plan, tiers, streamed = self.plan, self.tiers, self.plan.slab_bytes
-        self.slabs = (
-            [tiers.gpu.allocate(f"weight slab {i}", streamed) for i in range(plan.num_slabs)] if streamed else []
-        )
+        slabs = range(plan.num_slabs if streamed else 0)
+        self.slabs = [tiers.gpu.allocate(f"weight slab {i}", streamed) for i in slabs]
         disk_bytes = max(plan.layer_bytes(layer, "disk") for layer in range(len(plan.layers)))
         count = plan.num_slabs if disk_bytes and self.staged else 0
         staging = [tiers.cpu.allocate(f"disk staging {i}", disk_bytes) for i in range(count)]
@@ -178,26 +176,17 @@ class WeightStore:
 
     def read_disk(self, layer: int, host: Tensor) -> None:
         """Read a layer's disk tensors with several threads. host: [bytes on disk] uint8."""
-        jobs = []
-        for placed in self.disk_tensors[layer]:
-            file = self.files[placed.spec.layer, placed.spec.role]
-            for start, end in chunks(align(placed.num_bytes)):
-                jobs.append((file, placed.offset + start, placed.offset + end, start))
-
-        def read(job: tuple[DiskFile, int, int, int]) -> None:
-            file, begin, end, file_offset = job
-            file.read(host[begin:end], file_offset)
-
-        list(self.queues.disk_chunks.map(read, jobs))
+        on_disk = ((self.files[each.spec.layer, each.spec.role], each) for each in self.disk_tensors[layer])
+        read_tensors(on_disk, host, self.queues.disk_chunks)
 
     # Using
 
     def weights(self, layer: int, stage: str, tokens: int) -> dict[str, Any]:
         """Role -> tensor of a layer, ready for the compute stream; quantized ones of ``stage`` ("pre" or "post": up to
         attention or after it) as they are for a few ``tokens`` on a GPU, else dequantized, once in a pass."""
-        ready = self.ready.get(layer)
-        if ready is None:
-            ready = self.ready[layer] = self.collect(layer)
+        if layer not in self.ready:
+            self.ready[layer] = self.collect(layer)
+        ready = self.ready[layer]
         if self.dequantization.lacks(layer, stage):
             if tokens <= self.coded_tokens and (coded := self.coded(layer, stage)):
                 return ready | coded
@@ -209,8 +198,8 @@ class WeightStore:
     def coded(self, layer: int, stage: str) -> dict[str, CodedMatrix]:
         """The quantized matrices of a stage of a layer as they are stored; none unless all can be multiplied so."""
         placed, lease = self.plan.expanded(layer, stage), self.leases.get(layer)
-        whole = all(each.multiplied for each in placed)
-        return {each.spec.role: self.compute_view(each, layer, lease).coded for each in placed if whole}
+        fits = all(each.multiplied for each in placed)
+        return {each.spec.role: self.compute_view(each, layer, lease).coded for each in placed if fits}
 
     def experts(self, layer: int) -> tuple[ExpertStacks, ExpertStacks] | None:
         """Gate and up, and down of all experts of a layer whose `weights` were taken, in codes where they are stored in
