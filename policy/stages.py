@@ -9,10 +9,11 @@ import numpy as np
 
 from flexbatch.policy.affine import affine, total
 from flexbatch.policy.collectives import send_rate, sum_seconds
+from flexbatch.policy.expansion import expanded_bytes
 from flexbatch.policy.expert_shape import ExpertShape
 from flexbatch.policy.expert_traffic import NO_EXPERTS, hit_fetch_seconds, product_seconds, routed_traffic, spared_bytes
 from flexbatch.policy.hardware import Hardware
-from flexbatch.policy.limits import CODED_TOKENS, DISK_THREADS, PAGE_TOKENS
+from flexbatch.policy.limits import DISK_THREADS, PAGE_TOKENS
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.policy import Policy
@@ -86,7 +87,7 @@ class PassStages:
         if self.policy.overlap and bits != 16:
             # Expansion falls into the first tick, and fetches run one tick ahead only: the other ticks may wait for
             # another resource.
-            dequantization = self._expanded_bytes(compute) / self.hardware.expand
+            dequantization = self._expanded(compute) / self.hardware.expand
             first = (gpu_seconds - affine(dequantization)) / self.batches + affine(dequantization)
             for row in ("h2d", "cpu_attention"):
                 seconds[f"{row} after dequantization"] = first + seconds[row] * (1 - 1 / self.batches)
@@ -151,7 +152,7 @@ class PassStages:
         """Seconds, FLOPs and GPU-memory bytes of one layer's kernels, which run one after another."""
         shape, experts = self.shape, self.shape.experts
         routed = experts.count * experts.elements(shape.hidden_size) if experts else 0
-        seconds, flops, moved = self._gemm(shape.block_elements - routed, self.tokens, self._expanded_bytes("layer"))
+        seconds, flops, moved = self._gemm(shape.block_elements - routed, self.tokens, self._expanded("layer"))
         if experts is None:
             return self._around(seconds, flops, moved)
         more_seconds, more_flops, more_moved = self._routed_gemm(experts)
@@ -161,7 +162,7 @@ class PassStages:
 
     def _dense_compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The same for one of the layers without experts."""
-        return self._around(*self._gemm(sum(self.shape.dense_tensors), self.tokens, self._expanded_bytes("dense")))
+        return self._around(*self._gemm(sum(self.shape.dense_tensors), self.tokens, self._expanded("dense")))
 
     def _routed_gemm(self, experts: ExpertShape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Every micro-batch multiplies with the experts that its tokens go to, each with the rows that it is given, and
@@ -217,18 +218,8 @@ class PassStages:
         seconds = self.batches * self.hardware.gemm_seconds(elements, tokens / self.batches, shape.element_bytes)
         return seconds + expanded / self.hardware.expand, 2.0 * elements * tokens, self.batches * plain + expanded
 
-    def _expanded_bytes(self, kind: str) -> float | np.ndarray:
-        """Read and written to expand the quantized weights of a layer of this kind to 16 bits; 0 for 16 bits, for the
-        head, for experts, which are expanded in registers, and for the few tokens that a GPU multiplies with codes."""
-        shape, bits = self.shape, self.policy.weight_bits
-        stored = {"layer": shape.block_bytes, "dense": shape.dense_bytes}.get(kind)
-        if stored is None or bits == 16:
-            return 0.0
-        whole = float(stored(bits) + stored(16))
-        if kind == "layer":
-            whole -= shape.expert_bytes(bits) + shape.expert_bytes(16)
-        few = self.tokens / self.batches <= CODED_TOKENS * (self.hardware.device == "cuda")
-        return np.where(few, 0.0, whole)
+    def _expanded(self, kind: str) -> float | np.ndarray:
+        return expanded_bytes(self.shape, self.hardware, self.policy, self.tokens, kind)
 
     def _work(
         self, traffic: dict[str, np.ndarray], gpu_flops: np.ndarray, gpu_bytes: np.ndarray

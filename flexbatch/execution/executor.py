@@ -83,9 +83,8 @@ class Executor:
         self.pieces: PieceGraphs | None = None
         if self.device.type == "cuda" and self.resident and overlap and recordable(arch):
             sizes, group = (cache.layout.page_tokens, arch.max_positions), self.builder.adapters_at_once
-            recorder = CudaRecorder(arch.experts is not None)
-            self.graphs = DecodeGraphs(self.device, *sizes, recorder, max_graphs, group, cache.ring)
-            self.pieces = PieceGraphs(self.halves, self.device, CudaRecorder(runs_before=True), piece_buckets)
+            self.graphs = DecodeGraphs(self.device, *sizes, CudaRecorder(), max_graphs, group, cache.ring)
+            self.pieces = PieceGraphs(self.halves, self.device, CudaRecorder(), piece_buckets)
 
     @property
     def resident(self) -> bool:

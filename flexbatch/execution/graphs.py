@@ -47,18 +47,16 @@ writes anew."""
 
 class CudaRecorder:
     """Records into one memory pool: intermediate results of one graph take the place of another's. The allocator
-    gives up a pool with the last graph in it, so the next graph gets a new one. runs_before: work is done once before
-    it is recorded, for kernels that are chosen by the number of tokens: while it is recorded, none may be loaded.
+    gives up a pool with the last graph in it, so the next graph gets a new one. Work is done once before it is
+    recorded: kernels are chosen by the number of tokens, and while it is recorded, none may be loaded.
     """
 
-    def __init__(self, runs_before: bool = False) -> None:
-        self.runs_before = runs_before
+    def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
         self.num_graphs = 0
 
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Recorded, Tensor]:
-        if self.runs_before:
-            work()
+        work()
         torch.cuda.current_stream().synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 from torch import Tensor
 
 from flexbatch.kernels import ops
-from flexbatch.memory.files import DiskFile, align, chunks
+from flexbatch.memory.files import DiskFile, align
 from flexbatch.memory.tensor_views import TensorView, view_of
 from flexbatch.memory.tiers import Tiers
-from flexbatch.memory.weight_plan import PlacedTensor, WeightPlan, slab_alignment
+from flexbatch.memory.weight_plan import WeightPlan, slab_alignment
 
 Key = tuple[int, str]
 """Layer and role."""
@@ -57,20 +54,6 @@ class WeightTensors:
         self.cpu_slabs.pop(layer, None)
         for pool in (self.tiers.gpu, self.tiers.cpu):
             pool.free(f"weights {layer}")
-
-    def read(self, on_disk: Iterable[PlacedTensor], host: Tensor, pool: ThreadPoolExecutor) -> None:
-        """Read tensors from their files to their offsets in ``host`` [bytes] uint8, in chunks by several threads."""
-        jobs = [
-            (self.files[placed.spec.layer, placed.spec.role], placed.offset, chunk)
-            for placed in on_disk
-            for chunk in chunks(align(placed.num_bytes))
-        ]
-
-        def read(job: tuple[DiskFile, int, tuple[int, int]]) -> None:
-            file, offset, (start, end) = job
-            file.read(host[offset + start : offset + end], start)
-
-        list(pool.map(read, jobs))
 
     def gather_rows(self, role: str, row_ids: Tensor, host_ids: Tensor) -> Tensor:
         """Rows [n, width] of an embedding table on the compute device, gathered where the table lies. row_ids,

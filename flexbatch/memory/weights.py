@@ -45,8 +45,8 @@ class WeightStore:
     def open_buffers(self) -> None:
         """What passes need besides the tensors: working slabs, staging, dequantization."""
         plan, tiers, streamed = self.plan, self.tiers, self.plan.slab_bytes
-        count = range(plan.num_slabs if streamed else 0)
-        self.slabs = [tiers.gpu.allocate(f"weight slab {i}", streamed) for i in count]
+        slabs = range(plan.num_slabs if streamed else 0)
+        self.slabs = [tiers.gpu.allocate(f"weight slab {i}", streamed) for i in slabs]
         disk_bytes = max(plan.layer_bytes(layer, "disk") for layer in range(len(plan.layers)))
         buffers = range(plan.num_slabs if disk_bytes and self.staged else 0)
         staging = [tiers.cpu.allocate(f"disk staging {i}", disk_bytes) for i in buffers]
@@ -175,7 +175,8 @@ class WeightStore:
 
     def read_disk(self, layer: int, host: Tensor) -> None:
         """Read a layer's disk tensors with several threads. host: [bytes on disk] uint8."""
-        self.tensors.read(self.disk_tensors[layer], host, self.queues.disk_chunks)
+        on_disk = ((self.files[each.spec.layer, each.spec.role], each) for each in self.disk_tensors[layer])
+        read_tensors(on_disk, host, self.queues.disk_chunks)
 
     # Using
 
@@ -195,8 +196,8 @@ class WeightStore:
     def coded(self, layer: int, stage: str) -> dict[str, CodedMatrix]:
         """The quantized matrices of a stage of a layer as they are stored; none unless all can be multiplied so."""
         placed, lease = self.plan.expanded(layer, stage), self.leases.get(layer)
-        whole = all(each.multiplied for each in placed)
-        return {each.spec.role: self.compute_view(each, layer, lease).coded for each in placed if whole}
+        fits = all(each.multiplied for each in placed)
+        return {each.spec.role: self.compute_view(each, layer, lease).coded for each in placed if fits}
 
     def experts(self, layer: int) -> tuple[ExpertStacks, ExpertStacks] | None:
         """Gate and up, and down of all experts of a layer whose `weights` were taken, in codes where they are stored in
