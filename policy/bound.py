@@ -61,6 +61,7 @@ def machine_bound(
     fixed_costs = (
         "graph_seconds",
         "expand_seconds",
+        "expand_start_seconds",
         "request_seconds",
         "sequence_seconds",
         "cpu_attention_seconds",
