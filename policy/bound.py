@@ -63,6 +63,7 @@ def machine_bound(
         "graph_seconds",
         "piece_seconds",
         "expand_seconds",
+        "expand_start_seconds",
         "request_seconds",
         "sequence_seconds",
         "cpu_attention_seconds",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from flexbatch.policy.affine import affine, evaluate, total
-from flexbatch.policy.cost import PassModel
+from flexbatch.policy.cost import PassModel, together
 from flexbatch.policy.layer_window import LayerWindow
 from flexbatch.policy.lp import Solution, StageTimes
 from flexbatch.policy.policy import Policy
@@ -59,12 +59,18 @@ class Sizes:
     def least_seconds(self) -> float:
         """The GPU's work depends on the placement only through CPU attention: with all of it, no placement takes
         less."""
-        return float(np.sum(self.counts * (self.model.launched(ON_GPU) + least_compute(self.model))))
+        launched = np.minimum(self.model.launched(ON_GPU), self.model.launch_seconds) - self.model.host_seconds
+        seconds = together(launched, least_compute(self.model), self.model.least_in_view)
+        return float(np.sum(self.counts * (self.model.host_seconds + seconds)))
 
-    @cached_property
-    def least_launching(self) -> float:
-        launched = np.minimum(self.model.launched(ON_GPU), self.model.launch_seconds)
-        return float(np.sum(self.counts * launched))
+    def least_beside(self, busy: float) -> float:
+        """Seconds of all passes where resources are busy for no less than ``busy`` in all of them."""
+        host = self.model.host_seconds
+        launched = float(
+            np.sum(self.counts * (np.minimum(self.model.launched(ON_GPU), self.model.launch_seconds) - host))
+        )
+        beside = together(np.asarray(launched), np.asarray(busy), self.model.least_in_view)
+        return float(np.sum(self.counts * host)) + float(beside)
 
 
 @dataclass

@@ -7,9 +7,9 @@ disagree.
 A pass is L layers and the head. While layer j computes, the weights of layer j + 1 cross the link, so a pass has
 three kinds of stage: (computes a layer, fetches a layer) L - 1 times, (layer, head) once and (head, first layer of
 the next pass) once; where some layers have experts and some have not, the first kind is two. A stage takes the
-maximum over the resources; launching its ticks comes on top. What streamed weights and staged cache have the host
-launch besides is done ahead, in the time of the busiest resource, unless a single micro-batch or a schedule without
-overlap leaves nothing ahead to launch.
+maximum over the resources. Launching its ticks runs beside that, and a part of the shorter of the two shows. What
+streamed weights and staged cache have the host launch besides is done ahead, in the time of the busiest resource,
+unless a single micro-batch or a schedule without overlap leaves nothing ahead to launch.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ JOINT: dict[str, tuple[str, ...]] = {
     "cpu_attention beside h2d": ("cpu_attention", "cpu_experts", "h2d"),
     "cpu_attention + cpu_experts": ("cpu_attention", "cpu_experts"),
     "one micro-batch": ("cpu_attention", "cpu_experts", "gpu_compute"),
+    "gather beside gpu_compute": ("h2d", "gpu_compute"),
     "h2d after dequantization": ("h2d", "gpu_compute"),
     "cpu_attention after dequantization": ("cpu_attention", "gpu_compute"),
     "between stages": (),
@@ -46,6 +47,17 @@ JOINT: dict[str, tuple[str, ...]] = {
 }
 """Rows where resources slow each other or take turns, and these resources."""
 ROWS = RESOURCES + tuple(JOINT)
+
+
+RESIDENT_IN_VIEW, IN_VIEW = 0.25, 0.5
+"""The share of the shorter of launching and of what is launched that shows beside the longer one, where everything is
+on the GPU, and where the host waits for slabs, pages and the CPU's attention on its way. Fitted to 3,900 passes of 30
+jobs on two H200 machines: with all of it in view (launching on top) jobs were 8 and 12 % off, with these 4 and 10."""
+
+
+def together(launching: np.ndarray, busy: np.ndarray, in_view: np.ndarray) -> np.ndarray:
+    """Seconds of launching and of what is launched, one beside the other."""
+    return np.maximum(launching, busy) + in_view * np.minimum(launching, busy)
 
 
 class PassModel:
@@ -105,9 +117,9 @@ class PassModel:
         return self.graphs & (np.asarray(self.load.prompt_tokens) == 0) & few
 
     @property
-    def graph_launch_seconds(self) -> np.ndarray:
+    def graph_launch_seconds(self) -> float:
         """Of a pass that is one graph: its kernels are launched by the GPU."""
-        return self.host_seconds + (self.shape.num_layers + 1) * self.hardware.graph_seconds
+        return (self.shape.num_layers + 1) * self.hardware.graph_seconds
 
     @property
     def in_pieces(self) -> np.ndarray:
@@ -117,17 +129,35 @@ class PassModel:
         return self.graphs & (self.hardware.piece_seconds > 0) & (tokens <= max(buckets, default=0))
 
     @property
-    def piece_launch_seconds(self) -> np.ndarray:
+    def piece_launch_seconds(self) -> float:
         """Of a pass in pieces."""
-        return self.host_seconds + (self.shape.num_layers + 1) * self.hardware.piece_seconds
+        return (self.shape.num_layers + 1) * self.hardware.piece_seconds
 
     def launched(self, point: np.ndarray) -> np.ndarray:
-        """Seconds of launching in each pass at a placement."""
+        """Seconds of launching in each pass at a placement, composing it included, whatever hides it."""
+        return self.host_seconds + self._ticks(point)
+
+    def _ticks(self, point: np.ndarray) -> np.ndarray:
+        """Seconds of launching the ticks of each pass at a placement."""
         if self.on_gpu(point):
-            other = np.where(self.in_pieces, self.piece_launch_seconds, self.launch_seconds)
+            other = np.where(self.in_pieces, self.piece_launch_seconds, self.tick_seconds)
             return np.where(self.in_graphs, self.graph_launch_seconds, other)
         in_turn = 0.0 if self._launches_ahead else self._extra_launch_seconds(point)
-        return self.launch_seconds + self.shape.num_layers * self.batches * in_turn
+        return self.tick_seconds + self.shape.num_layers * self.batches * np.asarray(in_turn)
+
+    def in_view(self, point: np.ndarray) -> np.ndarray:
+        """The share of the shorter of launching and of what is launched that the longer one does not hide: all of it
+        where passes are graphs, or where nothing overlaps."""
+        if self.hardware.device != "cuda" or not self.policy.overlap:
+            return np.asarray(1.0)
+        if self.on_gpu(point):
+            return np.where(self.in_graphs, 1.0, RESIDENT_IN_VIEW)
+        return np.asarray(IN_VIEW)
+
+    @property
+    def least_in_view(self) -> float:
+        """At any placement."""
+        return RESIDENT_IN_VIEW if self.hardware.device == "cuda" and self.policy.overlap else 1.0
 
     @property
     def _launches_ahead(self) -> bool:
@@ -138,7 +168,7 @@ class PassModel:
 
     def _extra_launch_seconds(self, point: np.ndarray) -> np.ndarray:
         """Per tick: what a placement with streamed weights, or cache that is attended from staging, has the host
-        launch besides."""
+        launch besides; where a part of the cache is on the GPU, attention a second time."""
         weights_gpu, cache_gpu, cpu_attention = (
             point[COLUMNS[name]] for name in ("weights_gpu", "cache_gpu", "cpu_attention")
         )
@@ -146,26 +176,25 @@ class PassModel:
             (np.asarray(self.load.prompt_tokens) > 0)
             | ((np.asarray(self.load.decode_sequences) > 0) & (1 - cache_gpu - cpu_attention > RESIDENT))
         )
-        return np.where(staged, self.hardware.staging_seconds, 0.0) + (
+        calls = 2 if cache_gpu > RESIDENT else 1
+        return np.where(staged, calls * self.hardware.staging_seconds, 0.0) + (
             self.hardware.fetch_seconds if 1 - weights_gpu > RESIDENT else 0.0
+        )
+
+    def busy_seconds(self, point: np.ndarray) -> np.ndarray:
+        """Of each pass at a placement, the slowest row of every stage, or what is launched ahead for it."""
+        ahead = self._extra_launch_seconds(point) if self._launches_ahead else 0.0
+        return total(
+            s.count * np.maximum(slowest(s.seconds.values(), point), s.layer_ticks * ahead) for s in self.stages
         )
 
     def pass_seconds(self, point: np.ndarray) -> np.ndarray:
         """Predicted time of each pass at a placement."""
-        ahead = self._extra_launch_seconds(point) if self._launches_ahead else 0.0
-        return self.launched(point) + total(
-            s.count * np.maximum(slowest(s.seconds.values(), point), s.layer_ticks * ahead) for s in self.stages
-        )
+        return self.host_seconds + together(self._ticks(point), self.busy_seconds(point), self.in_view(point))
 
     def launching_seconds(self, point: np.ndarray) -> np.ndarray:
-        """Of each pass at a placement, what no resource is busy for: launching that nothing hides, and the part of
-        launching ahead that takes longer than the slowest resource."""
-        if not self._launches_ahead:
-            return self.launched(point)
-        ahead = self._extra_launch_seconds(point)
-        return self.launched(point) + total(
-            s.count * np.maximum(0.0, s.layer_ticks * ahead - slowest(s.seconds.values(), point)) for s in self.stages
-        )
+        """Of each pass at a placement, what no resource is busy for."""
+        return self.pass_seconds(point) - total(s.count * slowest(s.seconds.values(), point) for s in self.stages)
 
     def resource_seconds(self, point: np.ndarray) -> dict[str, np.ndarray]:
         """Time that each row needs in one pass, were it alone."""

@@ -138,7 +138,7 @@ class Search:
         if family not in self.duals or fixed_fractions(self.constraints):
             return np.inf
         seconds = self.duals[family].least_seconds(sizes.times, sizes.memory, capacity(self.hardware))
-        return (1 + TOLERANCE) * sizes.tokens / max(sizes.least_seconds, sizes.least_launching + seconds)
+        return (1 + TOLERANCE) * sizes.tokens / max(sizes.least_seconds, sizes.least_beside(seconds))
 
     def place(self, policy: Policy) -> Candidate | None:
         """The best placement of ``policy``'s sizes; None where none fits."""

@@ -13,7 +13,7 @@ from flexbatch.kernels.expert_codes import ExpertStacks
 from flexbatch.memory.cpu_experts import CpuExperts, LeftOut, Ranges, cut
 from flexbatch.memory.expert_stacks import layer_stacks
 from flexbatch.memory.hit_experts import HitExperts, leased
-from flexbatch.memory.read_ahead import ReadAhead
+from flexbatch.memory.read_ahead import ReadAhead, read_tensors
 from flexbatch.memory.slab_lease import SlabLease, gaps, slices
 from flexbatch.memory.tensor_views import DequantizationBuffers, TensorView, view_of
 from flexbatch.memory.tiers import Tiers
