@@ -134,7 +134,10 @@ class Decoding:
 
     def find(self, sequence_ids: Iterable[int]) -> np.ndarray:
         """The entries of these sequences, -1 where one has none."""
-        return np.array([self.entries.get(each, -1) for each in sequence_ids], dtype=np.int64)
+        found = list(map(self.entries.get, sequence_ids))
+        if None in found:
+            found = [-1 if each is None else each for each in found]
+        return np.array(found, dtype=np.int64)
 
     def advance(self, running: Iterable[DecodeTokens]) -> list[Sequence]:
         """Count a pass that runs: each of these has drawn a token that nobody has read. Returns those that end with it,

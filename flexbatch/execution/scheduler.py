@@ -197,8 +197,8 @@ class Scheduler:
         tokens, of which some bring their sequences to max_tokens. `commit` then takes in the tokens alone. Returns
         whether the next pass can be composed: not where somebody would have to step aside for it.
         """
-        self.settled = False
-        self.advanced = {id: self.running[id] for id in batch.sequence_ids if id in self.running}
+        self.settled, running = False, self.running
+        self.advanced = {id: running[id] for id in batch.sequence_ids if id in running}
         ending = self.block.decoding.advance(batch.decoding)
         for query in (each for each in batch.others if each.sequence_id in self.advanced):
             sequence, end = self.advanced[query.sequence_id], query.start + query.num_tokens
