@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Many
@@ -24,7 +25,7 @@ def completions(
 ) -> Generator[tuple[Request, Completion], None, None]:
     """The completion of every request of a job, as it ends; the caller delivers it. drafted: with the drafts, where
     there are any. Raises ConfigurationError for one that no block holds."""
-    with loop.ending():
+    with loop.ending(), frozen_heap():
         job = loop.job(requests).of_every(loop.engines)
         with loop.shared(job, exactly=True):
             runner = loop.capacity.prepare(job)
@@ -37,6 +38,21 @@ def completions(
                 yield request, completion
         if loop.draining:
             raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def frozen_heap() -> Iterator[None]:
+    """Leave all objects that there are now out of Python's collections of garbage: one of them took 120 to 200 ms of a
+    job of 1,000 sequences, in which the GPU had nothing to do, and found nothing. Whoever has frozen the heap
+    already is not interfered with."""
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def turn(loop: EngineLoop, complete: bool) -> Iterator[tuple[Request, Completion, bool]]:

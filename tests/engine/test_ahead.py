@@ -3,6 +3,7 @@ one by one, whatever is sampled, wherever it lies, however it ends."""
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -237,3 +238,25 @@ def test_passes_go_ahead_by_themselves_where_nothing_but_the_host_is_waited_for(
     passes = passes_of(scheduler, executor, Tracer(), config.goes_ahead, None)
     assert isinstance(passes, Passes)
     assert passes.ahead == (overlap and (on_one_gpu if asked is None else asked))
+
+
+def test_a_job_is_not_held_up_by_collections_of_what_was_there_before_it(pair):
+    """Also after a callback that fails; a heap that was frozen before, as that of the tests, stays so."""
+    counts: list[int] = []
+    job = requests(["greedy"])
+
+    def failing(completion: Any) -> None:
+        counts.append(gc.get_freeze_count())
+        raise ZeroDivisionError
+
+    gc.unfreeze()
+    try:
+        pair[0].generate(*job, on_finished=lambda completion: counts.append(gc.get_freeze_count()))
+        assert not gc.get_freeze_count()
+        with pytest.raises(ZeroDivisionError):
+            pair[0].generate(*job, on_finished=failing)
+        assert len(counts) == 2 and min(counts) > 1000 and not gc.get_freeze_count()
+    finally:
+        gc.freeze()
+    pair[0].generate(*job)
+    assert gc.get_freeze_count()
