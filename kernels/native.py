@@ -187,7 +187,10 @@ def library(cache_folder: Path | None = None) -> ctypes.CDLL | None:
     loaded.flexbatch_expand_weights.argtypes = [ctypes.POINTER(Cache), *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2]
     loaded.flexbatch_expand_weights.restype = None
     loaded.flexbatch_fit_weights.argtypes = [
-        *(ctypes.POINTER(Cache), *[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_void_p),
+        ctypes.POINTER(Cache),
+        *[ctypes.c_void_p] * 3,
+        ctypes.c_int64,
+        ctypes.c_void_p,
         *[ctypes.c_int64] * 3,
     ]
     loaded.flexbatch_fit_weights.restype = None

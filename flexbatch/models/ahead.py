@@ -9,7 +9,8 @@ from typing import TypeVar
 
 import torch
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def ahead(work: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[tuple[T, R]]:

@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 
 from flexbatch.kernels import ops, reference
 from flexbatch.memory import layer_files
+from flexbatch.memory.file_writer import FileWriter
 from flexbatch.memory.files import OffloadError
 from flexbatch.memory.layer_files import layer_file, open_layer_file
 from flexbatch.memory.load_buffers import LoadBuffers
@@ -328,12 +330,27 @@ def test_an_interrupt_does_not_wait_for_what_is_not_written(tmp_path: Path, monk
 
     def interrupted(skip: set[tuple[int, str]]) -> Iterator[Piece]:
         yield from pieces(ARCH)
-        threading.Timer(0.2, go_on.set).start()
         raise KeyboardInterrupt
 
+    def close(writer: FileWriter, dropped: bool = False) -> None:
+        def release() -> None:
+            while writer.error is None:
+                time.sleep(0.001)
+            go_on.set()
+
+        threading.Thread(target=release, daemon=True).start()
+        close_writer(writer, dropped)
+
+    close_writer = FileWriter.close
+    monkeypatch.setattr(FileWriter, "close", close)
     monkeypatch.setattr(layer_files, "write_atomically", slow)
-    with pytest.raises(KeyboardInterrupt), loaded(tmp_path, stream=interrupted):
-        pass
+    with open_tiers(tmp_path) as (tiers, queues):
+        store = WeightStore(plan_weights(ARCH, DISK, 16, 8, 4), tiers, queues, torch.float32)
+        loader = Loader(store, tmp_path, cache_quantized=True)
+        loader.budget.most_bytes = 1 << 20  # all of them wait
+        with pytest.raises(KeyboardInterrupt):
+            loader.load(interrupted)
+        store.close()
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
 
 
