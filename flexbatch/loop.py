@@ -26,9 +26,12 @@ from flexbatch.execution.proposals import Proposer
 from flexbatch.execution.runner import Runner
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
+from flexbatch.execution.waiting import begun
 from flexbatch.intake import Intake
+from flexbatch.planner import learned
 from flexbatch.planner.capacity import PEEKED_BLOCKS, Capacity
 from flexbatch.planner.comparison import Comparison
+from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.forecast import Forecast, JobRecord
 from flexbatch.planner.monitor import BusySeconds, PassMeter, PlanMonitor, UsageTracer
 from flexbatch.planner.other_engines import OtherEngines
@@ -60,6 +63,8 @@ class EngineLoop:
         """Of all runs: what a job teaches is believed of the next one."""
         self.next_lengths_plan = ENOUGH
         """Answers at which they are compared with the plan: twice as many each time."""
+        self.next_plan: EnginePlan | None = None
+        """For those that wait, as soon as the block in flight has run empty."""
         self.masks = MaskWorkers()
         self.scheduler: Scheduler | None = None
         """The scheduler of the run that goes on; None between runs."""
@@ -96,11 +101,11 @@ class EngineLoop:
         """A pass, of a new run where there is none or a request has outgrown it. complete: nothing more will come."""
         if self.draining and not self.drop_what_waits():
             return []
-        if self.scheduler is None or (self.scheduler.outgrown and not self.running):
-            self.begin_for_waiting(complete)
-        elif self.lengths.num_seen >= self.next_lengths_plan:
+        if self.scheduler is not None and self.lengths.num_seen >= self.next_lengths_plan:
             self.next_lengths_plan = self.lengths.num_seen + min(self.lengths.num_seen, REMEMBERED)
             self.plan_for_lengths(complete)
+        if self.scheduler is None or (self.scheduler.outgrown and not self.running):
+            self.begin_for_waiting(complete)
         return self.run_pass()
 
     def drain(self) -> int:
@@ -118,33 +123,30 @@ class EngineLoop:
         scheduler = self.scheduler
         if self.others is not None:
             self.others.give_back()
-        begun: list[Sequence] = []
-        if scheduler is not None:
-            # Those that wait with tokens have generated them in an earlier block.
-            begun = [*scheduler.started, *(each for each in scheduler.waiting if each.num_output_tokens)]
-        kept = self.intake.drop_all_but({each.request.index for each in begun})
+        kept = self.intake.drop_all_but(set() if scheduler is None else begun(scheduler.started, scheduler.waiting))
         if scheduler is not None:
             scheduler.abort(lambda sequence: sequence.request.index not in kept)
         return bool(kept)
 
     def plan_for_lengths(self, complete: bool) -> None:
-        """Go on in a faster block where answers are not as long as was assumed; sequences in flight are read anew."""
+        """Go on in a faster block where answers are not as long as was assumed. Sequences in flight are read anew, or
+        end in the block that they are in where their cache is quantized and its codes would not come again."""
         scheduler, before = self.scheduler, self.planner.engine_plan.block_policy
-        if scheduler is None or scheduler.outgrown or not scheduler.aside.recomputes:
+        if scheduler is None or scheduler.outgrown:
             return
-        started = [*scheduler.started, *scheduler.waiting]
         ahead = self.intake.ahead(None if complete else PEEKED_BLOCKS * before.block_size)
-        job = self.capacity.holdable(self.job([*(each.request for each in started), *ahead]))
-        if not complete:
-            job = job.repeated(PEEKED_BLOCKS * before.block_size)
+        if not scheduler.aside.recomputes and len(scheduler.waiting) + len(ahead) <= before.block_size:
+            return  # a block that runs empty first costs more than so few could gain
+        known = (each.request for each in (*scheduler.started, *scheduler.waiting))
+        job = self.capacity.holdable(self.job([*known, *ahead]))
+        job = job if complete else job.repeated(PEEKED_BLOCKS * before.block_size)
         if (found := self.planner.adopt_lengths(job, self.statistics.pass_seconds)) is None:
             return
-        reason = (
-            f"sequences have {job.mean_tokens:.4g} tokens on average by {self.lengths.num_seen} answers; "
-            f"block {before.block_size} -> {found.block_policy.block_size}"
-        )
-        logger.info("re-planned: %s", reason)
-        self.replans.append(reason)
+        self.replans.append(learned.reason(job, self.lengths.num_seen, before, found.block_policy))
+        logger.info("re-planned: %s", self.replans[-1])
+        if not scheduler.aside.recomputes:
+            scheduler.outgrown, self.next_plan = True, found
+            return
         left = scheduler.withdraw()
         self.statistics.preemptions += scheduler.aside.take_counts()
         self.end()
@@ -152,16 +154,17 @@ class EngineLoop:
         self.begin(runner, left, scheduler.proposer)
 
     def begin_for_waiting(self, complete: bool) -> None:
-        """A run whose block suits the requests that wait, and those that its predecessor was too small for."""
-        before, capacity = self.scheduler, self.capacity
+        """A run whose block suits the requests that wait, also those that its predecessor was not made for."""
+        before, capacity, found = self.scheduler, self.capacity, self.next_plan
         left = [] if before is None else list(before.waiting)
         block, peeked = capacity.peeked
         ahead = self.intake.ahead(max(0, peeked - len(left)))
         job = capacity.holdable(self.job([*(each.request for each in left), *ahead]))
         if before is not None:
             self.end()
-            runner = capacity.prepare_largest(job)
-            logger.info("made a larger block: a request was longer than those that the stream began with")
+            runner = capacity.prepare_largest(job, found)
+            if found is None:
+                logger.info("made a larger block: a request was longer than those that the stream began with")
         else:
             exactly = complete or job.num_requests >= block
             job = job if exactly else job.repeated(block)
@@ -171,11 +174,8 @@ class EngineLoop:
         self.begin(runner, left, proposer)
 
     def job(self, requests: Iterable[Request]) -> Job:
-        """The lengths of requests: what they may reach, and what is likely by the answers seen so far."""
-        context = self.planner.deployment.model.arch.context
-        limits = [(each, each.params.tokens_within(context - len(each.prompt_token_ids))) for each in requests]
-        lengths = [(len(request.prompt_token_ids), limit) for request, limit in limits]
-        return Job.of(lengths, context, self.lengths.draw(limits))
+        """See `AnswerLengths.job`."""
+        return self.lengths.job(requests, self.planner.deployment.model.arch.context)
 
     def begin(
         self, runner: Runner, left: Iterable[Sequence], proposer: Proposer | None, whole_job: Job | None = None
@@ -256,6 +256,7 @@ class EngineLoop:
     def end(self) -> None:
         """Give back what is in flight, and tell the observers."""
         scheduler, passes, self.scheduler, self.passes = self.scheduler, self.passes, None, None
+        self.next_plan = None
         if scheduler is not None and passes is not None:
             passes.forget()
             scheduler.abort()

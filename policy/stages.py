@@ -216,8 +216,8 @@ class PassStages:
         shape = self.shape
         plain = shape.weight_bytes(elements, 16)
         seconds = self.batches * self.hardware.gemm_seconds(elements, tokens / self.batches, shape.element_bytes)
-        if expanded and self.hardware.device == "cuda":
-            seconds = seconds + self.hardware.expand_start_seconds
+        start = (self.hardware.device == "cuda") * self.hardware.expand_start_seconds
+        seconds = seconds + start * (np.asarray(expanded) > 0)
         return seconds + expanded / self.hardware.expand, 2.0 * elements * tokens, self.batches * plain + expanded
 
     def _expanded(self, kind: str) -> float | np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from flexbatch.execution.job import Job
 from flexbatch.execution.sequence import Sequence
 from flexbatch.policy.limits import RESERVED_DEVIATIONS
 from flexbatch.request import Request
@@ -206,6 +207,12 @@ class AnswerLengths:
                 limit = self.sources[source].likely.quantile(drawn[source] * GOLDEN % 1, limit)
             found.append(limit)
         return found
+
+    def job(self, requests: Iterable[Request], context: int) -> Job:
+        """The lengths of requests: what they may reach, and what is likely by the answers seen so far."""
+        limits = [(each, each.params.tokens_within(context - len(each.prompt_token_ids))) for each in requests]
+        lengths = [(len(request.prompt_token_ids), limit) for request, limit in limits]
+        return Job.of(lengths, context, self.draw(limits))
 
     def report(self) -> dict[str, Any]:
         """Answers seen and their mean length, by source."""

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 
+from flexbatch.execution.sequence import Sequence
 from flexbatch.request import Request
 
 
@@ -66,3 +67,8 @@ class WaitingLine:
         """Invariants: no line is empty, and each holds requests of its own priority."""
         for priority, line in self._lines.items():
             assert line and all(request.priority == priority for request in line), priority
+
+
+def begun(started: Iterable[Sequence], waiting: Iterable[Sequence]) -> set[int]:
+    """The requests of which something is in flight: who waits with tokens has generated them in an earlier block."""
+    return {each.request.index for each in (*started, *(each for each in waiting if each.num_output_tokens))}

@@ -6,6 +6,7 @@ from flexbatch.execution.job import Job
 from flexbatch.planner.choose import priced
 from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.problem import Problem
+from flexbatch.policy.policy import Policy
 
 LEAST_GAIN = 0.1
 """Of throughput, that another block must promise before sequences in flight are read anew for it."""
@@ -27,3 +28,11 @@ def is_faster(rest: Problem, before: EnginePlan, found: EnginePlan) -> bool:
         return False
     as_before = priced(rest, before.plan.hardware, before.policy).predicted_tokens_per_second
     return found.plan.predicted_tokens_per_second > (1 + LEAST_GAIN) * as_before
+
+
+def reason(rest: Job, answers: int, before: Policy, found: Policy) -> str:
+    """Why another block goes on."""
+    return (
+        f"sequences have {rest.mean_tokens:.4g} tokens on average by {answers} answers; "
+        f"block {before.block_size} -> {found.block_size}"
+    )
