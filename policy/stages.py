@@ -156,9 +156,9 @@ class PassStages:
         if experts is None:
             return self._around(seconds, flops, moved)
         more_seconds, more_flops, more_moved = self._routed_gemm(experts)
-        seconds, flops, moved = self._around(seconds + more_seconds, flops + more_flops, moved + more_moved)
-        brought = hit_fetch_seconds(shape, self.hardware, self.policy, self.tokens) if self.hits else 0.0
-        return seconds + brought, flops, moved
+        products = self._around(seconds + more_seconds, flops + more_flops, moved + more_moved)
+        fetching = hit_fetch_seconds(shape, self.hardware, self.policy, self.tokens) if self.hits else 0.0
+        return products[0] + fetching, products[1], products[2]
 
     def _dense_compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The same for one of the layers without experts."""

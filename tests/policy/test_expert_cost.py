@@ -188,9 +188,13 @@ def test_cpu_experts_are_planned_where_they_pay() -> None:
 
 def test_a_machine_without_measured_experts_leaves_none_to_the_cpu() -> None:
     constraints = Constraints(weight_bits=(4,), gpu_batch_size=30, num_gpu_batches=2)
-    hardware = load_hardware("h200").with_memory(gpu=24 * GIB, cpu=116 * GIB)
-    plan = choose(public_shape("qwen3-235b-a22b"), hardware, Workload.uniform(32, 256), constraints)
-    assert plan.policy.cpu_experts == 0
+    measured = load_hardware("h200").with_memory(gpu=24 * GIB, cpu=116 * GIB)
+    job = public_shape("qwen3-235b-a22b"), Workload.uniform(32, 256)
+    shares = [
+        choose(job[0], hardware, job[1], constraints).policy.cpu_experts
+        for hardware in (dataclasses.replace(measured, cpu_experts=None), measured)
+    ]
+    assert shares[0] == 0 < shares[1]
 
 
 def test_passes_of_few_tokens_bring_what_they_hit() -> None:
