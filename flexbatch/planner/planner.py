@@ -25,7 +25,7 @@ from flexbatch.planner import budgets
 from flexbatch.planner.choose import Choice, choose_policy, differs, on_slowest, priced, without_reserves
 from flexbatch.planner.deploy import deploy, refuse_adapters
 from flexbatch.planner.engine_plan import EnginePlan, described
-from flexbatch.planner.learned import LEAST_GAIN, is_faster, most_saved
+from flexbatch.planner.learned import LEAST_GAIN, faster, is_faster, resized, search_pays
 from flexbatch.planner.placements import baseline_policy, fallbacks, overshoot
 from flexbatch.planner.problem import Problem
 from flexbatch.planner.relocation import Kind, Relocation, could_gain, fits_while_moving, kind_of
@@ -257,20 +257,20 @@ class Planner:
         return None
 
     def adopt_lengths(self, job: Job, pass_seconds: float) -> EnginePlan | None:
-        """A plan for what is left of a job whose answers are not as long as assumed; it is the latest from now on.
-        None where the block in flight is about as good, or the search would take longer than it could save of passes
-        that have taken ``pass_seconds`` each."""
+        """A plan for what is left of a job whose answers are not as long as assumed, and whose passes have taken
+        ``pass_seconds`` each; it is the latest from now on. None where the block in flight is about as good."""
         before, placed = self.engine_plan, self.placed or self.engine_plan
         if before.plan is None or not differs(self.problem, before.policy, self._part(job), LEAST_GAIN):
             return None
-        if self.search_seconds > most_saved(self._problem(job, placed), self.problem.job, before, pass_seconds):
+        rest, planned = self._problem(job, placed), self.problem.job
+        found = resized(rest, before, partial(self.requirements_of, job=job, num_slabs=placed.weight_plan.num_slabs))
+        if search_pays(self.search_seconds, rest, planned, before, found, pass_seconds):
+            with contextlib.suppress(DoesNotFitError):
+                found = faster(self._decide(job, placed), found)
+        if not is_faster(rest, before, found):
             return None
-        with contextlib.suppress(DoesNotFitError):
-            found = self._decide(job, placed)
-            if is_faster(self.problem, before, found):
-                self._engine_plan = found
-                return found
-        return None
+        self.problem, self._engine_plan = rest, found
+        return found
 
     def shortfall(self, job: Job) -> dict[str, int]:
         """Bytes by tier that a block for a job needs beyond the budgets; none where another policy would hold it,

@@ -1,0 +1,70 @@
+"""Blocks of another size in the middle of a job, once the lengths of its answers are known."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from flexbatch.config import EngineConfig
+from flexbatch.execution.job import Job
+from flexbatch.planner import planner as planning
+from flexbatch.planner.learned import of_size
+from flexbatch.planner.placements import overshoot
+from flexbatch.planner.planner import Planner
+from tests.execution.test_answer_lengths import MOST, geometric
+
+FIXED = {"percent": (100, 0, 100, 0, 100, 0), "num_gpu_batches": 1, "prefill_chunk": 32, "cpu_attention": 0.0}
+
+
+def planned(**settings) -> Planner:
+    """For answers that may reach ``MOST``, in memory for a few of them."""
+    budgets = {"gpu_memory": "40MiB", "cpu_memory": "16MiB", "dtype": "float32", "device": "cpu", "hardware": "cpu"}
+    config = EngineConfig(model="demo", **{**budgets, **FIXED, **settings})
+    return Planner(config, Job.of([(32, MOST)] * 300, 2048), dry=True)
+
+
+def learned_job(mean: float) -> Job:
+    chance = random.Random(1)
+    return Job.of([(32, MOST)] * 268, 2048, [min(MOST, geometric(chance, mean)) for _ in range(268)])
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """Jobs that a placement was searched for."""
+    found, choose = [], planning.choose_policy
+
+    def counted(problem, *arguments):
+        found.append(problem.job)
+        return choose(problem, *arguments)
+
+    monkeypatch.setattr(planning, "choose_policy", counted)
+    return found
+
+
+def test_a_block_is_made_larger_without_a_search_where_little_is_left(searches):
+    """Two searches in the middle of a job took as long as the larger block then saved."""
+    planner = planned()
+    before, planner.search_seconds = planner.engine_plan, 10.0
+    assert len(searches) == 1 and before.policy.gpu_batch_size < 12
+    job = learned_job(120)
+    found = planner.adopt_lengths(job, pass_seconds=0.01)
+    assert len(searches) == 1 and found is planner.engine_plan
+    assert found.policy.gpu_batch_size > 3 * before.policy.gpu_batch_size
+    assert not overshoot(found.requirements(found.sizes(job)), planner.deployment.budgets)
+    assert found.weight_plan is before.weight_plan
+    one_more = planner.requirements_of(of_size(found.policy, found.policy.gpu_batch_size + 8, False), job)
+    assert overshoot(one_more, planner.deployment.budgets)
+    # By about the same lengths nothing changes any more.
+    assert planner.adopt_lengths(learned_job(125), pass_seconds=0.01) is None and len(searches) == 1
+    # Passes of a minute are worth the search.
+    planner.adopt_lengths(learned_job(40), pass_seconds=60.0)
+    assert len(searches) == 2
+
+
+def test_a_block_that_the_user_fixed_in_part_is_searched_for_only_where_that_may_pay(searches):
+    planner = planned(gpu_batch_size=4, num_gpu_batches=None)
+    planner.search_seconds = 10.0
+    assert planner.adopt_lengths(learned_job(120), pass_seconds=1e-4) is None and len(searches) == 1
+    planner.adopt_lengths(learned_job(120), pass_seconds=10.0)
+    assert len(searches) == 2
