@@ -102,8 +102,8 @@ class TickHalves:
         with self.tracer.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):
             stacks, given = self.weights.experts(tick.layer), (weights, pending.hidden, pending.attention, adapters)
             fetch_hit = partial(self.weights.fetch_hit, tick.layer)
-            context = self.routing, self.ranks, stacks, self.elsewhere(tick.layer), fetch_hit
-            pending.halves = layers.post_attention(self.arch, tick.layer, *given, *context)
+            context = self.routing, self.ranks, stacks, self.elsewhere(tick.layer)
+            pending.halves = layers.post_attention(self.arch, tick.layer, *given, *context, fetch_hit=fetch_hit)
             try:
                 next(pending.halves)
             except StopIteration as end:
