@@ -10,6 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,10 +121,13 @@ class Ranks:
         seconds = []
         for size in sizes:
             x = torch.zeros(size // self.dtype.itemsize, dtype=self.dtype, device=self.device)
-            seconds.append(self.timed(lambda x=x: self.group.allreduce([x]).wait()))
+            seconds.append(self.timed(partial(self.add_up, x)))
         sent = [2 * (self.mesh.size - 1) / self.mesh.size * size for size in sizes]
         fit = fit_rate(sent, seconds)
         return float(fit.rate), fit.fixed_seconds, fit.error
+
+    def add_up(self, x: torch.Tensor) -> None:
+        self.group.allreduce([x]).wait()
 
     def sends(self) -> tuple[float, float]:
         """(bytes a second from one GPU to another one, error of the fit)."""
@@ -131,7 +135,7 @@ class Ranks:
         seconds = []
         for size in sizes:
             x = torch.zeros(size, dtype=torch.uint8, device=self.device)
-            seconds.append(self.timed(lambda x=x: self.send(x)))
+            seconds.append(self.timed(partial(self.send, x)))
         fit = fit_rate(sizes, seconds)
         return float(fit.rate), fit.error
 

@@ -184,7 +184,7 @@ class Planner:
     def _problem(self, job: Job, before: EnginePlan | None = None, bits: Policy | None = None) -> Problem:
         model, config = self.deployment.model, self.config
         if bits is not None:
-            own = {"weight_bits": bits.weight_bits, "cache_bits": bits.cache_bits}
+            own: dict[str, Any] = {"weight_bits": bits.weight_bits, "cache_bits": bits.cache_bits}
             config = dataclasses.replace(config, **own, allow_bits=())
         element_bytes, loaded = self.deployment.dtype.itemsize, None if before is None else before.policy
         held, loras = self.deployment.budgets, self.deployment.adapters
