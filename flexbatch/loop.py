@@ -137,8 +137,8 @@ class EngineLoop:
         ahead = self.intake.ahead(None if complete else PEEKED_BLOCKS * before.block_size)
         if not scheduler.aside.recomputes and len(scheduler.waiting) + len(ahead) <= before.block_size:
             return  # a block that runs empty first costs more than so few could gain
-        known = (each.request for each in (*scheduler.started, *scheduler.waiting))
-        job = self.capacity.holdable(self.job([*known, *ahead]))
+        known = [each.request for each in (*scheduler.started, *scheduler.waiting)]
+        job = self.capacity.holdable(self.job(known + list(ahead)))
         job = job if complete else job.repeated(PEEKED_BLOCKS * before.block_size)
         if (found := self.planner.adopt_lengths(job, self.statistics.pass_seconds)) is None:
             return
@@ -147,11 +147,13 @@ class EngineLoop:
         if not scheduler.aside.recomputes:
             scheduler.outgrown, self.next_plan = True, found
             return
-        left = scheduler.withdraw()
+        left, record = scheduler.withdraw(), self.job_record if self.job_record in self.observers else None
         self.statistics.preemptions += scheduler.aside.take_counts()
         self.end()
         runner = self.capacity.prepare(job, found) if complete else self.capacity.prepare_largest(job, found)
         self.begin(runner, left, scheduler.proposer)
+        if record is not None:
+            self.observers.append(record.going_on(Forecast(found, job, runner.sizes)))
 
     def begin_for_waiting(self, complete: bool) -> None:
         """A run whose block suits the requests that wait, also those that its predecessor was not made for."""
@@ -180,9 +182,7 @@ class EngineLoop:
     def begin(
         self, runner: Runner, left: Iterable[Sequence], proposer: Proposer | None, whole_job: Job | None = None
     ) -> None:
-        """left: sequences of the run before, which go on before anybody else. whole_job: what will run, where that is
-        known."""
-        capacity = self.capacity
+        """left: sequences of the run before, which go on before anybody else. whole_job: what will run, if known."""
         self.end()
         self.scheduler = Scheduler(
             self.planner.engine_plan.block_policy,
@@ -190,10 +190,10 @@ class EngineLoop:
             self.intake.arrivals(),
             runner.sizes.max_micro_batch_tokens,
             proposer,
-            capacity.refusal,
-            capacity.reach,
+            self.capacity.refusal,
+            self.capacity.reach,
             self.lengths,
-            capacity.step_aside_costs,
+            self.capacity.step_aside_costs,
             left,
             self.intake.overtakes,
         )

@@ -65,6 +65,14 @@ class JobRecord(RunObserver):
         self.forecast = forecast
         self.passes, self.seconds = 0, 0.0
         self.answers, self.answer_tokens = 0, 0
+        self.rest: Forecast | None = None
+        """Of what was left at the last re-plan for other lengths, which came after so many passes and seconds."""
+        self.passes_before, self.seconds_before = 0, 0.0
+
+    def going_on(self, rest: Forecast) -> JobRecord:
+        """Itself, now that what is left runs in another block."""
+        self.rest, self.passes_before, self.seconds_before = rest, self.passes, self.seconds
+        return self
 
     def after_pass(self, scheduler: Scheduler, batch: PassBatch, seconds: float) -> None:
         self.passes += 1
@@ -75,9 +83,16 @@ class JobRecord(RunObserver):
         self.answer_tokens += sequence.num_output_tokens
 
     def describe(self, hardware: Hardware | None) -> dict[str, Any]:
-        """Predicted and measured."""
+        """Predicted and measured; where lengths were learned on the way, also what was predicted then."""
+        found = self.forecast.describe(hardware)
+        if self.rest is not None:
+            rest = self.rest.describe(hardware)
+            found["replanned_passes"] = self.passes_before + rest["predicted_passes"]
+            found["replanned_answer_tokens"] = rest["assumed_answer_tokens"]
+            if "predicted_seconds" in rest:
+                found["replanned_seconds"] = self.seconds_before + rest["predicted_seconds"]
         return {
-            **self.forecast.describe(hardware),
+            **found,
             "measured_passes": self.passes,
             "measured_seconds": self.seconds,
             "measured_answer_tokens": self.answer_tokens / self.answers if self.answers else 0.0,

@@ -35,8 +35,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def whole(report: Mapping[str, Any]) -> str:
     """Every table that a report has something for."""
-    texts = (placement(report), throughput(report), prediction(report), speculation(report), resources(report))
-    return "\n\n".join(text for text in texts if text)
+    parts = placement, throughput, job, prediction, speculation, resources
+    return "\n\n".join(text for part in parts if (text := part(report)))
 
 
 def placement(report: Mapping[str, Any]) -> str:
@@ -156,6 +156,11 @@ def job(report: Mapping[str, Any]) -> str:
         line("seconds", run.get("predicted_seconds"), run["measured_seconds"]),
         line("tokens of an answer", run["assumed_answer_tokens"], run["measured_answer_tokens"]),
     ]
+    if "replanned_passes" in run:
+        # What was known before the first answers, and at the last re-plan.
+        rows.append(line("passes, re-planned", run["replanned_passes"], run["measured_passes"]))
+        rows.append(line("seconds, re-planned", run.get("replanned_seconds"), run["measured_seconds"]))
+        rows.append(line("tokens of an answer", run["replanned_answer_tokens"], run["measured_answer_tokens"]))
     waves = "1 wave" if run["waves"] == 1 else f"{run['waves']:,} waves"
     tail = ""
     if run["tail_passes"]:

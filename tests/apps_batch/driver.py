@@ -8,7 +8,8 @@ this process a signal at a chosen point, ``{"locks": false}`` takes its file loc
 
 With ``{"real": true, "count_file": ...}`` it runs the real one, and counts every token that is generated there,
 those of killed processes and of Ray's actors included. ``{"put_aside": file}`` beside it makes a sequence step aside
-before every second pass, and notes a byte in the file for each.
+before every second pass, and notes a byte in the file for each. ``{"taught": 3}`` lets it have seen answers of three
+tokens before, so that it reserves far too little.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tests.apps_batch.fake import FakeLLM
 from tests.apps_batch.power import record_syncs, signal_at, without_locks
 
 
-def open_counted(count_file: str, config: EngineConfig, seen: Any) -> Any:
+def open_counted(count_file: str, taught: int, config: EngineConfig, seen: Any) -> Any:
     """The real engine of this process, be it an actor, with its tokens counted."""
     from flexbatch.execution.sequence import Sequence
 
@@ -39,7 +40,12 @@ def open_counted(count_file: str, config: EngineConfig, seen: Any) -> Any:
         return extend(self, token_ids)
 
     Sequence.extend = counted  # type: ignore[method-assign]
-    return open_llm(config, seen)
+    llm = open_llm(config, seen)
+    if taught:
+        from tests.engine.test_stepping_aside import teach
+
+        teach(llm, taught)
+    return llm
 
 
 def put_aside(noted: str) -> None:
@@ -51,7 +57,8 @@ def put_aside(noted: str) -> None:
 
     def disturbed(scheduler: Scheduler) -> Any:
         if len(scheduler.running) > 1 and chance.random() < 0.5:
-            scheduler.step_aside(chance.choice(list(scheduler.running.values())), in_place=chance.random() < 0.3)
+            in_place = not scheduler.aside.recomputes or chance.random() < 0.3
+            scheduler.step_aside(chance.choice(list(scheduler.running.values())), in_place=in_place)
             scheduler.check()
             os.write(descriptor, b".")
         return next_pass(scheduler)
@@ -64,7 +71,9 @@ if __name__ == "__main__":
     if settings.pop("real", False):
         if "put_aside" in settings:
             put_aside(settings["put_aside"])
-        sys.exit(main(words, open_engine=functools.partial(open_counted, settings["count_file"])))
+        sys.exit(
+            main(words, open_engine=functools.partial(open_counted, settings["count_file"], settings.get("taught", 0)))
+        )
     config_file = settings.pop("config_file", None)
     if not settings.pop("locks", True):
         without_locks()

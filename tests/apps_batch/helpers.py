@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -71,12 +73,18 @@ def wait_for(condition: Callable[[], object], process: Forked | None = None, sec
         time.sleep(0.002)
 
 
-def kill_at(moments: Iterable[Callable[[], bool]], start: Callable[[], Forked], seconds: float = 30.0) -> None:
-    """Starts a job for each of the moments and kills it when that has come; the next moment is asked for after that."""
-    for reached in moments:
+def kill_at(
+    moments: Iterable[Callable[[], bool]],
+    start: Callable[[], Forked],
+    seconds: float = 30.0,
+    signals: Sequence[int] = (signal.SIGKILL,),
+) -> None:
+    """Starts a job for each of the moments and kills it when that has come, by the signals in turn; the next moment is
+    asked for after that."""
+    for reached, number in zip(moments, itertools.cycle(signals), strict=False):
         process = start()
         wait_for(reached, process, seconds)
-        process.kill()
+        process.send_signal(number)
         process.communicate()
 
 

@@ -281,6 +281,10 @@ def test_what_a_smaller_block_does_not_take_waits_for_its_turn(reference, tmp_pa
         wanted = told(llm.generate(prompts, params))
     with LLM(folder, **roomy) as llm:
         assert told(llm.generate(prompts, params)) == wanted and len(replanned) >= 3
+        job = llm.report()["job"]
+        assert job["measured_passes"] == llm.statistics.passes >= job["replanned_passes"] / 2
+        assert job["measured_answer_tokens"] == llm.statistics.generated_tokens / llm.statistics.requests
+        assert "passes, re-planned" in str(llm.report())
         found = dict(llm.stream((i, *item) for i, item in enumerate(zip(prompts, params, strict=True))))
         assert told(found[i] for i in range(len(prompts))) == wanted
 

@@ -61,6 +61,7 @@ def test_report_compares_the_run_with_its_plan(reference, tmp_path):
         llm.generate(model.prompts, dataclasses.replace(GREEDY, max_tokens=24, ignore_eos=True))
         report = llm.report()
     told = tables.job(report)
+    assert told in str(report)
     assert (
         report["job"]["predicted_seconds"] > 0 and "the job (10 sequences in" in told and "tokens of an answer" in told
     )
