@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 from flexbatch.execution.answer_lengths import AnswerLengths
 from flexbatch.execution.input_builder import InputBuilder
 from flexbatch.execution.inputs import AttentionGroup
-from flexbatch.execution.pass_batch import PassBatch, QueryTokens
+from flexbatch.execution.pass_batch import PassBatch, QueryTokens, parts_of
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
@@ -190,18 +190,19 @@ class SteppingAside(RuleBasedStateMachine):
         self.cache.begin_pass(READY)
         for k, queries in enumerate(work.micro_batches):
             inputs = self.builder.build(queries)
+            ordered = (*(parts_of(queries)[0] or ()), *inputs.queries)
             for query in queries:
                 assert query.start + query.num_tokens <= len(query.pages.pages) * PAGE_TOKENS, "tokens without a page"
                 assert query.pages == self.scheduler.running[query.sequence_id].pages.location
             if inputs.gpu is not None:
-                self.attend(inputs.gpu, self.bytes_of(self.cache.rows("gpu", 0)), inputs.queries)
+                self.attend(inputs.gpu, self.bytes_of(self.cache.rows("gpu", 0)), ordered)
             if inputs.cpu is not None:
                 self.cache.synchronize()
-                self.attend(inputs.cpu, self.bytes_of(self.cache.rows("cpu", 0)), inputs.queries)
+                self.attend(inputs.cpu, self.bytes_of(self.cache.rows("cpu", 0)), ordered)
             if inputs.staged is not None:
                 staged = inputs.staged
                 self.cache.gather(staged.gather, 0, k % 2).wait()
-                new = self.attend(staged.attention, self.bytes_of(self.cache.staging_rows(k % 2)), inputs.queries)
+                new = self.attend(staged.attention, self.bytes_of(self.cache.staging_rows(k % 2)), ordered)
                 leaving = self.cache.layout.row_view(new.clone().view(-1))
                 if staged.num_cpu_tokens:
                     self.cache.drain_cpu(0, leaving[: staged.num_cpu_tokens], staged.cpu_slots, READY)
