@@ -31,7 +31,7 @@ import numpy as np
 
 from benchmark.machine import publish
 from flexbatch import LLM, SamplingParams
-from flexbatch.execution.pass_batch import PassBatch
+from flexbatch.execution.pass_batch import NOTHING_DECODED, DecodedTokens, PassBatch
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.loop import EngineLoop
 from flexbatch.policy.stdout import run_process
@@ -54,25 +54,28 @@ class EndingLoop(EngineLoop):
         assert self.scheduler is not None
         scheduler, commit = self.scheduler, self.scheduler.commit
 
-        def ending(batch: PassBatch, sampled: Mapping[int, SampledTokens]) -> None:
+        def token_of(id: int, token: int) -> int:
+            running = scheduler.running[id]
+            return self.ended(token, running.request.prompt_token_ids, running.num_output_tokens)
+
+        def ending(
+            batch: PassBatch, sampled: Mapping[int, SampledTokens], decoded: DecodedTokens = NOTHING_DECODED
+        ) -> None:
             drawn = {
-                id: self.ended(result, scheduler.running[id].request.prompt_token_ids, generated)
+                id: dataclasses.replace(result, token_ids=[token_of(id, token) for token in result.token_ids])
                 for id, result in sampled.items()
-                for generated in [scheduler.running[id].num_output_tokens]
             }
-            commit(batch, drawn)
+            tokens = [token_of(*each) for each in zip(decoded.sequence_ids, decoded.token_ids, strict=True)]
+            commit(batch, drawn, DecodedTokens(decoded.sequence_ids, tokens))
 
-        scheduler.commit = ending  # type: ignore[method-assign]
+        scheduler.commit = ending  # type: ignore[assignment, method-assign]
 
-    def ended(self, result: SampledTokens, prompt: Prompt, generated: int) -> SampledTokens:
-        """The result of a pass, with the stop token where the answer ends and nowhere else."""
+    def ended(self, token: int, prompt: Prompt, generated: int) -> int:
+        """The token that was drawn, or the stop token where the answer ends and nowhere else."""
         answer = self.answers.get(tuple(prompt[:ALIKE]))
-        if answer is None or not result.token_ids:
-            return result
-        (token,) = result.token_ids
-        if token == self.stop_token:
-            token -= 1
-        return dataclasses.replace(result, token_ids=[self.stop_token if generated + 1 == answer else token])
+        if answer is None:
+            return token
+        return self.stop_token if generated + 1 == answer else token - (token == self.stop_token)
 
 
 class EndingLLM(LLM):
@@ -155,7 +158,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     with ExitStack() as stack:
         engines = {
-            reserve: stack.enter_context(EndingLLM(args.model, reserve=reserve, **settings)) for reserve in RESERVES
+            reserve: cast("EndingLLM", stack.enter_context(EndingLLM(args.model, reserve=reserve, **settings)))
+            for reserve in RESERVES
         }
         for name, answers in jobs.items():
             runs, vocabulary = {}, engines["all"].arch.vocab_size
