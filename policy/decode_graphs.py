@@ -1,10 +1,8 @@
-"""Memory of passes as CUDA graphs, counted by the engine and the planner alike: a block that is on the GPU whole
-launches a decode pass by one call where there is room for them, another pass by three calls a layer, and a thousand
-kernels one by one where there is none."""
+"""Memory of decode passes as CUDA graphs, counted by the engine and the planner alike: a block that is on the GPU whole
+launches a pass by one call where there is room for them, and a thousand kernels one by one where there is none."""
 
 from __future__ import annotations
 
-from flexbatch.policy.admission import micro_batch_tokens
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES, PAGE_TOKENS
 from flexbatch.policy.model_shape import ModelShape
@@ -20,9 +18,6 @@ PLANNED_GRAPHS = 4
 """Graphs that a plan leaves room for: the sizes of a full block and of its last wave. 541 prompts of Llama-3.2-3B on an
 H200 took 27 ms a pass in a block that filled the GPU to the last 13 MiB, where graphs would have taken 11; four of them
 take the memory of three of its 185 sequences."""
-PIECE_BUCKETS = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
-"""Tokens of passes that run in pieces (`PieceGraphs`): with more of them a GPU has more to do than the host has to
-launch."""
 LAUNCHES_OF_LAYER, LAUNCHES_OF_EXPERTS, LAUNCH_BYTES = 16, 32, 16 << 10
 """What the driver keeps of a graph: parameters and code of every kernel that it launches, about; of a layer of experts
 routing, sorting and counting beside the products."""
@@ -58,20 +53,6 @@ def graph_pool_bytes(sequences: int, workspace_bytes: int) -> int:
     return bucket_of(min(sequences, MAX_GRAPH_SEQUENCES)) * workspace_bytes
 
 
-def piece_buckets(policy: Policy, experts: bool) -> tuple[int, ...]:
-    """Tokens of the passes that a block launches in pieces: up to those of its largest pass. None of a model with
-    experts, to which the tokens that fill a bucket up would be routed."""
-    most = micro_batch_tokens(policy)
-    fewer = sum(bucket < most for bucket in PIECE_BUCKETS)
-    return () if experts else PIECE_BUCKETS[: fewer + 1]
-
-
-def piece_bytes(num_layers: int, buckets: tuple[int, ...], workspace_bytes: int) -> int:
-    """Bytes of the pieces of all buckets: the driver's, what they give to attention, and intermediate results of the
-    largest, which they share. workspace_bytes: of one token."""
-    return len(buckets) * LAUNCH_BYTES * LAUNCHES_OF_LAYER * num_layers + 2 * max(buckets, default=0) * workspace_bytes
-
-
 def runs_graphs(policy: Policy, device: str, ranks: int = 1) -> bool:
     """Whether decode passes are graphs where everything is on the gpu tier. ranks: of the engine; nobody has recorded
     what several of them send each other."""
@@ -79,10 +60,9 @@ def runs_graphs(policy: Policy, device: str, ranks: int = 1) -> bool:
 
 
 def planned_bytes(shape: ModelShape, policy: Policy, hardware: Hardware, longest: float) -> int:
-    """The bytes of the graphs that a plan counts on, pieces among them. longest: tokens of the longest sequence."""
+    """The bytes of the graphs that a plan counts on. longest: tokens of the longest sequence."""
     if not runs_graphs(policy, hardware.device, shape.stages * hardware.tensor_ranks):
         return 0
     sizes = shape.num_layers, shape.hidden_bytes, policy.gpu_batch_size, int(longest), PAGE_TOKENS
     one = graph_bytes(*sizes, shape.experts is not None)
-    pieces = piece_bytes(shape.num_layers, piece_buckets(policy, shape.experts is not None), shape.peak_workspace_bytes)
-    return PLANNED_GRAPHS * one + pieces + graph_pool_bytes(policy.gpu_batch_size, shape.peak_workspace_bytes)
+    return PLANNED_GRAPHS * one + graph_pool_bytes(policy.gpu_batch_size, shape.peak_workspace_bytes)

@@ -28,7 +28,6 @@ from flexbatch.models.dummy import dummy
 from flexbatch.models.families import read_arch
 from flexbatch.models.quantized.scheme import QuantizedPiece
 from flexbatch.models.specs import Piece, weight_specs
-from flexbatch.policy.decode_graphs import PIECE_BUCKETS
 from flexbatch.policy.limits import weight_group
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.request import Request, SamplingParams
@@ -91,9 +90,9 @@ def random_pieces(arch: Arch, dtype: torch.dtype) -> Iterator[Piece | QuantizedP
 
 @contextlib.contextmanager
 def small_runner(
-    arch: Arch, policy: Policy, job: Job, device: torch.device, dtype: torch.dtype, tracer: Tracer, pieces: bool = False
+    arch: Arch, policy: Policy, job: Job, device: torch.device, dtype: torch.dtype, tracer: Tracer
 ) -> Iterator[Runner]:
-    """A runner with random weights. pieces: of whose passes on the GPU none is one graph, and all are several."""
+    """A runner with random weights."""
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         pinned = device.type == "cuda"
         tiers = Tiers(
@@ -111,24 +110,17 @@ def small_runner(
         stack.callback(weights.close)
         Loader(weights, None, cache_quantized=False).load(lambda skip: random_pieces(arch, dtype))
         layout = cache_layout(arch, 16, dtype)
-        graphs = {"max_graphs": 0, "piece_buckets": PIECE_BUCKETS} if pieces else {}
-        sizes = block_sizes(policy, layout, job)
-        runner = open_runner(arch, weights, layout, policy, sizes, tiers, queues, **graphs)
+        runner = open_runner(arch, weights, layout, policy, block_sizes(policy, layout, job), tiers, queues)
         stack.callback(runner.close)
         yield runner
 
 
 def run_passes(
-    arch: Arch,
-    policy: Policy,
-    device: torch.device,
-    tracer: Tracer,
-    prompt_tokens: int = PROMPT_TOKENS,
-    pieces: bool = False,
+    arch: Arch, policy: Policy, device: torch.device, tracer: Tracer, prompt_tokens: int = PROMPT_TOKENS
 ) -> list[float]:
-    """Seconds of the decode passes of a full block, after some that warm up. pieces: as of `small_runner`."""
+    """Seconds of the decode passes of a full block, after some that warm up."""
     new_tokens = 1 + WARM_UP + PASSES
-    turns = run_job(arch, policy, device, tracer, policy.block_size, prompt_tokens, new_tokens, pieces)
+    turns = run_job(arch, policy, device, tracer, policy.block_size, prompt_tokens, new_tokens)
     return [seconds for _, seconds in turns][1 + WARM_UP : -1]
 
 
@@ -140,7 +132,6 @@ def run_job(
     num_requests: int,
     prompt_tokens: int = PROMPT_TOKENS,
     new_tokens: int = SHORT_ANSWER,
-    pieces: bool = False,
 ) -> list[tuple[float, float]]:
     """Seconds of every turn of the loop, and of its pass: between two passes sequences are admitted."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -149,7 +140,7 @@ def run_job(
     requests = [Request(i, generator.choices(range(3, 64), k=prompt_tokens), params) for i in range(num_requests)]
     job = Job((prompt_tokens + new_tokens,) * len(requests), (prompt_tokens,) * len(requests))
     turns = []
-    with small_runner(arch, policy, job, device, dtype, tracer, pieces) as runner:
+    with small_runner(arch, policy, job, device, dtype, tracer) as runner:
         sequences = (Sequence(request, sequence_id=request.index) for request in requests)
         scheduler = Scheduler(policy, runner.cache, sequences, runner.sizes.max_micro_batch_tokens)
         passes, began = Passes(scheduler, runner.executor, tracer, ahead=False), time.perf_counter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
@@ -14,7 +14,6 @@ from flexbatch.execution.graphs import CudaRecorder, DecodeGraphs
 from flexbatch.execution.input_builder import InputBuilder
 from flexbatch.execution.inputs import MicroBatchInputs
 from flexbatch.execution.pass_batch import Lead, LogitsChunk, NewestTokens, PassBatch
-from flexbatch.execution.piece_graphs import PieceGraphs
 from flexbatch.execution.routed_rows import RoutedRows
 from flexbatch.execution.tick_halves import TickHalves
 from flexbatch.memory.activations import ActivationStore
@@ -40,9 +39,9 @@ class Executor:
 
     ``overlap=False`` waits for what a tick sends for before it computes, and for everything after it: the same
     ticks, the same tokens. ``logits_chunk_bytes``: float32 logits that are given at one time. ``max_graphs``: of
-    decode passes that are kept; ``piece_buckets``: tokens of other passes that become graphs (`PieceGraphs`). routing:
-    counts the tokens of experts. ``links``: to the ranks that have the rest of the model, None where it is here whole;
-    ``lead``: of rank 0, which decides what a pass is. ``routed``: the way to the CPU's experts.
+    decode passes that are kept. routing: counts the tokens of experts. ``links``: to the ranks that have the rest of
+    the model, None where it is here whole; ``lead``: of rank 0, which decides what a pass is. ``routed``: the way to
+    the CPU's experts.
     """
 
     def __init__(
@@ -58,7 +57,6 @@ class Executor:
         overlap: bool,
         logits_chunk_bytes: int = LOGITS_CHUNK_BYTES,
         max_graphs: int = MAX_GRAPHS,
-        piece_buckets: Sequence[int] = (),
         adapters: AdapterTables | None = None,
         routing: RoutingCounts | None = None,
         links: RankLinks | None = None,
@@ -80,11 +78,9 @@ class Executor:
             routed.threads = attention.cpu_threads
         self.halves = TickHalves(arch, self.ends, weights, queues, host_buffers, rotary, attention, routing, routed)
         self.graphs: DecodeGraphs | None = None
-        self.pieces: PieceGraphs | None = None
         if self.device.type == "cuda" and self.resident and overlap and recordable(arch):
             sizes, group = (cache.layout.page_tokens, arch.max_positions), self.builder.adapters_at_once
             self.graphs = DecodeGraphs(self.device, *sizes, CudaRecorder(), max_graphs, group, cache.ring)
-            self.pieces = PieceGraphs(self.halves, self.device, CudaRecorder(), piece_buckets)
 
     @property
     def resident(self) -> bool:
@@ -98,21 +94,16 @@ class Executor:
 
     def reach(self, longest: int) -> None:
         """Between passes: hold sequences of so many tokens. Graphs read the tables where these were."""
-        if self.rotary.grow_to(longest):
-            self.clear_graphs()
+        if self.rotary.grow_to(longest) and self.graphs is not None:
+            self.graphs.clear()
 
     def check(self) -> None:
-        for each in (self.graphs, self.pieces):
-            if each is not None:
-                each.check()
-
-    def clear_graphs(self) -> None:
-        for each in (self.graphs, self.pieces):
-            if each is not None:
-                each.clear()
+        if self.graphs is not None:
+            self.graphs.check()
 
     def close(self) -> None:
-        self.clear_graphs()
+        if self.graphs is not None:
+            self.graphs.clear()
 
     def run(
         self, batch: PassBatch, newest: NewestTokens | None = None, watch: Watch | None = None
@@ -278,12 +269,11 @@ class Executor:
             self.weights.release(layer, self.queues.mark())
 
     def replay(self, inputs: MicroBatchInputs) -> Tensor | None:
-        """A pass of a block that is on the GPU whole, as one graph or as several; None when the pass has to run tick by
+        """A decode pass of a block that is on the GPU whole, as one graph; None when the pass has to run tick by
         tick."""
         assert self.graphs is not None
         with self.tracer.compute_span("layers"):
-            hidden = self.graphs.run(inputs, self.resident_layers)
-            return self.pieces.run(inputs) if hidden is None and self.pieces is not None else hidden
+            return self.graphs.run(inputs, self.resident_layers)
 
     def resident_layers(self, inputs: MicroBatchInputs) -> Tensor:
         """All layers without a tick's transfers. Runs under capture: spans would record events that no replay

@@ -63,8 +63,24 @@ class TickHalves:
         self, tick: Tick, inputs: MicroBatchInputs, gathered: Handle, buffer: int, watch: Watch | None = None
     ) -> PendingTick:
         """Up to and including attention; the CPU's share is only started."""
+        weights = self.weights.weights(tick.layer, "pre")
+        hidden = self.ends.given(tick.layer, tick.micro_batch, inputs)
+        if watch is not None and tick.layer == 0:
+            watch(-1, inputs, hidden)
         with self.tracer.compute_span(f"attention {tick.layer}.{tick.micro_batch}"):
-            pending, (query, key, value) = self.project(tick, inputs, watch)
+            query, key, value = layers.pre_attention(
+                self.arch,
+                tick.layer,
+                weights,
+                hidden,
+                inputs.positions,
+                self.rotary.tables,
+                inputs.adapters,
+                self.ranks,
+            )
+            pending = PendingTick(
+                tick, inputs, hidden, query.new_empty(*query.shape[:-1], self.arch.value_dim), watch=watch
+            )
             groups = inputs.groups(self.attention.cache.windowed[tick.layer])
             if groups.cpu is not None:
                 self.attention.start_cpu_attention(pending, groups.cpu, query, key, value)

@@ -21,7 +21,6 @@ from flexbatch.planner.placements import overshoot
 from flexbatch.planner.planner import Planner
 from flexbatch.planner.rank_commands import MakeRunner, PlaceWeights, RankCommand, ReachLonger
 from flexbatch.planner.spare_pages import with_spare_pages
-from flexbatch.policy.decode_graphs import piece_buckets
 from flexbatch.policy.step_aside import StepAsideCosts
 from flexbatch.policy.units import size_text
 from flexbatch.speculative.speculator import Speculator
@@ -117,7 +116,6 @@ class Capacity:
             self.routing = RoutingCounts(engine_plan.arch, self.queues.device)
         policy, leader = engine_plan.policy, self.leader
         logits_bytes = logits_chunk_bytes(engine_plan.arch, policy, sizes.max_query_nodes)
-        graphs = engine_plan.num_graphs(sizes)
         with self.everywhere(MakeRunner(policy, sizes, logits_bytes)):
             self.runner = open_runner(
                 engine_plan.arch,
@@ -128,8 +126,7 @@ class Capacity:
                 self.tiers,
                 self.queues,
                 logits_bytes,
-                graphs,
-                piece_buckets(policy, engine_plan.arch.experts is not None) if graphs else (),
+                engine_plan.num_graphs(sizes),
                 engine_plan.deployment.adapters,
                 self.routing,
                 None if leader is None else leader.links,

@@ -18,14 +18,7 @@ from flexbatch.memory.weight_plan import WeightPlan
 from flexbatch.models.arch import Arch
 from flexbatch.models.experts import recordable
 from flexbatch.policy.admission import micro_batch_tokens
-from flexbatch.policy.decode_graphs import (
-    MAX_GRAPHS,
-    graph_bytes,
-    graph_pool_bytes,
-    piece_buckets,
-    piece_bytes,
-    runs_graphs,
-)
+from flexbatch.policy.decode_graphs import MAX_GRAPHS, graph_bytes, graph_pool_bytes, runs_graphs
 from flexbatch.policy.footprint import logits_bytes
 from flexbatch.policy.limits import (
     CPU_ATTENTION_MAX_TREE_TOKENS,
@@ -154,13 +147,8 @@ def one_graph_bytes(arch: Arch, policy: Policy, layout: CacheLayout, sizes: Bloc
     )
 
 
-def shared_graph_bytes(arch: Arch, policy: Policy, layout: CacheLayout) -> int:
-    """What decode graphs share, and the pieces of other passes."""
-    workspace, buckets = (
-        arch.workspace_elements * layout.dtype.itemsize,
-        piece_buckets(policy, arch.experts is not None),
-    )
-    return graph_pool_bytes(policy.gpu_batch_size, workspace) + piece_bytes(arch.num_layers, buckets, workspace)
+def pool_bytes(arch: Arch, policy: Policy, layout: CacheLayout) -> int:
+    return graph_pool_bytes(policy.gpu_batch_size, arch.workspace_elements * layout.dtype.itemsize)
 
 
 def num_graphs(
@@ -177,7 +165,7 @@ def num_graphs(
     resident = all(split.gpu == 1 for split in (policy.weights, policy.cache, policy.activations))
     if not (resident and runs_graphs(policy, "cuda" if cuda else "cpu") and recordable(arch)):
         return 0
-    left = budget - sum(row.num_bytes for row in rows if row.tier == "gpu") - shared_graph_bytes(arch, policy, layout)
+    left = budget - sum(row.num_bytes for row in rows if row.tier == "gpu") - pool_bytes(arch, policy, layout)
     return max(0, min(MAX_GRAPHS, left // one_graph_bytes(arch, policy, layout, sizes)))
 
 
@@ -192,5 +180,5 @@ def graph_requirements(
 ) -> list[MemoryRequirement]:
     """The row of the decode graphs, where there are any."""
     count = num_graphs(arch, policy, layout, sizes, rows, budget, cuda)
-    size = count * one_graph_bytes(arch, policy, layout, sizes) + shared_graph_bytes(arch, policy, layout)
+    size = count * one_graph_bytes(arch, policy, layout, sizes) + pool_bytes(arch, policy, layout)
     return [MemoryRequirement(f"decode graphs ({count})", "gpu", size)] if count else []
