@@ -38,9 +38,9 @@ Llama-3-8B."""
 MAX_GRAPH_SEQUENCES = 1024
 """Sequences of the largest decode pass that is captured as a CUDA graph. Passes of 1,000 sequences of Llama-3-8B took
 an H200 38 ms, and its host 57 ms to launch kernel by kernel."""
-CODED_TOKENS = 64
-"""Tokens of a micro-batch that a GPU multiplies with quantized matrices as they are stored, at most. With more it is
-faster to expand a layer and multiply with that."""
+CODED_TOKENS = 0
+"""Tokens of a micro-batch that a GPU multiplies with quantized matrices as they are stored, at most: none, until a GPU
+has run the tests of these products. Up to about 64 they should be faster than expanding a layer first."""
 DISK_THREADS = 4
 """Requests that the disk's transfer queue has under way together."""
 MIN_GROUP, MAX_GROUP = 16, 64

@@ -1,6 +1,7 @@
 """Paged attention of the compiled C and of Triton against the oracle."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,6 +12,13 @@ from flexbatch.kernels import attention_reference, native, ops
 from tests.kernels.cases import CASES, TOLERANCE, Case
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler")
+
+
+@pytest.fixture(autouse=True)
+def shared_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of shared heads over codes is tested, though no engine takes it yet."""
+    if find_spec("triton") is not None:
+        monkeypatch.setattr("flexbatch.kernels.attention.MAX_SHARED", 16)
 
 
 def assert_close(got: torch.Tensor, wanted: torch.Tensor, products: torch.dtype | None = None) -> None:

@@ -233,8 +233,9 @@ def test_expansion_is_launched_once_a_layer():
     assert small(launch_seconds=8.0).expansion_launch_seconds == pytest.approx(3.0)
 
 
-def test_a_few_tokens_are_multiplied_with_codes():
+def test_a_few_tokens_are_multiplied_with_codes(monkeypatch):
     """On a GPU: of a micro-batch of 64 tokens nothing is expanded, of 65 all."""
+    monkeypatch.setattr("flexbatch.policy.expansion.CODED_TOKENS", 64)
     shape = public_shape("opt-6.7b")
 
     def seconds(hardware: Hardware, tokens: int) -> float:
