@@ -216,7 +216,7 @@ class EngineConfig:
     @property
     def goes_ahead(self) -> bool | None:
         """Whether passes are composed ahead; None: where all of a pass lies on one GPU. Nothing but the host is waited
-        for there: 1,000 sequences of Llama-3-8B on an H100 make 22,775 tokens/s instead of 14,555. An offloaded pass
+        for there: 1,000 sequences of Llama-3-8B on an H200 make 22,775 tokens/s instead of 14,555. An offloaded pass
         takes long, and one more of them for every answer costs more than a few milliseconds between them."""
         return self.async_scheduling if self.overlap else False
 

@@ -26,7 +26,7 @@ MOST_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 """Of weights in a measurement: more than the processor's own caches hold."""
 CACHED_ROWS = 8
 """From so many on an expert computes longer than its weights take to come, wherever from: a quarter of the bytes does.
-With all of them these measurements took 9 of 55 s of a profile on an H100's machine."""
+With all of them these measurements took 9 of 55 s of a profile on an H200's machine."""
 
 
 def stored_matrices(

@@ -39,7 +39,7 @@ class LoadBuffers:
     """Buffers for the content of files, as long as a tensor padded to ALIGNMENT, and kept for the next tensor of that
     size: layers are alike.
 
-    On an H100's host new pages took 1.2 GB/s, and pageable ones are copied at 6 of 54 GB/s; so these are made of huge
+    On an H200's host new pages took 1.2 GB/s, and pageable ones are copied at 6 of 54 GB/s; so these are made of huge
     pages, and pinned where there is a GPU. Of those that nobody has, as many bytes are kept as all had at once.
     """
 

@@ -33,7 +33,7 @@ from flexbatch.validation.errors import CheckpointError
 logger = logging.getLogger("flexbatch")
 
 DECODERS = 3
-"""Matrices that are unpacked while another one is used. On an H100's machine one thread unpacked 0.5 GB/s of GPTQ."""
+"""Matrices that are unpacked while another one is used. On an H200's machine one thread unpacked 0.5 GB/s of GPTQ."""
 
 __all__ = ["CheckpointError", "Piece", "QuantizedPiece", "load", "prequantized", "read_arch", "read_config", "stream"]
 

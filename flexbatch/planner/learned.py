@@ -23,7 +23,7 @@ LEAST_GAIN = 0.1
 """Of throughput, that another block must promise before sequences in flight are read anew for it."""
 SEARCH_SHARE = 0.05
 """Of the time that is left, that a search may take where a block of another size is there without one. Two searches in
-the middle of a job of 110 s on an H100 took 30 s of it, all that twice as many sequences in flight had gained."""
+the middle of a job of 110 s on an H200 took 30 s of it, all that twice as many sequences in flight had gained."""
 
 
 def resized(rest: Problem, before: EnginePlan, needs: Requirements) -> EnginePlan | None:
