@@ -55,7 +55,7 @@ on the GPU, and where the host waits for slabs, pages and the CPU's attention on
 jobs on two H200 machines: with all of it in view (launching on top) jobs were 8 and 12 % off, with these 4 and 10."""
 
 
-def together(launching: np.ndarray, busy: np.ndarray, in_view: np.ndarray) -> np.ndarray:
+def together(launching: np.ndarray, busy: np.ndarray, in_view: float | np.ndarray) -> np.ndarray:
     """Seconds of launching and of what is launched, one beside the other."""
     return np.maximum(launching, busy) + in_view * np.minimum(launching, busy)
 

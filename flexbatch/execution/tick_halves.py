@@ -63,7 +63,7 @@ class TickHalves:
         self, tick: Tick, inputs: MicroBatchInputs, gathered: Handle, buffer: int, watch: Watch | None = None
     ) -> PendingTick:
         """Up to and including attention; the CPU's share is only started."""
-        weights = self.weights.weights(tick.layer, "pre")
+        weights = self.weights.weights(tick.layer, "pre", inputs.num_tokens)
         hidden = self.ends.given(tick.layer, tick.micro_batch, inputs)
         if watch is not None and tick.layer == 0:
             watch(-1, inputs, hidden)
@@ -89,19 +89,6 @@ class TickHalves:
             if groups.staged is not None:
                 self.attention.attend_staged(pending, groups.staged, gathered, buffer, query, key, value)
         return pending
-
-    def project(
-        self, tick: Tick, inputs: MicroBatchInputs, watch: Watch | None = None
-    ) -> tuple[PendingTick, tuple[Tensor, Tensor, Tensor]]:
-        """Up to attention: queries, keys and values, with room for what attention makes of them."""
-        weights = self.weights.weights(tick.layer, "pre", inputs.num_tokens)
-        hidden = self.ends.given(tick.layer, tick.micro_batch, inputs)
-        if watch is not None and tick.layer == 0:
-            watch(-1, inputs, hidden)
-        given = self.arch, tick.layer, weights, hidden, inputs.positions, self.rotary.tables, inputs.adapters
-        query, key, value = layers.pre_attention(*given, self.ranks)
-        output = query.new_empty(*query.shape[:-1], self.arch.value_dim)
-        return PendingTick(tick, inputs, hidden, output, watch=watch), (query, key, value)
 
     def finish(self, pending: PendingTick, count: int) -> bool:
         """Output projection and MLP; returns whether this is all, or the CPU's experts have only been started."""

@@ -270,7 +270,8 @@ def spread_tensors(tensors: Sequence[PlacedTensor], split: Split, arch: Arch) ->
     for each in tensors:
         parts[ends.get(group_of(each.spec, arch), 2)].append(each)
     sizes = [by_piece((tensor.spec, tensor.num_bytes) for tensor in part) for part in parts]
-    dealt_to = dealt(*(list(each.values()) for each in sizes), split)
+    head, embedding, layers = (list(each.values()) for each in sizes)
+    dealt_to = dealt(head, embedding, layers, split)
     tiers = dict(zip((piece for each in sizes for piece in each), (TIERS[tier] for tier in dealt_to), strict=True))
     return [tiers[piece_of(tensor.spec)] for tensor in tensors]
 

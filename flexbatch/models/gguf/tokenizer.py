@@ -74,9 +74,10 @@ def _checked_count(path: Path, metadata: Mapping[str, Any]) -> int:
     for key, wanted in (("tokens", Length), ("model", str)):
         if not isinstance(metadata.get(f"tokenizer.ggml.{key}"), wanted):
             raise CheckpointError(f"{path} has no tokenizer: tokenizer.ggml.{key} is missing or of another type")
-    wanted = {"gpt2": ("merges",), "llama": ("merges", "scores")}.get(metadata["tokenizer.ggml.model"], ())
-    if wanted and not any(metadata.get(f"tokenizer.ggml.{key}") for key in wanted):
-        raise CheckpointError(f"{path} has no whole tokenizer: tokenizer.ggml.{' or '.join(wanted)} is missing")
+    parts: dict[str, tuple[str, ...]] = {"gpt2": ("merges",), "llama": ("merges", "scores")}
+    needed = parts.get(metadata["tokenizer.ggml.model"], ())
+    if needed and not any(metadata.get(f"tokenizer.ggml.{key}") for key in needed):
+        raise CheckpointError(f"{path} has no whole tokenizer: tokenizer.ggml.{' or '.join(needed)} is missing")
     count: int = metadata["tokenizer.ggml.tokens"].elements
     for name in ("bos", "eos", "unknown", "padding"):
         value = metadata.get(f"tokenizer.ggml.{name}_token_id")
