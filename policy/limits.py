@@ -109,7 +109,7 @@ def cpu_expert_tokens(count: int, top_k: int) -> int:
 
 HIT_SHARE = 0.7
 """Of a layer's experts that a pass is likely to need, up to which only these cross the link. Nothing hides their copy,
-as it waits for the router, and a kernel makes it, at nine tenths of the rate of the copy engine."""
+as it waits for the router, and a kernel makes it, which is slower than the copy engine."""
 
 
 def hit_expert_tokens(count: int, top_k: int) -> int:
