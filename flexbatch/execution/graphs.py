@@ -6,7 +6,9 @@ machine, where reading the weights takes 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import gc
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -45,6 +47,19 @@ Record = Callable[[Callable[[], Tensor]], tuple[Recorded, Tensor]]
 writes anew."""
 
 
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Without collections of garbage: one that frees what an engine before had of the driver's, while kernels are
+    recorded, is an error in a destructor, which ends the process."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class CudaRecorder:
     """Records into one memory pool: intermediate results of one graph take the place of another's. The allocator
     gives up a pool with the last graph in it, so the next graph gets a new one. Work is done once before it is
@@ -59,7 +74,7 @@ class CudaRecorder:
         work()
         torch.cuda.current_stream().synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with no_collection(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             hidden = work()
         self.num_graphs += 1
         return PooledGraph(graph, self), hidden
