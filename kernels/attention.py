@@ -48,8 +48,8 @@ GROUPED = AttentionLaunch(1, 32, 1, 3)
 GROUPED_DEPTH = 8
 """Programs of it for each multiprocessor."""
 MAX_SHARED = 0
-"""Query heads that share one of the cache, at most: none, until a GPU has run the tests of that kernel, which takes up to
-16."""
+"""Query heads that share one of the cache, at most: none, until a GPU has run the tests of that kernel, which takes up
+to 16."""
 
 
 def choose_launch(dtype: torch.dtype, head_dim: int, bits: int, max_rows: int) -> AttentionLaunch:

@@ -13,7 +13,7 @@ from flexbatch.policy.policy import Policy, Split
 
 WHOLE_BLOCK = 1024
 """Sequences of a block that is chosen without a search, at most: GEMMs are efficient from there on."""
-RESIDENT_BUDGETS = (4096, 2048)
+RESIDENT_BUDGETS = (4096, 2048, 1024)
 """Prompt tokens of a micro-batch in a pass that are tried where more do not fit beside a job that is on the GPU."""
 SMALLEST_PREFILL_BUDGET = 32
 """Prompt tokens of a micro-batch in a pass where memory is so short that no more fit."""

@@ -31,15 +31,22 @@ from tests.apps_batch.power import record_syncs, signal_at, without_locks
 
 def open_counted(count_file: str, taught: int, config: EngineConfig, seen: Any) -> Any:
     """The real engine of this process, be it an actor, with its tokens counted."""
+    from flexbatch.execution.decoding import Decoding
     from flexbatch.execution.sequence import Sequence
 
-    descriptor, extend = os.open(count_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), Sequence.extend
+    descriptor = os.open(count_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    extend, append = Sequence.extend, Decoding.append
 
     def counted(self: Sequence, token_ids: Any) -> int:
         os.write(descriptor, b"." * len(token_ids))
         return extend(self, token_ids)
 
-    Sequence.extend = counted  # type: ignore[method-assign]
+    def counted_arrays(self: Decoding, *arguments: Any, **more: Any) -> tuple[set[int], list[tuple[int, int]]]:
+        taken, left = append(self, *arguments, **more)
+        os.write(descriptor, b"." * len(taken))
+        return taken, left
+
+    Sequence.extend, Decoding.append = counted, counted_arrays  # type: ignore[method-assign]
     llm = open_llm(config, seen)
     if taught:
         from tests.engine.test_stepping_aside import teach

@@ -108,7 +108,7 @@ def test_a_job_is_killed_while_sequences_step_aside(tmp_path: Path) -> None:
     none does."""
     flags = ("--max-tokens", 12, "--part-rows", 8, "--window-rows", 16)
     kill_and_resume(tmp_path, 40, 2, *flags, put_aside=str(tmp_path / "aside"))
-    assert (tmp_path / "aside").stat().st_size > 20
+    assert (tmp_path / "aside").stat().st_size > 6, "before every second pass, of which a kill leaves out some"
 
 
 KILLED_WHERE: dict[str, tuple[object, ...]] = {
