@@ -9,7 +9,6 @@ import traceback
 
 def main() -> int:
     if sys.argv[2] == "3":
-        print("waiting", file=sys.stderr, flush=True)
         wait_for_nothing()
     try:
         return 1 // 0
@@ -19,4 +18,5 @@ def main() -> int:
 
 
 def wait_for_nothing() -> None:
+    print("waiting", file=sys.stderr, flush=True)
     time.sleep(60)
