@@ -26,11 +26,12 @@ def _numbers(pair, dtype: tl.constexpr, BITS: tl.constexpr):
     """[..., 2] of the codes in the lower and the upper half of integers: in float16 as code / 2^24, which is subnormal
     and exact, in bfloat16 as 128 + code at 4 bits, else as they are."""
     if dtype == tl.float32 or (dtype == tl.bfloat16 and BITS == 8):
-        return tl.join(_number(pair & 0xFFFF, dtype), _number(pair >> 16, dtype))
+        numbers = tl.join(_number(pair & 0xFFFF, dtype), _number(pair >> 16, dtype))
     else:
         if dtype == tl.bfloat16:
             pair = pair | 0x43004300
-        return tl.join(pair.to(tl.int16), (pair >> 16).to(tl.int16)).to(dtype, bitcast=True)
+        numbers = tl.join(pair.to(tl.int16), (pair >> 16).to(tl.int16)).to(dtype, bitcast=True)
+    return numbers
 
 
 @triton.jit
@@ -77,10 +78,12 @@ def elements_of_columns(SIZE: tl.constexpr, BITS: tl.constexpr):
 def scale_and_minimum(pair, dtype: tl.constexpr):
     """Of pairs of two 16-bit floats."""
     if dtype == tl.bfloat16:
-        return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+        scale = (pair << 16).to(tl.float32, bitcast=True)
+        minimum = (pair & -65536).to(tl.float32, bitcast=True)
     else:
         scale = pair.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-        return scale, (pair >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        minimum = (pair >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return scale, minimum
 
 
 @triton.jit
