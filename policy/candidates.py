@@ -56,21 +56,27 @@ class Sizes:
         return StageTimes.of(self.model, self.counts)
 
     @cached_property
+    def least_launched(self) -> np.ndarray:
+        """Seconds of launching the ticks of each pass, at any placement."""
+        return np.minimum(self.model.launched(ON_GPU), self.model.launch_seconds) - self.model.host_seconds
+
+    @cached_property
     def least_seconds(self) -> float:
         """The GPU's work depends on the placement only through CPU attention: with all of it, no placement takes
         less."""
-        launched = np.minimum(self.model.launched(ON_GPU), self.model.launch_seconds) - self.model.host_seconds
-        seconds = together(launched, least_compute(self.model), self.model.least_in_view)
+        seconds = together(self.least_launched, least_compute(self.model), self.model.least_in_view)
         return float(np.sum(self.counts * (self.model.host_seconds + seconds)))
+
+    @cached_property
+    def least_of_host(self) -> tuple[float, float]:
+        """Seconds of all passes that the host composes them and commits, and launches, at any placement."""
+        host = float(np.sum(self.counts * self.model.host_seconds))
+        return host, float(np.sum(self.counts * self.least_launched))
 
     def least_beside(self, busy: float) -> float:
         """Seconds of all passes where resources are busy for no less than ``busy`` in all of them."""
-        host = self.model.host_seconds
-        launched = float(
-            np.sum(self.counts * (np.minimum(self.model.launched(ON_GPU), self.model.launch_seconds) - host))
-        )
-        beside = together(np.asarray(launched), np.asarray(busy), self.model.least_in_view)
-        return float(np.sum(self.counts * host)) + float(beside)
+        host, launched = self.least_of_host
+        return host + float(together(np.asarray(launched), np.asarray(busy), self.model.least_in_view))
 
 
 @dataclass
