@@ -26,8 +26,6 @@ from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch
 from flexbatch.models.dummy import dummy
 from flexbatch.models.families import read_arch
-from flexbatch.models.quantized.scheme import QuantizedPiece
-from flexbatch.models.specs import Piece, weight_specs
 from flexbatch.policy.limits import weight_group
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.request import Request, SamplingParams
@@ -40,8 +38,6 @@ WARM_UP, PASSES = 3, 6
 SHORT_ANSWER, WAVES = 2, 8
 """Tokens of the answers, and blocks, of a job that is all coming and going."""
 ON_GPU, ON_CPU = Split(1, 0), Split(0, 1)
-SMALL_TENSOR = 1 << 16
-"""Numbers."""
 
 
 def small_arch(num_layers: int, head_dim: int, num_heads: int = 1) -> Arch:
@@ -76,18 +72,6 @@ def with_cpu_attention(sequences: int, num_gpu_batches: int = 1) -> Policy:
     return Policy(ON_GPU, ON_CPU, ON_GPU, sequences, num_gpu_batches, cpu_attention=1.0, prefill_chunk=PROMPT_TOKENS)
 
 
-def random_pieces(arch: Arch, dtype: torch.dtype) -> Iterator[Piece | QuantizedPiece]:
-    """Random weights. Of models of a few thousand numbers most of the time went to drawing the millions that those of
-    `dummy` are views of: 0.1 s for each of some forty models."""
-    specs = weight_specs(arch)
-    if max(spec.numel for spec in specs) > SMALL_TENSOR:
-        yield from dummy(arch, 0, dtype)
-        return
-    drawn = torch.randn(SMALL_TENSOR, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
-    for spec in specs:
-        yield Piece(spec.layer, spec.role, None, drawn[: spec.numel].view(spec.shape))
-
-
 @contextlib.contextmanager
 def small_runner(
     arch: Arch, policy: Policy, job: Job, device: torch.device, dtype: torch.dtype, tracer: Tracer
@@ -108,7 +92,7 @@ def small_runner(
         plan = plan_weights(arch, policy.weights, policy.weight_bits, group, dtype.itemsize)
         weights = WeightStore(plan, tiers, queues, dtype)
         stack.callback(weights.close)
-        Loader(weights, None, cache_quantized=False).load(lambda skip: random_pieces(arch, dtype))
+        Loader(weights, None, cache_quantized=False).load(lambda skip: dummy(arch, 0, dtype))
         layout = cache_layout(arch, 16, dtype)
         runner = open_runner(arch, weights, layout, policy, block_sizes(policy, layout, job), tiers, queues)
         stack.callback(runner.close)

@@ -28,12 +28,15 @@ def dummy(
     Matrices are normal with standard deviation 0.02, those that write into the residual stream 0.02 / sqrt(2 x
     layers) (GPT-2's initialization); norms are normal around one with 0.1, biases around zero with 0.02. The numbers
     are not independent over a whole model: drawing 30 billion of them takes many minutes, so pieces are views of one
-    pool of 4 million normal numbers, each from a random offset of its own. Copy them, never write to them.
+    pool of 4 million normal numbers, or twice as many as the largest tensor has, each from a random offset of its own.
+    Copy them, never write to them.
     """
-    normal = torch.randn(POOL_SIZE, generator=torch.Generator().manual_seed(seed))
+    specs = weight_specs(arch)
+    size = min(POOL_SIZE, 2 * max(spec.numel for spec in specs))
+    normal = torch.randn(size, generator=torch.Generator().manual_seed(seed))
     pools: dict[tuple[float, float], Tensor] = {}
-    codes = torch.randint(256, (POOL_SIZE,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    for spec in weight_specs(arch):
+    codes = torch.randint(256, (size,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    for spec in specs:
         scale, center = _distribution(spec, arch)
         form = (formats or {}).get(spec.role)
         if form is not None and form.floats:
@@ -48,10 +51,10 @@ def _cut(pool: Tensor, spec: WeightSpec, seed: int) -> Iterator[Piece]:
     offsets = random.Random(f"{seed} {spec.layer} {spec.role}")
     row_size = spec.numel // spec.shape[0]
     # Half a pool at a time leaves many offsets to choose from.
-    step = max(1, POOL_SIZE // 2 // row_size)
+    step = max(1, len(pool) // 2 // row_size)
     for first in range(0, spec.shape[0], step):
         count = min(step, spec.shape[0] - first)
-        offset = offsets.randint(0, POOL_SIZE - count * row_size)
+        offset = offsets.randint(0, len(pool) - count * row_size)
         values = pool[offset : offset + count * row_size].view(count, *spec.shape[1:])
         yield Piece(spec.layer, spec.role, None if count == spec.shape[0] else slice(first, first + count), values)
 
