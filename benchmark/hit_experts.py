@@ -1,0 +1,149 @@
+"""What it is worth to bring only the experts that are hit, by the number of sequences that decode: passes of a few
+layers of a public model whose weights, random ones, are in host memory.
+
+    python -m benchmark.hit_experts --output hit_experts.json
+
+Both ways run by turns in one engine on the same prompts, and their tokens are compared. Milliseconds are medians of
+passes that decode, distinct experts are means of all. "copies" is the kernel alone, on a GPU: how fast it brings so
+many experts of a layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from benchmark.machine import publish
+from benchmark.observed import ObservedLLM, Unchanging
+from flexbatch import SamplingParams
+from flexbatch.config import EngineConfig
+from flexbatch.execution.job import Job
+from flexbatch.kernels import ops
+from flexbatch.policy.shapes import SHAPES
+from flexbatch.policy.stdout import run_process
+
+EVERY_PASS = 1 << 30
+"""Tokens up to which a pass brings experts by hit: however many, and 0: none."""
+COPIES = 5
+"""Of each number of experts."""
+
+
+def opened(args: argparse.Namespace) -> ObservedLLM:
+    """The engine with all weights in host memory and the cache on the GPU."""
+    name = f"{args.model}-cut"
+    SHAPES[name] = {**SHAPES[args.model], "num_hidden_layers": args.layers}
+    config = EngineConfig(
+        model=name,
+        dummy_weights=True,
+        weight_bits=args.weight_bits,
+        hardware=args.hardware,
+        percent=(0, 100, 100, 0, 100, 0),
+        gpu_batch_size=max(args.sequences),
+        num_gpu_batches=1,
+        gpu_memory=args.gpu_memory,
+        cpu_memory=args.cpu_memory,
+    )
+    rows = args.prompt_tokens + args.new_tokens - 1
+    job = Job((rows,) * max(args.sequences), (args.prompt_tokens,) * max(args.sequences))
+    return cast("ObservedLLM", ObservedLLM.from_planner(Unchanging(config, job)))
+
+
+def counts(llm: ObservedLLM) -> tuple[int, int]:
+    """Distinct experts of all layers and passes so far, and the passes."""
+    routing = llm._capacity.routing
+    return (0, 0) if routing is None else (int(routing.reached.sum()), routing.passes)
+
+
+def compared(llm: ObservedLLM, prompts: list[dict[str, Any]], new_tokens: int) -> dict[str, Any]:
+    """Passes that decode these prompts, by both ways."""
+    params, found = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True), {}
+    hits = llm.weights.hit_experts
+    assert hits is not None, "a model without experts in host memory"
+    for way, most in (("whole", 0), ("by_hit", EVERY_PASS)):
+        hits.max_tokens = most
+        reached, passes = counts(llm)
+        completions = llm.generate(prompts, params)
+        log = llm.pass_log
+        assert log is not None
+        seconds = [each["seconds"] for each in log.log if not each["load"][2]]
+        distinct = (counts(llm)[0] - reached) / (counts(llm)[1] - passes) / llm.arch.num_layers
+        found[way] = statistics.median(seconds), [each.token_ids for each in completions], distinct
+    return {
+        "sequences": len(prompts),
+        "whole_ms": round(1e3 * found["whole"][0], 3),
+        "by_hit_ms": round(1e3 * found["by_hit"][0], 3),
+        "distinct_experts": round(found["by_hit"][2], 1),
+        "same_tokens": found["whole"][1] == found["by_hit"][1],
+    }
+
+
+def copies(llm: ObservedLLM) -> list[dict[str, Any]]:
+    """The kernel on a layer, for several numbers of experts."""
+    hits, layer, rows = llm.weights.hit_experts, llm.arch.num_layers - 1, []
+    assert hits is not None
+    if llm.queues.device.type != "cuda":
+        return rows
+    parts = torch.tensor(hits.parts[layer], dtype=torch.int64).to(llm.queues.device)
+    source, target = llm.weights.cpu_slabs[layer], llm.weights.slabs[0]
+    for wanted in (1, hits.count // 16, hits.count // 4, hits.count):
+        mask = torch.zeros(hits.count, dtype=torch.bool)
+        mask[random.Random(wanted).sample(range(hits.count), max(1, wanted))] = True
+        on_device = mask.to(llm.queues.device)
+        num_bytes = int(((parts[:, 2] - parts[:, 1]) * on_device[parts[:, 0]]).sum())
+        ops.copy_parts(source, target, parts, on_device, hits.word)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(COPIES):
+            ops.copy_parts(source, target, parts, on_device, hits.word)
+        last.record()
+        last.synchronize()
+        milliseconds = first.elapsed_time(last) / COPIES
+        rate = round(num_bytes / milliseconds / 1e6, 1)
+        rows.append({"experts": int(mask.sum()), "bytes": num_bytes, "ms": round(milliseconds, 3), "gb_per_s": rate})
+    return rows
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    chance, vocabulary = random.Random(args.model), range(10, SHAPES[args.model]["vocab_size"])
+    prompts = [
+        {"prompt_token_ids": chance.choices(vocabulary, k=args.prompt_tokens)} for _ in range(max(args.sequences))
+    ]
+    with opened(args) as llm:
+        compared(llm, prompts, 3)  # compiles
+        rows = [compared(llm, prompts[:count], args.new_tokens) for count in args.sequences]
+        hits = llm.weights.hit_experts
+        assert hits is not None
+        return {
+            "model": args.model,
+            "layers": args.layers,
+            "weight_bits": args.weight_bits,
+            "layer_bytes": llm.weights.plan.layer_bytes(0, "cpu"),
+            "decode": rows,
+            "copies": copies(llm),
+        }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="qwen3-30b-a3b", choices=sorted(SHAPES))
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--weight-bits", type=int, default=16, choices=(16, 8, 4))
+    parser.add_argument("--hardware", default="auto", help="the profile that plans are made by")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 4, 9, 18, 32, 64])
+    parser.add_argument("--prompt-tokens", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=12)
+    parser.add_argument("--gpu-memory", default="12GiB")
+    parser.add_argument("--cpu-memory", default="16GiB")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    return publish(lambda: measure(args), args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(run_process(main))
