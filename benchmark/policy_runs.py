@@ -8,7 +8,10 @@
 
 Settings whose names are in the file already are left out, so that a run that was cut goes on where it stopped. A
 child process runs them; after an error of the GPU, which no later setting would survive, another child goes on with
-the rest.
+the rest. On a borrowed machine plans are made first, in all cores at once, and the shortest jobs run first:
+
+    python -m benchmark.policy_runs drawn.jsonl --hardware machine.json --seed 1 --plan plans.json --processes 16
+    python -m benchmark.policy_runs drawn.jsonl --hardware machine.json --seed 1 --plans plans.json
 """
 
 from __future__ import annotations
@@ -16,13 +19,16 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +38,8 @@ from benchmark.observed import chosen_here, measure, open_engine
 from benchmark.policy_neighbors import run_neighborhood
 from benchmark.policy_settings import EXPERTS, NEIGHBORHOODS, SETTINGS, Setting
 
+NOT_SETTINGS = ("predicted_tokens_per_second", "predicted_seconds")
+"""Of what --plan writes: what was predicted, and not a setting of `LLM`."""
 GRACE_SECONDS = 30.0
 """After a setting's limit: then its process is taken to hang, and is ended."""
 
@@ -96,10 +104,9 @@ def run_here(names: list[str], arguments: argparse.Namespace) -> int:
     """In this process. Returns 1 after an error that the next setting may not survive."""
     import torch
 
-    plans = json.loads(arguments.plans.read_text()) if arguments.plans else {}
     plans = {
-        name: {key: value for key, value in plan.items() if not key.startswith("predicted")}
-        for name, plan in plans.items()
+        name: {key: value for key, value in plan.items() if key not in NOT_SETTINGS}
+        for name, plan in plans_of(arguments).items()
     }
     table, run = table_of(arguments), run_neighborhood if arguments.neighbors else run_setting
     for name in names:
@@ -158,14 +165,32 @@ def drive(names: list[str], arguments: argparse.Namespace) -> None:
             append(arguments.runs, {"name": pending[0], "error": f"its process ended with code {child.returncode}"})
 
 
-def write_plans(path: Path, settings: dict[str, Setting], hardware: str) -> int:
-    plans = json.loads(path.read_text()) if path.is_file() else {}
-    for name, setting in settings.items():
-        plans[name] = chosen_here(setting, hardware)
-        path.write_text(json.dumps(plans, indent=1) + "\n")
-        rate, seconds = (plans[name][f"predicted_{key}"] for key in ("tokens_per_second", "seconds"))
-        print(f"{name}: {rate:.1f} tok/s, {seconds:.1f} s predicted", file=sys.stderr, flush=True)
-    return 0
+def plans_of(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What --plan has written, by name."""
+    return json.loads(arguments.plans.read_text()) if arguments.plans else {}
+
+
+def shortest_first(names: list[str], plans: dict[str, dict[str, Any]]) -> list[str]:
+    """A run that is cut has then measured the most settings. Settings without a plan come last, in their order."""
+    return sorted(names, key=lambda name: plans.get(name, {}).get("predicted_seconds", math.inf))
+
+
+def write_plans(path: Path, settings: dict[str, Setting], hardware: str, processes: int) -> int:
+    """Plans of the settings, and of those that have none why. Returns how many have none."""
+    plans, refused = json.loads(path.read_text()) if path.is_file() else {}, 0
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        names = {pool.submit(chosen_here, setting, hardware): name for name, setting in settings.items()}
+        for future in as_completed(names):
+            try:
+                plans[name := names[future]] = plan = future.result()
+            except Exception as error:  # the others are planned all the same; this one is refused again in its run
+                refused += 1
+                print(f"{names[future]}: {type(error).__name__}: {error}"[:300], file=sys.stderr, flush=True)
+                continue
+            path.write_text(json.dumps(plans, indent=1) + "\n")
+            rate, seconds = (plan[f"predicted_{key}"] for key in ("tokens_per_second", "seconds"))
+            print(f"{name}: {rate:.1f} tok/s, {seconds:.1f} s predicted", file=sys.stderr, flush=True)
+    return refused
 
 
 def main() -> int:
@@ -201,6 +226,7 @@ def main() -> int:
         metavar="JSON",
         help="run what --plan has written; settings that it lacks are chosen for now",
     )
+    parser.add_argument("--processes", type=int, default=1, help="that --plan makes plans in (default: 1)")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     table = table_of(arguments)
@@ -208,12 +234,13 @@ def main() -> int:
     if unknown := set(names) - set(table):
         parser.error(f"unknown settings {sorted(unknown)}; known: {', '.join(table)}")
     if arguments.plan:
-        return write_plans(arguments.plan, {name: table[name] for name in names}, arguments.hardware)
+        settings = {name: table[name] for name in names}
+        return 1 if write_plans(arguments.plan, settings, arguments.hardware, arguments.processes) else 0
     if arguments.child:
         return run_here(names, arguments)
     arguments.runs.parent.mkdir(parents=True, exist_ok=True)
     arguments.runs.with_suffix(".machine.json").write_text(json.dumps(machine()) + "\n")
-    drive(names, arguments)
+    drive(shortest_first(names, plans_of(arguments)), arguments)
     return 0
 
 

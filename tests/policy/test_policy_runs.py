@@ -108,6 +108,26 @@ def test_a_cut_run_goes_on_with_what_is_missing(monkeypatch, tmp_path):
     assert sorted(policy_runs.recorded(tmp_path / "runs.jsonl")) == sorted(SETTINGS)
 
 
+def test_planned_settings_run_the_shortest_first(monkeypatch, tmp_path):
+    """Plans are made in other processes. A setting that is refused there is run all the same, after the others."""
+    table = {
+        "refused": Setting("opt-1.3b", (0.1, 0.1), 5, (8, 8), (2, 2)),
+        "long": Setting("opt-1.3b", (8, 8), 701, (64, 128), (32, 32)),
+        "short": Setting("opt-1.3b", (8, 8), 7, (64, 128), (4, 4)),
+    }
+    monkeypatch.setattr(policy_runs, "SETTINGS", table)
+    monkeypatch.setattr(policy_runs, "machine", dict)
+    ran = []
+    monkeypatch.setattr(policy_runs, "drive", lambda names, arguments: ran.extend(names))
+    plans = tmp_path / "plans.json"
+    command = ["policy_runs", str(tmp_path / "runs.jsonl"), "--hardware", "h100"]
+    monkeypatch.setattr("sys.argv", [*command, "--plan", str(plans), "--processes", "2"])
+    assert policy_runs.main() == 1
+    assert sorted(json.loads(plans.read_text())) == ["long", "short"] and not ran
+    monkeypatch.setattr("sys.argv", [*command, "--plans", str(plans)])
+    assert policy_runs.main() == 0 and ran == ["short", "long", "refused"]
+
+
 def test_a_process_that_hangs_is_ended(monkeypatch, tmp_path):
     killed = []
 
