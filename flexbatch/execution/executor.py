@@ -13,6 +13,7 @@ from flexbatch.execution.ends import Ends
 from flexbatch.execution.graphs import CudaRecorder, DecodeGraphs
 from flexbatch.execution.input_builder import InputBuilder
 from flexbatch.execution.inputs import MicroBatchInputs
+from flexbatch.execution.layers_ahead import LayersAhead
 from flexbatch.execution.pass_batch import Lead, LogitsChunk, NewestTokens, PassBatch
 from flexbatch.execution.routed_rows import RoutedRows
 from flexbatch.execution.tick_halves import TickHalves
@@ -66,6 +67,7 @@ class Executor:
         self.arch, self.lead = arch, lead
         self.ends = Ends(arch, weights.tensors, activations, links)
         self.ranks, self.stages = self.ends.ranks, self.ends.stages
+        self.layers_ahead = LayersAhead(weights, overlap, self.stages is None)
         self.weights, self.cache, self.activations = weights, cache, activations
         self.queues, self.dtype, self.overlap = queues, dtype, overlap
         self.device, self.tracer = queues.device, queues.tracer
@@ -140,9 +142,8 @@ class Executor:
                 self.fetch_cache(inputs, tick.fetch_inputs, gathers)
                 if deferred is None:
                     self.fetch_ahead(tick)
-                elif tick.fetch_weights is not None and self.weights.has_free_slab:
-                    # A third slab: the link need not wait for the second half of the layer before.
-                    self.weights.fetch(*tick.fetch_weights)
+                else:
+                    self.layers_ahead.before_deferred(tick)
                 if not self.overlap:
                     self.synchronize()
                 if tick.layer == self.arch.num_layers:
@@ -154,11 +155,8 @@ class Executor:
                     if deferred:
                         self.finish(deferred, computing, count)
                         self.fetch_ahead(tick)
-                    if pending.cpu_output is not None and tick.fetch_weights is not None:
-                        # The host is about to wait for the CPU's share: what the link needs until then has to be queued
-                        # now. With one slice a tick both links idled by turns (OPT-30B, 92 sequences on the CPU: 1.26 s
-                        # a pass where the link needs 1.0).
-                        self.weights.fetch_rest(tick.fetch_weights[0], count)
+                    if pending.cpu_output is not None:
+                        self.layers_ahead.before_waiting(tick, count, self.pages_of(tick.fetch_inputs, gathers))
                     # With CPU attention the second half waits until the next tick has given the CPU more work.
                     deferred = pending if pending.cpu_output is not None and self.overlap else None
                     if deferred is None:
@@ -171,9 +169,7 @@ class Executor:
         if self.routing is not None:
             self.routing.end_pass()
         yield from self.returned(inputs)
-        # Only the head's slab was missing for the second layer of the next pass.
-        if self.stages is None and self.overlap and num_layers > 2:
-            self.weights.fetch_rest(1, count)
+        self.layers_ahead.at_end(count)
 
     def returned(self, inputs: list[MicroBatchInputs]) -> Iterator[LogitsChunk]:
         """The head over what comes back from the last stage of a pipeline to the first."""
@@ -239,6 +235,10 @@ class Executor:
             gathers[cell] = self.cache.gather(
                 staged.gather, cell[0], self.staging_buffer(cell[0], cell[1], len(inputs))
             )
+
+    def pages_of(self, cell: tuple[int, int] | None, gathers: dict[tuple[int, int], Handle]) -> Handle:
+        """When the link has brought a cell its pages. Of pages on the disk only the host can wait."""
+        return READY if cell is None or self.cache.sizes.disk_pages else gathers.get(cell, READY)
 
     @staticmethod
     def staging_buffer(layer: int, micro_batch: int, count: int) -> int:

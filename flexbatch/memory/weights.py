@@ -74,10 +74,10 @@ class WeightStore:
         """Whether everything that a pass reads is on the compute device."""
         return not self.slabs and all(tensor.tier == "gpu" for tensor in self.plan.gathered)
 
-    @property
-    def has_free_slab(self) -> bool:
-        """Whether the next layer can be fetched before another is released."""
-        return len(self.leases) < len(self.slabs)
+    def can_fetch(self, layer: int) -> bool:
+        """Whether the layer can be fetched before another one is released."""
+        has_place = layer in self.leases or not self.plan.streamed_bytes(layer)
+        return has_place or len(self.leases) < len(self.slabs)
 
     def leave_to_cpu(self, share: float) -> None:
         """From the next fetch on: the CPU computes this share of the experts in host memory."""
@@ -90,9 +90,9 @@ class WeightStore:
 
     # Fetching
 
-    def fetch(self, layer: int, index: int, count: int) -> None:
-        """Put the ``index``-th of ``count`` slices of a layer's streamed weights on the link; slice 0 leases a slab
-        and starts the disk read."""
+    def fetch(self, layer: int, index: int, count: int, after: Handle = READY) -> None:
+        """Put the ``index``-th of ``count`` slices of a layer's streamed weights on the link, once ``after`` is done;
+        slice 0 leases a slab and starts the disk read."""
         if not self.plan.streamed_bytes(layer):
             return
         lease = self.leases.get(layer)
@@ -102,7 +102,7 @@ class WeightStore:
         if index < lease.slices_fetched:
             return
         lease.slices_fetched = index + 1
-        slab, after, disk_bytes = (
+        slab, free, disk_bytes = (
             self.slabs[lease.slab],
             self.free_after[lease.slab],
             self.plan.layer_bytes(layer, "disk"),
@@ -110,7 +110,7 @@ class WeightStore:
         if index == 0 and disk_bytes:
             if self.read_ahead is None:
                 job = partial(self.read_disk, layer, slab[:disk_bytes])
-                lease.handles.append(self.queues.disk_read.submit(job, after, f"weights {layer}", disk_bytes))
+                lease.handles.append(self.queues.disk_read.submit(job, free, f"weights {layer}", disk_bytes))
             else:
                 self.read_ahead.expect(layer)
                 lease.waits_for_disk = True
@@ -118,10 +118,10 @@ class WeightStore:
             self.forward(layer, lease)
         start, end = slices(sum(last - first for first, last in lease.ranges), index, count)
         if end > start:
-            self.send(layer, lease, cut(lease.ranges, start, end), f"weights {layer}.{index}")
+            self.send(layer, lease, cut(lease.ranges, start, end), f"weights {layer}.{index}", after)
 
-    def send(self, layer: int, lease: SlabLease, ranges: Ranges, name: str) -> None:
-        """Put stretches of what a layer has in host memory on the link."""
+    def send(self, layer: int, lease: SlabLease, ranges: Ranges, name: str, after: Handle = READY) -> None:
+        """Put stretches of what a layer has in host memory on the link, once ``after`` is done."""
         slab, source = self.slabs[lease.slab], self.cpu_slabs[layer]
         disk_bytes = self.plan.layer_bytes(layer, "disk")
 
@@ -130,7 +130,8 @@ class WeightStore:
                 slab[disk_bytes + start : disk_bytes + end].copy_(source[start:end], non_blocking=True)
 
         num_bytes = sum(end - start for start, end in ranges)
-        lease.handles.append(self.queues.h2d.submit(copy, self.free_after[lease.slab], name, num_bytes))
+        after = together(self.free_after[lease.slab], after)
+        lease.handles.append(self.queues.h2d.submit(copy, after, name, num_bytes))
 
     def fetch_experts(self) -> None:
         """Fetch also the experts that were left out of the layers on their way."""
