@@ -1,0 +1,100 @@
+"""When the link stands still in a few passes of a run, and what it waits for: from the spans that the engine's tracer
+times there.
+
+A gap between two transfers is charged to the one that ends it: "weights" waited for a working slab or for the host to
+ask for them, "cache" pages for a staging buffer or likewise, "pass" is the time from the last tick of a pass to the
+first transfer of the next one. Beside each the milliseconds of it in which the processor attended, and in which the GPU
+computed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flexbatch.planner.monitor import UsageTracer
+from flexbatch.trace import Span, chrome_events, covered
+
+COMPUTES = re.compile(r"(attention|mlp|experts) (\d+)\.(\d+)")
+
+
+class Timeline:
+    """Keeps the spans of ``count`` passes of a tracer that else only sums them, from its ``first`` one on."""
+
+    def __init__(self, tracer: UsageTracer, first: int, count: int) -> None:
+        self.tracer, self.passes = tracer, range(first, first + count)
+        self.spans: list[Span] = []
+        self.index, self.since = -1, float("inf")
+        self.begin, self.add = tracer.begin_pass, tracer.add
+        tracer.begin_pass = self.begin_pass  # type: ignore[method-assign]
+        tracer.add = self.added  # type: ignore[method-assign]
+
+    def begin_pass(self) -> None:
+        self.begin()
+        self.index += 1
+        if self.index == self.passes.start:
+            self.since = self.tracer.clock()
+        if self.index in self.passes and not self.tracer.on:
+            self.tracer.fold()
+            self.tracer.on, self.tracer.weight = True, 1
+
+    def added(self, resource: str, name: str, start: float, end: float, num_bytes: int = 0) -> None:
+        if start >= self.since and self.index <= self.passes.stop:
+            self.spans.append(Span(resource, name, start, end, num_bytes))
+        self.add(resource, name, start, end, num_bytes)
+
+    def write(self, path: Path) -> None:
+        """For Chrome's tracing page or Perfetto."""
+        spans = sorted(self.spans, key=lambda span: (span.start, -span.end))
+        path.write_text(json.dumps({"traceEvents": chrome_events(spans), "displayTimeUnit": "ms"}), encoding="utf-8")
+
+
+def within(spans: list[Span], start: float, end: float) -> float:
+    """Seconds between start and end in which one of the spans, sorted by start, ran."""
+    cut = [Span("", "", max(span.start, start), min(span.end, end)) for span in spans if span.end > start]
+    return covered(span for span in cut if span.end > span.start)
+
+
+def passes_of(spans: Iterable[Span]) -> list[tuple[float, float]]:
+    """From the first computing of a pass to that of the next one; the last pass is left out."""
+    starts = sorted(span.start for span in spans if span.resource == "compute" and span.name == "attention 0.0")
+    return list(itertools.pairwise(starts))
+
+
+def idle_of(spans: list[Span]) -> dict[str, Any]:
+    """Milliseconds of the mean of these passes but the first, whose transfers the pass before has begun, and what the
+    link stood still for; nothing where there are too few passes."""
+    spans = sorted(spans, key=lambda span: span.start)
+    link, attended, computed = (
+        [span for span in spans if span.resource == resource] for resource in ("h2d", "cpu_attention", "compute")
+    )
+    attending, computing = partial(within, attended), partial(within, computed)
+    passes = passes_of(spans)[1:]
+    if not passes or not link:
+        return {}
+    gaps: dict[str, list[float]] = {}
+    for start, end in passes:
+        last = max(span.end for span in computed if start <= span.start < end and COMPUTES.fullmatch(span.name))
+        until = start
+        for span in [*(each for each in link if each.end > start and each.start < end), Span("", "pass", end, end)]:
+            if span.start > until:
+                name = "pass" if until >= last else span.name.split()[0]
+                row = [f(until, span.start) for f in (lambda a, b: b - a, attending, computing)]
+                gaps[name] = [sum(pair) for pair in zip(gaps.get(name, [0.0] * 3), row, strict=True)]
+            until = max(until, span.end)
+    count, total = len(passes), sum(end - start for start, end in passes)
+    columns = ("idle", "cpu_attention_beside", "compute_beside")
+    return {
+        "passes": count,
+        "pass_ms": round(1e3 * total / count, 1),
+        "link_busy_percent": round(100 * (1 - sum(each[0] for each in gaps.values()) / total), 1),
+        "idle_ms": {
+            name: {column: round(1e3 * value / count, 1) for column, value in zip(columns, values, strict=True)}
+            for name, values in sorted(gaps.items())
+        },
+    }
