@@ -24,27 +24,29 @@ COMPUTES = re.compile(r"(attention|mlp|experts) (\d+)\.(\d+)")
 
 
 class Timeline:
-    """Keeps the spans of ``count`` passes of a tracer that else only sums them, from its ``first`` one on."""
+    """Keeps the spans of some passes of a tracer that else only sums them."""
 
-    def __init__(self, tracer: UsageTracer, first: int, count: int) -> None:
-        self.tracer, self.passes = tracer, range(first, first + count)
+    def __init__(self, tracer: UsageTracer) -> None:
+        self.tracer, self.left, self.since = tracer, 0, float("inf")
         self.spans: list[Span] = []
-        self.index, self.since = -1, float("inf")
         self.begin, self.add = tracer.begin_pass, tracer.add
         tracer.begin_pass = self.begin_pass  # type: ignore[method-assign]
         tracer.add = self.added  # type: ignore[method-assign]
 
+    def start(self, count: int) -> None:
+        """Keep those of the next ``count`` passes, unless some were kept before."""
+        if self.since == float("inf"):
+            self.left, self.since = count, self.tracer.clock()
+
     def begin_pass(self) -> None:
         self.begin()
-        self.index += 1
-        if self.index == self.passes.start:
-            self.since = self.tracer.clock()
-        if self.index in self.passes and not self.tracer.on:
+        if self.left and not self.tracer.on:
             self.tracer.fold()
             self.tracer.on, self.tracer.weight = True, 1
+        self.left = max(-1, self.left - 1)
 
     def added(self, resource: str, name: str, start: float, end: float, num_bytes: int = 0) -> None:
-        if start >= self.since and self.index <= self.passes.stop:
+        if start >= self.since and self.left >= 0:
             self.spans.append(Span(resource, name, start, end, num_bytes))
         self.add(resource, name, start, end, num_bytes)
 
