@@ -127,14 +127,14 @@ def job_of(setting: Setting) -> Job:
 
 
 def open_engine(setting: Setting, hardware: str, fixed: dict[str, Any]) -> ObservedLLM:
-    config = EngineConfig(model=setting.model, hardware=hardware, **{**setting.llm_settings, **fixed})
+    config = EngineConfig(model=setting.shape, hardware=hardware, **{**setting.llm_settings, **fixed})
     return cast("ObservedLLM", ObservedLLM.from_planner(Unchanging(config, job_of(setting))))
 
 
 def chosen_here(setting: Setting, hardware: str) -> dict[str, Any]:
     """The settings that the optimizer chooses, by sizes alone: so that a borrowed machine need not wait for the
     search."""
-    plan = LLM.plan(EngineConfig(model=setting.model, hardware=hardware, **setting.llm_settings), job_of(setting))[
+    plan = LLM.plan(EngineConfig(model=setting.shape, hardware=hardware, **setting.llm_settings), job_of(setting))[
         "plan"
     ]
     return {

@@ -12,6 +12,8 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
+from flexbatch.policy.shapes import SHAPES
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -26,6 +28,17 @@ class Setting:
     """Settings of `LLM` that are not left to the optimizer."""
     limit_seconds: float = 60.0
     """Loading, warming up and running; what takes longer is recorded as an error."""
+    layers: int = 0
+    """Of a model that is cut, which loads in seconds; 0: all of them."""
+
+    @property
+    def shape(self) -> str:
+        """The name that the engine knows the model by."""
+        if not self.layers:
+            return self.model
+        name = f"{self.model}-{self.layers}-layers"
+        SHAPES[name] = {**SHAPES[self.model], "num_hidden_layers": self.layers}
+        return name
 
     @property
     def llm_settings(self) -> dict[str, Any]:
@@ -99,6 +112,25 @@ EXPERTS = {
     ),
 }
 """Mixtures of experts, whole models: streamed and on the GPU, in 16 bits, in 4 and in MXFP4."""
+FEW_LAYERS = {
+    "gpt-oss-120b, 6 layers": Setting("gpt-oss-120b", (6.5, 16), 1201, (64, 192), (24, 24), bits(4, 16), layers=6),
+    "qwen3-30b-a3b, 8 layers": Setting("qwen3-30b-a3b", (5, 16), 701, (64, 192), (24, 24), layers=8),
+    "qwen3-30b-a3b, 8 layers, a handful": Setting("qwen3-30b-a3b", (5, 16), 7, (64, 96), (32, 48), layers=8),
+    "mixtral-8x7b, 5 layers": Setting("mixtral-8x7b", (9, 22), 601, (64, 192), (24, 24), layers=5),
+    "mixtral-8x7b, 5 layers, a pair": Setting("mixtral-8x7b", (9, 22), 2, (64, 96), (32, 48), layers=5),
+    "glm-4.5-air, 6 layers, 4 bit": Setting("glm-4.5-air", (6, 16), 601, (64, 192), (24, 24), bits(4, 16), layers=6),
+    "qwen3-235b-a22b, 4 layers, 4/4 bit": Setting(
+        "qwen3-235b-a22b", (5.5, 12), 601, (64, 192), (24, 24), bits(4, 4), layers=4
+    ),
+    "deepseek-v2-lite, 8 layers": Setting("deepseek-v2-lite", (5, 16), 701, (64, 192), (24, 24), layers=8),
+    "gpt-oss-120b, 6 layers on the GPU": Setting(
+        "gpt-oss-120b", (40, 8), 401, (64, 192), (24, 48), bits(4, 16), layers=6
+    ),
+    "qwen3-30b-a3b, 8 layers, 4/8 bit": Setting(
+        "qwen3-30b-a3b", (3, 8), 701, (64, 192), (24, 24), bits(4, 8), layers=8
+    ),
+}
+"""Mixtures of experts of which a few layers load in seconds, so that ten of them run in three minutes."""
 NEIGHBORHOODS = {
     "opt-1.3b": Setting("opt-1.3b", (3.5, 16), 200, (512, 512), (16, 16), limit_seconds=200),
     "opt-6.7b 16/4 bit": Setting("opt-6.7b", (8, 10), 160, (256, 256), (16, 16), bits(16, 4), limit_seconds=200),

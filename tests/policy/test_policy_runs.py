@@ -11,7 +11,7 @@ import pytest
 
 from benchmark import pass_errors, policy_neighbors, policy_runs
 from benchmark.policy_error import plan_of
-from benchmark.policy_settings import EXPERTS, NEIGHBORHOODS, SETTINGS, Setting
+from benchmark.policy_settings import EXPERTS, FEW_LAYERS, NEIGHBORHOODS, SETTINGS, Setting
 from flexbatch.models.shapes import SHAPES
 from flexbatch.policy.hardware import load_hardware
 from flexbatch.policy.policy import Policy, Split
@@ -207,7 +207,8 @@ def test_settings_cover_what_the_model_distinguishes():
     settings = SETTINGS.values()
     assert len(settings) >= 12 and len(NEIGHBORHOODS) == 3
     assert len(EXPERTS) >= 8 and not set(EXPERTS) & set(SETTINGS)
-    assert all(public_shape(setting.model).experts for setting in EXPERTS.values())
+    assert all(public_shape(setting.model).experts for setting in (EXPERTS | FEW_LAYERS).values())
+    assert len(FEW_LAYERS) >= 8 and not set(FEW_LAYERS) & set(EXPERTS)
     assert (
         {s.fixed.get("weight_bits", 16) for s in settings}
         == {s.fixed.get("cache_bits", 16) for s in settings}
@@ -243,3 +244,11 @@ def test_a_time_limit_leaves_other_errors_and_the_timer_alone():
     with pytest.raises(ValueError, match="other"), policy_runs.time_limit(60):
         raise ValueError("other")
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+@pytest.mark.parametrize("name", FEW_LAYERS)
+def test_models_of_few_layers_are_those_but_for_the_number(name):
+    setting = FEW_LAYERS[name]
+    cut, whole = public_shape(setting.shape), public_shape(setting.model)
+    assert cut.num_layers == setting.layers < whole.num_layers and setting.shape != setting.model
+    assert cut.experts == whole.experts and cut.block_bytes(16) == whole.block_bytes(16)
