@@ -15,6 +15,7 @@ from flexbatch.execution.feed import Feed
 from flexbatch.intake import Item
 from flexbatch.loop import EngineLoop
 from flexbatch.planner.comparison import Turn, turns
+from flexbatch.planner.forecast import Forecast
 from flexbatch.planner.report import Report, Statistics, describe_memory, of_engines
 from flexbatch.request import Completion, Request
 from flexbatch.validation.errors import ConfigurationError
@@ -29,7 +30,8 @@ def completions(
         job = loop.job(requests).of_every(loop.engines)
         with loop.shared(job, exactly=True):
             runner = loop.capacity.prepare(job)
-        loop.begin(runner, (), loop.capacity.speculator if drafted else None, job)
+        forecast = Forecast(loop.planner.engine_plan, job, runner.sizes, requests)
+        loop.begin(runner, (), loop.capacity.speculator if drafted else None, forecast)
         loop.intake.add_requests(requests)
         while loop.intake:
             for request, completion, refused in turn(loop, complete=True):

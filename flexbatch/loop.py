@@ -180,9 +180,9 @@ class EngineLoop:
         return self.lengths.job(requests, self.planner.deployment.model.arch.context)
 
     def begin(
-        self, runner: Runner, left: Iterable[Sequence], proposer: Proposer | None, whole_job: Job | None = None
+        self, runner: Runner, left: Iterable[Sequence], proposer: Proposer | None, forecast: Forecast | None = None
     ) -> None:
-        """left: sequences of the run before, which go on before anybody else. whole_job: what will run, if known."""
+        """left: sequences of the run before, which go on before anybody else. forecast: of the job, if known whole."""
         self.end()
         self.scheduler = Scheduler(
             self.planner.engine_plan.block_policy,
@@ -198,8 +198,8 @@ class EngineLoop:
             self.intake.overtakes,
         )
         self.observers = [self.statistics, self.intake, self.failures, *self.watchers]
-        if whole_job is not None and proposer is None:
-            self.job_record = JobRecord(Forecast(self.planner.engine_plan, whole_job, runner.sizes))
+        if forecast is not None and proposer is None:
+            self.job_record = JobRecord(forecast)
             self.observers.append(self.job_record)
         monitor, config, executor = self.plan_monitor(runner), self.planner.config, runner.executor
         self.passes = passes_of(self.scheduler, executor, self.tracer, config.goes_ahead, self.masks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +14,9 @@ from flexbatch.policy.expected_pages import ExpectedPages
 from flexbatch.policy.layer_window import LayerWindow
 from flexbatch.policy.pass_load import PassLoad, reserved_tokens, steady_load
 from flexbatch.policy.policy import Policy, Split
-from flexbatch.policy.walk import Walk, walk
-from flexbatch.policy.workload import Workload
+from flexbatch.policy.prefix_walk import PrefixWalker
+from flexbatch.policy.walk import Walk, all_passes, walk
+from flexbatch.policy.workload import RequestLengths, Workload
 
 WALKED, FEW_BLOCKS = 1024, 8
 """Sequences that are walked one by one while policies are compared; four times as many of a job of few blocks, whose
@@ -82,6 +84,13 @@ def passes_of(
         walked, counts = long_job(workload, policy)
         return JobPasses(walked.load, counts, tokens, walked.in_flight, walked.tail)
     return JobPasses(walked.load, walked.counts, tokens, walked.in_flight, walked.tail)
+
+
+def passes_with_prefixes(requests: Sequence[RequestLengths], policy: Policy, sizes: CacheSizes) -> JobPasses:
+    """The passes of a whole job whose requests know how their prompts begin, in pools that a block has."""
+    found = all_passes(PrefixWalker(requests, policy, sizes, micro_batch_tokens(policy)))
+    tokens = float(sum(request.output for request in requests))
+    return JobPasses(found.load, found.counts, tokens, found.in_flight, found.tail)
 
 
 def pools(workload: Workload, policy: Policy, likely: bool, window: LayerWindow | None = None) -> CacheSizes:

@@ -122,7 +122,7 @@ class Walker:
             open_batches = {
                 tier: batches
                 for tier in self.allowed
-                if self.has_pages(tier, pages) and (batches := self.open_micro_batches(tier, pages))
+                if self.has_pages(tier, request, pages) and (batches := self.open_micro_batches(tier, pages))
             }
             if not open_batches:
                 return
@@ -143,7 +143,7 @@ class Walker:
             self.take(each, each.pages, pages)
             each.pages = pages
 
-    def has_pages(self, tier: str, pages: int) -> bool:
+    def has_pages(self, tier: str, request: RequestLengths, pages: int) -> bool:
         if self.sizes is None:
             return True
         enough = self.free[tier] >= pages and self.free_windows[tier] >= self.sizes.in_windows(pages)
@@ -160,7 +160,7 @@ class Walker:
         self.num_admitted += 1
         reading = Reading(request, tier, batch, request.prompt, pages, self.num_admitted)
         self.count(reading, 1)
-        (batch.single if request.prompt == 1 else batch.reading).append(reading)
+        (batch.single if reading.uncached == 1 else batch.reading).append(reading)
 
     def count(self, reading: Reading, sign: int) -> None:
         """Take (1) or give back (-1) a slot and its pages."""
@@ -190,6 +190,7 @@ class Walker:
     def step(self) -> None:
         """A pass, or as many as change nothing but the length of contexts."""
         reading_batches = [batch for batch in self.batches if batch.reading or batch.single]
+        complete: list[Reading] = []
         if not reading_batches:
             left = self.ends[0][0] - self.now
             while left:
@@ -201,21 +202,25 @@ class Walker:
             totals = [sum(column) for column in zip(*(numbers for numbers, _ in read), strict=True)]
             self.context += self.decoding
             self.row(1, self.decoding, self.context, *totals)
-            for _, complete in read:
-                for reading in complete:
-                    self.first_token(reading)
+            complete = [reading for _, readings in read for reading in readings]
+        self.commit(complete)
+
+    def commit(self, complete: list[Reading]) -> None:
+        """The end of a pass in which these prompts were read to their ends."""
+        for reading in complete:
+            self.first_token(reading)
         while self.ends and self.ends[0][0] == self.now:
             self.end(heapq.heappop(self.ends)[2])
 
     def read(self, batch: MicroBatch) -> tuple[tuple[float, float, float, int], list[Reading]]:
         """((prompt tokens, tokens of earlier chunks, query-key pairs, complete prompts), whose these are) of a pass."""
-        complete, batch.single = batch.single, []
+        num_single, (complete, batch.single) = len(batch.single), self.ready(batch.single)
         tokens, before, pairs = len(complete), 0, 0.0
         for each in complete:
             before, pairs = before + each.request.prompt - 1, pairs + each.request.prompt
-        budget = admission.prompt_budget(batch.decoding + tokens, self.token_limit, self.budget)
-        reading, chunk = batch.reading, self.policy.prefill_chunk
-        unfinished: list[Reading] = []
+            each.uncached = 0
+        budget = admission.prompt_budget(batch.decoding + num_single, self.token_limit, self.budget)
+        (reading, unfinished), chunk = self.ready(batch.reading), self.policy.prefill_chunk
         met = 0
         for each in reading:
             take = admission.chunk_tokens(each.uncached, chunk, budget)
@@ -226,8 +231,12 @@ class Walker:
             budget, each.uncached = budget - take, each.uncached - take
             met += 1
             (complete if each.uncached == 0 else batch.single if each.uncached == 1 else unfinished).append(each)
-        batch.reading = unfinished + reading[met:] if met else reading
+        batch.reading = unfinished + reading[met:] if met else batch.reading
         return (tokens, before, pairs, len(complete)), complete
+
+    def ready(self, readings: list[Reading]) -> tuple[list[Reading], list[Reading]]:
+        """Those that read in this pass, and those that wait for pages which others fill."""
+        return readings, []
 
     def first_token(self, reading: Reading) -> None:
         """A prompt was read: its sequence decodes from the next pass on, or is done."""
@@ -269,12 +278,17 @@ def walk(
     expected: ExpectedPages | None = None,
 ) -> Walk:
     """Every pass of a job of ``requests``, in their order of arrival, each of which generates all of its ``output``.
+    Prompts that begin alike are read for themselves: see `prefix_walk.PrefixWalker`.
 
     sizes: pages of the pools, without which the block's slots alone limit who gets in. token_limit: query tokens that a
     micro-batch's buffers hold (default: as many as they are made for). expected: what is reserved where admission goes
     by likely answers; nobody steps aside in the walk, and the pools may be short for as long as somebody would.
     """
-    walker = Walker(requests, policy, sizes, token_limit or admission.micro_batch_tokens(policy), expected)
+    return all_passes(Walker(requests, policy, sizes, token_limit or admission.micro_batch_tokens(policy), expected))
+
+
+def all_passes(walker: Walker) -> Walk:
+    """All passes of a walker's requests."""
     walker.admit()
     while walker.num_running:
         walker.step()

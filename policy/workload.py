@@ -20,6 +20,9 @@ class RequestLengths:
     prompt: int
     output: int
     pages: int
+    beginnings: tuple[int, ...] = ()
+    """A number for each full page of the prompt, where these are known: the same for prompts that are alike up to that
+    page's end, and no others."""
 
     @classmethod
     def of(cls, prompt: float, output: float) -> RequestLengths:

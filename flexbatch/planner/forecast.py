@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from flexbatch.execution.block_sizes import BlockSizes
@@ -15,8 +18,27 @@ from flexbatch.planner.choose import without_reserves
 from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.problem import model_shape, workload_of
 from flexbatch.policy.hardware import Hardware
+from flexbatch.policy.limits import PAGE_TOKENS
 from flexbatch.policy.plan import price
-from flexbatch.policy.trajectory import passes_of
+from flexbatch.policy.trajectory import JobPasses, passes_of, passes_with_prefixes
+from flexbatch.policy.workload import Workload
+from flexbatch.request import Request
+
+
+def beginnings_of(requests: Many[Request], read: Many[int]) -> list[tuple[int, ...]]:
+    """A number for each full page of every prompt, of which so many tokens are ``read``: the same one where prompts
+    are alike up to its end and read with the same adapter. Empty where no two are alike for a page."""
+    numbers: dict[tuple[int, tuple[int, ...]], int] = {}
+    found, total = [], 0
+    for request, tokens in zip(requests, read, strict=True):
+        before, own = -1 - request.adapter, list[int]()
+        for start in range(0, tokens // PAGE_TOKENS * PAGE_TOKENS, PAGE_TOKENS):
+            page = tuple(request.prompt_token_ids[start : start + PAGE_TOKENS])
+            before = numbers.setdefault((before, page), len(numbers))
+            own.append(before)
+        found.append(tuple(own))
+        total += len(own)
+    return found if len(numbers) < total else []
 
 
 @dataclass(frozen=True)
@@ -26,14 +48,33 @@ class Forecast:
     engine_plan: EnginePlan
     job: Job
     sizes: BlockSizes
+    requests: Many[Request] = ()
+    """Of the job in their order, where prompts that begin alike are to be looked for."""
+
+    @property
+    def looks_for_beginnings(self) -> bool:
+        """Whether passes are counted with the pages that prompts share: where all that decides about these is known."""
+        known = len(self.requests) == self.job.num_requests <= Workload.MAX_IN_ORDER and not self.job.likely_tokens
+        alone = self.engine_plan.deployment.passes_in_flight == 1 and self.sizes.cache.windows is None
+        return known and alone and all(each.params.prompt_logprobs is None for each in self.requests)
+
+    @cached_property
+    def passes(self) -> JobPasses:
+        """Of the job, or of each of several parts of the block."""
+        parts = self.engine_plan.deployment.passes_in_flight
+        workload, policy = workload_of(self.job.of_every(parts)), self.engine_plan.policy
+        if self.looks_for_beginnings and (found := beginnings_of(self.requests, self.job.prompt_tokens)):
+            lengths = zip(workload.requests, found, strict=True)
+            requests = [dataclasses.replace(each, beginnings=beginnings) for each, beginnings in lengths]
+            return passes_with_prefixes(requests, policy, self.sizes.cache)
+        return passes_of(workload, policy, sizes=self.sizes.cache.part(parts))
 
     def describe(self, hardware: Hardware | None) -> dict[str, Any]:
         """What the job should take, every answer as long as it may get; in seconds where the machine's rates are
         known."""
         found = self.engine_plan
         parts = found.deployment.passes_in_flight
-        workload = workload_of(self.job.of_every(parts))
-        passes = passes_of(workload, found.policy, sizes=self.sizes.cache.part(parts))
+        workload, passes = workload_of(self.job.of_every(parts)), self.passes
         facts = {
             "sequences": self.job.num_requests,
             "waves": -(-self.job.num_requests // max(1, parts * round(float(passes.in_flight.max())))),

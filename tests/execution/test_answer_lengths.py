@@ -251,25 +251,30 @@ def test_answers_that_are_suddenly_long_cost_little(tmp_path: Path) -> None:
     assert work <= 1.15 * planned.passes
 
 
-@pytest.mark.parametrize(
-    ["seed", "mean", "count"],
-    [(4, 120, 250), (6, 300, 100), pytest.param(7, 120, 600, marks=pytest.mark.slow), (5, 60, 200)],
-)
-def test_passes_are_predicted_where_pages_are_reserved_for_likely_answers(
-    seed: int, mean: float, count: int, tmp_path: Path
-) -> None:
-    """By the distribution that was learned. With the pages of every answer's own length reserved, which is what is
-    known of them, it would be half as many again."""
-    chance = random.Random(seed)
-    answers = [geometric(chance, mean) for _ in range(count)]
-    measured = run_job(tmp_path, answers, "expected", learned([geometric(chance, mean) for _ in range(500)]))
+KINDS = ((60, 200), (120, 250), (200, 150), (300, 100))
+"""Mean length of answers and their number, by the rest of the seed: from many short ones to a few of which one in 30
+is cut."""
+
+
+@pytest.mark.parametrize("seeds", [range(4, 12), pytest.param(range(12, 60), marks=pytest.mark.slow)], ids=["8", "48"])
+def test_passes_are_predicted_where_pages_are_reserved_for_likely_answers(seeds: range, tmp_path: Path) -> None:
+    """By the distribution that was learned, within 5 %. With the pages of every answer's own length reserved, which is
+    what is known of them, it would be half as many again. The walk lets nobody step aside: where more than ten of a
+    hundred do, as few and long answers are in flight, one job in ten is up to 12 % off."""
     policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 64, 1, prefill_chunk=256, prefill_budget=BUDGET)
     sizes = CacheSizes(8 * -(-(PROMPT + MOST) // PAGE_TOKENS), 0, 0, 0)
-    lengths = [min(MOST, answer) for answer in answers]
-    requests = [RequestLengths(PROMPT, length, num_pages(PROMPT + length - 1, PAGE_TOKENS)) for length in lengths]
-    likely, own = (
-        walk(requests, policy, sizes, 64 + BUDGET, expected).passes
-        for expected in (ExpectedPages(lengths, PAGE_TOKENS), None)
-    )
-    assert likely == pytest.approx(measured.passes, rel=0.05)
-    assert abs(likely - measured.passes) <= abs(own - measured.passes)
+    errors, worse = [], 0
+    for seed in seeds:
+        (mean, count), chance = KINDS[seed % 4], random.Random(seed)
+        answers, seen = ([geometric(chance, mean) for _ in range(many)] for many in (count, 500))
+        measured = run_job(tmp_path / str(seed), answers, "expected", learned(seen)).passes
+        lengths = [min(MOST, answer) for answer in answers]
+        requests = [RequestLengths(PROMPT, length, num_pages(PROMPT + length - 1, PAGE_TOKENS)) for length in lengths]
+        likely, own = (
+            walk(requests, policy, sizes, 64 + BUDGET, expected).passes
+            for expected in (ExpectedPages([min(MOST, each) for each in seen], PAGE_TOKENS), None)
+        )
+        errors.append(likely / measured - 1)
+        worse += abs(likely - measured) > abs(own - measured)
+    assert max(map(abs, errors)) < 0.15 and abs(np.mean(errors)) < 0.02, errors
+    assert sum(abs(error) > 0.05 for error in errors) <= 0.1 * len(errors) and not worse, (errors, worse)
