@@ -78,7 +78,7 @@ class PassModel:
         hits: bool = True,
     ) -> None:
         self.shape, self.hardware, self.policy, self.load, self.hits = shape, hardware, policy, load, hits
-        self.graphs = graphs and runs_graphs(policy, hardware.device, shape.stages * hardware.tensor_ranks)
+        self.graphs = graphs and runs_graphs(policy, hardware.device, hardware.tensor_ranks, shape.stages)
         self.batches = policy.num_gpu_batches
 
     @functools.cached_property

@@ -18,6 +18,9 @@ PLANNED_GRAPHS = 4
 """Graphs that a plan leaves room for: the sizes of a full block and of its last wave. 541 prompts of Llama-3.2-3B on an
 H200 took 27 ms a pass in a block that filled the GPU to the last 13 MiB, where graphs would have taken 11; four of them
 take the memory of three of its 185 sequences."""
+RECORDED_RANKS = 1
+"""Ranks that share every layer and record passes, sums between them included, at most. One: recording NCCL's sums has
+not run on GPUs yet. ``python -m benchmark.parallel --graphs-of-ranks 8`` has them recorded, `tests/parallel/test_cuda.py` too."""
 LAUNCHES_OF_LAYER, LAUNCHES_OF_EXPERTS, LAUNCH_BYTES = 16, 32, 16 << 10
 """What the driver keeps of a graph: parameters and code of every kernel that it launches, about; of a layer of experts
 routing, sorting and counting beside the products."""
@@ -53,15 +56,16 @@ def graph_pool_bytes(sequences: int, workspace_bytes: int) -> int:
     return bucket_of(min(sequences, MAX_GRAPH_SEQUENCES)) * workspace_bytes
 
 
-def runs_graphs(policy: Policy, device: str, ranks: int = 1) -> bool:
-    """Whether decode passes are graphs where everything is on the gpu tier. ranks: of the engine; nobody has recorded
-    what several of them send each other."""
-    return device == "cuda" and policy.num_gpu_batches == 1 and policy.overlap and ranks == 1
+def runs_graphs(policy: Policy, device: str, tensor_ranks: int = 1, stages: int = 1) -> bool:
+    """Whether decode passes are graphs where everything is on the gpu tier. Stages of a pipeline are none: while one
+    waits for rows, another pass is begun."""
+    plain = policy.num_gpu_batches == 1 and policy.overlap
+    return device == "cuda" and plain and tensor_ranks <= RECORDED_RANKS and stages == 1
 
 
 def planned_bytes(shape: ModelShape, policy: Policy, hardware: Hardware, longest: float) -> int:
     """The bytes of the graphs that a plan counts on. longest: tokens of the longest sequence."""
-    if not runs_graphs(policy, hardware.device, shape.stages * hardware.tensor_ranks):
+    if not runs_graphs(policy, hardware.device, hardware.tensor_ranks, shape.stages):
         return 0
     sizes = shape.num_layers, shape.hidden_bytes, policy.gpu_batch_size, int(longest), PAGE_TOKENS
     one = graph_bytes(*sizes, shape.experts is not None)

@@ -25,7 +25,6 @@ from flexbatch.memory.transfer import READY, Handle, TransferQueues
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models import layers
 from flexbatch.models.arch import Arch
-from flexbatch.models.experts import recordable
 from flexbatch.models.lora.applied import AdapterTables
 from flexbatch.models.routing import RoutingCounts
 from flexbatch.parallel.rank_links import RankLinks
@@ -80,7 +79,9 @@ class Executor:
             routed.threads = attention.cpu_threads
         self.halves = TickHalves(arch, self.ends, weights, queues, host_buffers, rotary, attention, routing, routed)
         self.graphs: DecodeGraphs | None = None
-        if self.device.type == "cuda" and self.resident and overlap and recordable(arch):
+        recordable = self.resident and overlap and self.stages is None
+        assert recordable or self.ranks is None or not max_graphs, f"{max_graphs} graphs of what is not on this GPU"
+        if self.device.type == "cuda" and recordable:
             sizes, group = (cache.layout.page_tokens, arch.max_positions), self.builder.adapters_at_once
             self.graphs = DecodeGraphs(self.device, *sizes, CudaRecorder(), max_graphs, group, cache.ring)
 

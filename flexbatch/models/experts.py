@@ -15,7 +15,6 @@ from torch import Tensor
 from flexbatch.kernels import ops
 from flexbatch.kernels.expert_codes import ExpertStacks, GatedActivation, stacks_of
 from flexbatch.kernels.experts import expert_mlp, routed_rows, scaled_inputs, weighted
-from flexbatch.models.arch import Arch
 from flexbatch.models.expert_arch import Experts
 from flexbatch.models.routing import RoutingCounts
 from flexbatch.models.specs import expert_role
@@ -159,9 +158,3 @@ def _sparsemixer(logits: Tensor, margin: float) -> tuple[Tensor, Tensor]:
         shares.append(left.masked_fill(~near, -torch.inf).softmax(-1).gather(1, expert))
         left = left.scatter(1, expert, -torch.inf)
     return torch.cat(chosen, 1), torch.cat(shares, 1).float()
-
-
-def recordable(arch: Arch) -> bool:
-    """Whether decode passes may become CUDA graphs: not those of several ranks, whose collectives and transfers nobody
-    has captured."""
-    return arch.shard is None and arch.stage is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import threading
 import time
 from datetime import timedelta
 from typing import Any
@@ -21,6 +22,9 @@ Group = Any
 """torch's ProcessGroupGloo or ProcessGroupNCCL. Their stubs have no common type with the collectives."""
 MEETING = timedelta(minutes=5)
 """Within which all ranks have to come to the store: hosts of a cluster start minutes apart."""
+ABORTING = 5.0
+"""Seconds that giving up groups of GPUs may take. What they wait for is given up at once; an abort returns when no graph
+has any of their sums recorded any more, and whoever has graphs may be waiting for the GPU until then."""
 IDLE = timedelta(days=365)
 """An engine may wait for requests as long as it likes. A rank that has died is noticed by its closed connection."""
 TOLD_BYTES = 4096
@@ -89,9 +93,13 @@ class RankChannel:
         connections say so to the host; a GPU that waits in a collective goes on for ever, and whoever waits for that
         GPU with it. The groups are of no use any more."""
         self.broken = True
-        for group in self.groups.values():
-            if not isinstance(group, ProcessGroupGloo):
-                group.abort()
+        groups = [group for group in self.groups.values() if not isinstance(group, ProcessGroupGloo)]
+        threads = [threading.Thread(target=group.abort, name="abort", daemon=True) for group in groups]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + ABORTING
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
 
     def send(self, message: Any) -> None:
         """Raises LostRankError."""

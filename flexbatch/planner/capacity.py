@@ -116,7 +116,8 @@ class Capacity:
             self.routing = RoutingCounts(engine_plan.arch, self.queues.device)
         policy, leader = engine_plan.policy, self.leader
         logits_bytes = logits_chunk_bytes(engine_plan.arch, policy, sizes.max_query_nodes)
-        with self.everywhere(MakeRunner(policy, sizes, logits_bytes)):
+        graphs = engine_plan.num_graphs(sizes)
+        with self.everywhere(MakeRunner(policy, sizes, logits_bytes, graphs)):
             self.runner = open_runner(
                 engine_plan.arch,
                 weights,
@@ -126,7 +127,7 @@ class Capacity:
                 self.tiers,
                 self.queues,
                 logits_bytes,
-                engine_plan.num_graphs(sizes),
+                graphs,
                 engine_plan.deployment.adapters,
                 self.routing,
                 None if leader is None else leader.links,

@@ -85,6 +85,7 @@ class Follower:
             self.model.tiers,
             self.model.queues,
             command.logits_chunk_bytes,
+            command.max_graphs,
             links=self.links,
         )
 

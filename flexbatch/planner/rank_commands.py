@@ -43,6 +43,9 @@ class MakeRunner:
     policy: Policy
     sizes: BlockSizes
     logits_chunk_bytes: int
+    max_graphs: int
+    """Decode graphs that every rank keeps. A rank that records runs the pass once before, with all of its sums: either
+    all ranks do so in a pass, or none."""
 
 
 @dataclass(frozen=True)

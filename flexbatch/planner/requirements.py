@@ -16,7 +16,6 @@ from flexbatch.memory.rotary import table_bytes
 from flexbatch.memory.tiers import MemoryRequirement
 from flexbatch.memory.weight_plan import WeightPlan
 from flexbatch.models.arch import Arch
-from flexbatch.models.experts import recordable
 from flexbatch.policy.admission import micro_batch_tokens
 from flexbatch.policy.decode_graphs import MAX_GRAPHS, graph_bytes, graph_pool_bytes, runs_graphs
 from flexbatch.policy.footprint import logits_bytes
@@ -163,7 +162,8 @@ def num_graphs(
     """Decode graphs that a block keeps: they save launches and are not worth refusing a job, so they take what its
     ``rows`` leave of the gpu tier's budget."""
     resident = all(split.gpu == 1 for split in (policy.weights, policy.cache, policy.activations))
-    if not (resident and runs_graphs(policy, "cuda" if cuda else "cpu") and recordable(arch)):
+    ranks, stages = 1 if arch.shard is None else arch.shard.ranks, 1 if arch.stage is None else 2
+    if not (resident and runs_graphs(policy, "cuda" if cuda else "cpu", ranks, stages)):
         return 0
     left = budget - sum(row.num_bytes for row in rows if row.tier == "gpu") - pool_bytes(arch, policy, layout)
     return max(0, min(MAX_GRAPHS, left // one_graph_bytes(arch, policy, layout, sizes)))

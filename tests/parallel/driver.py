@@ -9,6 +9,7 @@ Rank 0 writes what every engine generated beside it.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import random
 import sys
@@ -18,6 +19,8 @@ from typing import Any
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.config import EngineConfig
+from flexbatch.execution.executor import Executor
+from flexbatch.execution.graphs import DecodeGraphs
 from flexbatch.execution.pipelined import PipelinedPasses
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.tick_halves import TickHalves
@@ -25,10 +28,12 @@ from flexbatch.memory.weights import WeightStore
 from flexbatch.parallel.channel import RankChannel, open_store
 from flexbatch.parallel.mesh import Mesh
 from flexbatch.parallel.tensor_ranks import TensorRanks
+from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.follower import Follower, follow_launched
 from flexbatch.planner.planner import Planner
 from flexbatch.planner.rank_commands import Leave
 from tests.execution.test_answer_lengths import ended
+from tests.execution.test_graphs import FakeGraph, Recorder
 
 SETTINGS = {"hardware": "cpu", "device": "cpu", "dtype": "float32", "gpu_memory": "1GiB", "cpu_memory": "1GiB"}
 
@@ -116,10 +121,13 @@ def generated(engine: dict[str, Any], channel: RankChannel | None = None) -> dic
     size, stages = (1, 1) if channel is None else (channel.mesh.size, engine.get("stages", 1))
     sizes = {"pipeline_parallel_size": stages, "tensor_parallel_size": size // stages}
     config = EngineConfig(model=engine["model"], **{**SETTINGS, **sizes, **engine["settings"]})
-    in_flight, events = [0], list[tuple]()
+    in_flight, events, graphs = [0], list[tuple](), list[FakeGraph]()
     params = [SamplingParams(**each) for each in engine["params"]]
     found, steps = [], list[int]()
-    with LLM.from_planner(Planner(config, channel=channel)) as llm, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        if engine.get("graphs") and size > 1:
+            stack.enter_context(recording(engine["graphs"], graphs))
+        llm = stack.enter_context(LLM.from_planner(Planner(config, channel=channel)))
         stack.enter_context(counting_in_flight(in_flight))
         if engine.get("events"):
             stack.enter_context(noting(events))
@@ -136,7 +144,31 @@ def generated(engine: dict[str, Any], channel: RankChannel | None = None) -> dic
         weights = sum(llm.engine_plan.weight_plan.tier_bytes(tier) for tier in ("gpu", "cpu", "disk"))
         told = {"read": llm.report()["loaded_bytes"], "weights": weights, "percent": config.percent}
         told["ring"] = 0 if llm.runner is None else llm.runner.cache.ring
+    told |= {"recorded": len(graphs), "replays": sum(graph.replays for graph in graphs)}
     return {"answers": found, "steps_aside": len(steps), "in_flight": max(in_flight), "events": events, **told}
+
+
+@contextlib.contextmanager
+def recording(most: int, made: list[FakeGraph]) -> Iterator[None]:
+    """Executors that record decode passes as those on GPUs do, in stand-ins for graphs. Rank 0 has it decided that
+    there are so many; the others keep as many as they are told."""
+    begin, count = Executor.__init__, EnginePlan.num_graphs
+    names = list(inspect.signature(begin).parameters)
+
+    def with_graphs(self: Executor, *words: Any, **named: Any) -> None:
+        begin(self, *words, **named)
+        told = {**dict(zip(names[1:], words, strict=False)), **named}
+        record = Recorder()
+        record.made = made
+        sizes = self.cache.layout.page_tokens, self.arch.max_positions
+        self.graphs = DecodeGraphs(self.device, *sizes, record, told["max_graphs"], ring=self.cache.ring)
+
+    Executor.__init__ = with_graphs  # type: ignore[method-assign]
+    EnginePlan.num_graphs = lambda self, sizes: most  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Executor.__init__, EnginePlan.num_graphs = begin, count  # type: ignore[method-assign]
 
 
 def failing_at(number: int) -> None:
@@ -158,6 +190,9 @@ def main() -> int:
     channel = RankChannel(mesh, open_store(mesh))
     engines = json.loads(file.read_text())
     if rank:
+        if engines[0].get("graphs"):
+            with recording(-1, []):
+                return follow_launched(channel)
         if rank == size - 1 and (number := engines[0].get("fails_at")):
             failing_at(number)
         return follow_launched(channel)
