@@ -17,8 +17,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexbatch.policy.card_names import SHIPPED
 from flexbatch.policy.curve import Curve
-from flexbatch.policy.hardware import SHIPPED, Hardware, load_hardware
+from flexbatch.policy.hardware import Hardware, load_hardware
 from flexbatch.policy.units import GIB
 
 GB, TFLOPS = 10**9, 10**12

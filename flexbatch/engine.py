@@ -23,7 +23,7 @@ from flexbatch.intake import Intake, Item
 from flexbatch.loop import EngineLoop
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.lora.request import LoRA
-from flexbatch.planner import monitor
+from flexbatch.planner import usage
 from flexbatch.planner.adapter_choice import AdapterChoice
 from flexbatch.planner.capacity import Capacity
 from flexbatch.planner.engine_plan import EnginePlan
@@ -81,7 +81,7 @@ class LLM(NamesOfVllm):
         self.planner, self.config, self.generation = planner, planner.config, planner.generation
         self._turns, deployment = Turns(), planner.deployment
         self.arch, self.tokenizer = deployment.model.arch, deployment.model.tokenizer
-        self.tracer: Tracer = RecordingTracer(deployment.device) if trace else monitor.UsageTracer(deployment.device)
+        self.tracer: Tracer = RecordingTracer(deployment.device) if trace else usage.UsageTracer(deployment.device)
         choice = AdapterChoice(planner, lambda: self._loop.scheduler is None)
         self._model = PlacedModel(deployment, self.tracer)
         others = self._model.others

@@ -33,10 +33,11 @@ from flexbatch.planner.capacity import PEEKED_BLOCKS, Capacity
 from flexbatch.planner.comparison import Comparison
 from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.forecast import Forecast, JobRecord
-from flexbatch.planner.monitor import BusySeconds, PassMeter, PlanMonitor, UsageTracer
+from flexbatch.planner.monitor import PlanMonitor, monitor_of
 from flexbatch.planner.other_engines import OtherEngines
 from flexbatch.planner.planner import Planner
 from flexbatch.planner.report import FailureLog, Statistics
+from flexbatch.planner.usage import UsageTracer
 from flexbatch.request import Request
 from flexbatch.trace import Tracer
 
@@ -211,11 +212,10 @@ class EngineLoop:
 
     def plan_monitor(self, runner: Runner) -> PlanMonitor | None:
         """None where nothing was planned, or drafts change what a pass is."""
-        plan = self.planner.engine_plan.plan
-        if plan is None or self.capacity.speculator is not None:
+        if self.capacity.speculator is not None:
             return None
-        meter = PassMeter(plan, BusySeconds(self.tracer), runner.sizes.max_cpu_attention_tokens > 0)
-        return PlanMonitor(self.planner, meter, self.statistics, self.replans)
+        cpu_attention = runner.sizes.max_cpu_attention_tokens > 0
+        return monitor_of(self.planner, self.tracer, cpu_attention, self.statistics, self.replans)
 
     @torch.inference_mode()
     def run_pass(self) -> list[Sequence]:

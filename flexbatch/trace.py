@@ -24,6 +24,7 @@ RESOURCES = {
     "disk_read": "disk read",
     "disk_write": "disk write",
     "compute": "gpu compute",
+    "collectives": "sums between gpus",
     "cpu_attention": "cpu attention",
     "cpu_experts": "cpu experts",
     "host": "host",
@@ -91,8 +92,9 @@ class Tracer:
         """Starts timing what is enqueued on the current stream until its ``end()``; None when off."""
         return None
 
-    def compute_span(self, name: str) -> AbstractContextManager[Any]:
-        """Times computing in the body: on the device where there is one, else on the host."""
+    def compute_span(self, name: str, resource: str = "compute") -> AbstractContextManager[Any]:
+        """Times computing in the body, or what else takes turns with it: on the device where there is one, else on the
+        host."""
         return self._nothing
 
     def add(self, resource: str, name: str, start: float, end: float, num_bytes: int = 0) -> None:
@@ -185,8 +187,8 @@ class RecordingTracer(Tracer):
     def device_span(self, resource: str, name: str, num_bytes: int = 0) -> DeviceSpan | None:
         return DeviceSpan(self, resource, name, num_bytes)
 
-    def compute_span(self, name: str) -> AbstractContextManager[Any]:
-        return _HostSpan(self, "compute", name, 0) if self._event is None else DeviceSpan(self, "compute", name, 0)
+    def compute_span(self, name: str, resource: str = "compute") -> AbstractContextManager[Any]:
+        return _HostSpan(self, resource, name, 0) if self._event is None else DeviceSpan(self, resource, name, 0)
 
     def add(self, resource: str, name: str, start: float, end: float, num_bytes: int = 0) -> None:
         if resource not in RESOURCES:

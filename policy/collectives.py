@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from flexbatch.policy.hardware import Hardware
+from flexbatch.policy.model_shape import ModelShape
 
 
 def sum_seconds(hardware: Hardware, tokens: np.ndarray, hidden_bytes: float, micro_batches: int) -> np.ndarray:
@@ -13,6 +14,11 @@ def sum_seconds(hardware: Hardware, tokens: np.ndarray, hidden_bytes: float, mic
     ranks, rate = hardware.tensor_ranks, hardware.interconnect or hardware.d2h
     sent = 2 * (ranks - 1) / ranks * tokens * hidden_bytes
     return 2 * (sent / rate + micro_batches * hardware.interconnect_seconds)
+
+
+def sums_of_pass(shape: ModelShape, hardware: Hardware, micro_batches: int) -> int:
+    """How often they do so in a pass: twice a layer, and once for what the embedding looks up."""
+    return (2 * shape.num_layers + 1) * micro_batches if hardware.tensor_ranks > 1 else 0
 
 
 def send_rate(hardware: Hardware) -> float:

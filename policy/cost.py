@@ -19,6 +19,7 @@ import functools
 import numpy as np
 
 from flexbatch.policy.affine import COLUMNS, KINDS, RESIDENT, evaluate, slowest, total
+from flexbatch.policy.collectives import sum_seconds, sums_of_pass
 from flexbatch.policy.decode_graphs import runs_graphs
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
@@ -95,15 +96,25 @@ class PassModel:
 
     @property
     def tick_seconds(self) -> float:
-        """Launching every tick of one pass, and the expansion of quantized weights once a layer."""
+        """Launching every tick of one pass, its sums between GPUs, and once a layer the expansion of quantized
+        weights."""
         layers = self.shape.num_layers
         expansion = layers * self.hardware.expansion_launch_seconds if self.policy.weight_bits != 16 else 0.0
-        return (layers + 1) * self.batches * self.hardware.launch_seconds + expansion
+        sums = sums_of_pass(self.shape, self.hardware, self.batches) * self.hardware.interconnect_launch_seconds
+        return (layers + 1) * self.batches * self.hardware.launch_seconds + expansion + sums
 
     @property
     def launch_seconds(self) -> np.ndarray:
         """Seconds of one pass: launching every tick, and what happens once a pass and for every sequence."""
         return self.tick_seconds + self.host_seconds
+
+    @property
+    def collective_seconds(self) -> np.ndarray:
+        """Of one pass: what GPUs that share its layers take to add up, a part of what they compute."""
+        tokens = np.asarray(self.load.decode_sequences) + self.load.prompt_tokens
+        if self.hardware.tensor_ranks == 1:
+            return 0.0 * tokens
+        return self.shape.num_layers * sum_seconds(self.hardware, tokens, self.shape.hidden_bytes, self.batches)
 
     def on_gpu(self, point: np.ndarray) -> bool:
         """Whether everything is on a GPU at a placement."""

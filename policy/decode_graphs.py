@@ -20,7 +20,8 @@ H200 took 27 ms a pass in a block that filled the GPU to the last 13 MiB, where 
 take the memory of three of its 185 sequences."""
 RECORDED_RANKS = 1
 """Ranks that share every layer and record passes, sums between them included, at most. One: recording NCCL's sums has
-not run on GPUs yet. ``python -m benchmark.parallel --graphs-of-ranks 8`` has them recorded, `tests/parallel/test_cuda.py` too."""
+not run on GPUs yet. ``python -m benchmark.parallel --graphs-of-ranks 2`` does, and so does
+``tests/parallel/test_cuda.py``."""
 LAUNCHES_OF_LAYER, LAUNCHES_OF_EXPERTS, LAUNCH_BYTES = 16, 32, 16 << 10
 """What the driver keeps of a graph: parameters and code of every kernel that it launches, about; of a layer of experts
 routing, sorting and counting beside the products."""

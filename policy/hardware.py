@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 
+from flexbatch.policy.card_names import SHIPPED, shipped_name, shipped_names
 from flexbatch.policy.curve import Curve, is_rate
 from flexbatch.policy.suggest import did_you_mean
 
-SHIPPED = Path(__file__).parent / "profiles"
 KERNELS_OF_TICK, EXPANSIONS_OF_LAYER = 24, 9
 """What a tick launches: two norms, four GEMMs, rotary, append, attention, activation, residuals, copies and their
 events; and one expansion of each quantized matrix, which takes Triton's launcher twice as long as torch's own kernels
@@ -106,6 +105,15 @@ class Hardware:
     """Bytes a second from one GPU to another one; 0: as fast as ``interconnect``."""
     links_together: Curve | None = None
     """Share of its link that each GPU has while so many are sent something by the host; None: all of it."""
+    cpu_attention_together: Curve | None = None
+    """Of its part of the host's CPU attention what each of so many processes has that attend at once, each with its
+    part of the cores; None: all of it."""
+    cpu_attention_together_during_h2d: Curve | None = None
+    h2d_together_during_cpu_attention: Curve | None = None
+    """The same, and what each link has of ``h2d_during_cpu_attention``, while all of their GPUs are sent something by
+    the host: memory that one link and all cores do not fill, several links may."""
+    interconnect_launch_seconds: float = 0.0
+    """What the host needs to launch one sum of several GPUs."""
     tensor_ranks: int = 1
     """GPUs that share every layer, of which this is one."""
     cpu_experts: Curve | None = None
@@ -242,39 +250,6 @@ class Hardware:
 def read_hardware(path: Path) -> Hardware:
     """The machine of a file. Raises OSError, or ValueError that says what is wrong with it."""
     return Hardware.from_json(path.read_text(encoding="utf-8"))
-
-
-NOT_TOLD_APART = "nvidia|geforce|tesla|gpu"
-"""Words that stand in a card's name and say nothing about which it is."""
-OTHER_NAMES = {
-    "3090": "rtx-3090",
-    "4090": "rtx-4090",
-    "5090": "rtx-5090",
-    **dict.fromkeys(("a100-80gb", "a100-sxm", "a100-sxm4", "a100-sxm4-80gb", "a100-sxm-80gb"), "a100"),
-    **dict.fromkeys(("a100-sxm4-40gb", "a100-sxm-40gb"), "a100-40gb"),
-    **dict.fromkeys(
-        ("h100-80gb", "h100-sxm", "h100-sxm5", "h100-80gb-hbm3", "h100-sxm-80gb", "h100-sxm5-80gb"), "h100"
-    ),
-    **dict.fromkeys(("h200-141gb", "h200-sxm", "h200-sxm5"), "h200"),
-    **dict.fromkeys(("t4-16gb",), "t4"),
-    **dict.fromkeys(("l4-24gb",), "l4"),
-}
-"""What a shipped machine's card is called elsewhere. An RTX 4090 Laptop or H100 PCIe has other rates: none of these."""
-
-
-def shipped_names() -> list[str]:
-    return sorted(path.stem for path in SHIPPED.glob("*.json"))
-
-
-def shipped_name(name: str) -> str | None:
-    """The shipped machine that "RTX 4090", "NVIDIA GeForce RTX 4090" or "rtx4090" stands for; None for others."""
-
-    def letters(text: str) -> str:
-        return re.sub(rf"{NOT_TOLD_APART}|[^a-z0-9]", "", text.lower())
-
-    known = {letters(shipped): shipped for shipped in shipped_names()}
-    known |= {letters(other): shipped for other, shipped in OTHER_NAMES.items()}
-    return None if "/" in name else known.get(letters(name))
 
 
 def load_hardware(name_or_path: str | Path) -> Hardware:

@@ -1,4 +1,4 @@
-"""Rates between the GPUs of a host, and of their links when all of them copy at once.
+"""Rates between the GPUs of a host, and of their links and parts of the host when all of them are busy at once.
 
 Each is measured by a process for each GPU, over the groups that an engine of several ranks has.
 """
@@ -17,11 +17,13 @@ import torch
 from torch.distributed import ReduceOp, Store
 
 from flexbatch.calibrate.fits import fit_rate
+from flexbatch.calibrate.host_together import HostTogether
 from flexbatch.calibrate.links import MIB
 from flexbatch.parallel import numa
 from flexbatch.parallel.channel import Group, device_group, open_store
 from flexbatch.parallel.mesh import Mesh
 from flexbatch.parallel.processes import RankProcesses, live_as_long_as_rank_0, log_as_rank_0, mesh_of_words
+from flexbatch.parallel.tensor_ranks import TensorRanks
 from flexbatch.policy.curve import Curve
 from flexbatch.policy.hardware import Hardware
 from flexbatch.validation.errors import DONE
@@ -35,6 +37,8 @@ COPY_BYTES = 256 * MIB
 """What the engine's passes need: a decode pass of 256 sequences adds up 2 to 4 MiB at a time, one of prompts 100."""
 SHORTER = 64
 """On CPUs sizes are so much smaller."""
+LAUNCHED = 100
+"""Sums that are launched one after another: more would wait for room in the queue of launches."""
 ROUNDS, SECONDS = 3, 0.15
 """Timings of each size, of which the fastest counts, and about how long each takes on an idle machine."""
 
@@ -42,7 +46,9 @@ ROUNDS, SECONDS = 3, 0.15
 def lacks_interconnect(hardware: Hardware, gpus: int) -> bool:
     """Whether a profile does not know how so many GPUs of its host work together."""
     together = hardware.links_together
-    return gpus > 1 and hardware.origin == "measured" and (together is None or together.points[-1] < gpus)
+    if gpus < 2 or hardware.origin != "measured":
+        return False
+    return together is None or hardware.cpu_attention_together is None or together.points[-1] < gpus
 
 
 def with_interconnect(hardware: Hardware, gpus: int) -> Hardware:
@@ -85,9 +91,11 @@ def measured(mesh: Mesh, store: Store, device_type: str) -> dict[str, Any]:
     """What every rank does; all of them find the same."""
     device = torch.device(device_type, mesh.rank) if device_type == "cuda" else torch.device(device_type)
     group = device_group(store, "interconnect", mesh.rank, mesh.size, device)
+    ranks, threads = Ranks(mesh, group, device), torch.get_num_threads()
+    host = HostTogether(ranks, store, threads)
+    alone = host.alone()
     undo = numa.run_near(device, mesh.size) if device.type == "cuda" else None
     try:
-        ranks = Ranks(mesh, group, device)
         rate, fixed, sum_error = ranks.sums()
         send, send_error = ranks.sends()
         points = sorted({1, *(2**i for i in range(1, mesh.size.bit_length()) if 2**i < mesh.size), mesh.size})
@@ -98,7 +106,9 @@ def measured(mesh: Mesh, store: Store, device_type: str) -> dict[str, Any]:
             "interconnect": rate,
             "interconnect_seconds": fixed,
             "interconnect_send": send,
+            "interconnect_launch_seconds": ranks.launching(),
             "links_together": Curve(tuple(map(float, points)), tuple(shares)),
+            **host.fields(alone, host.together()),
             "fit_error": {"interconnect": sum_error, "interconnect_send": send_error},
         }
     finally:
@@ -114,6 +124,7 @@ class Ranks:
         self.cuda = device.type == "cuda"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.shorter = 1 if self.cuda else SHORTER
+        self.tensor = TensorRanks(mesh, group, mesh.rank, ())
 
     def sums(self) -> tuple[float, float, float]:
         """(bytes a second that each GPU sends, fixed seconds of a sum, error of the fit), counted as a ring does it."""
@@ -127,7 +138,20 @@ class Ranks:
         return float(fit.rate), fit.fixed_seconds, fit.error
 
     def add_up(self, x: torch.Tensor) -> None:
-        self.group.allreduce([x]).wait()
+        self.tensor.sum(x)
+
+    def launching(self) -> float:
+        """Seconds that the host needs to launch a sum; on CPUs it does the sum itself."""
+        if not self.cuda:
+            return 0.0
+        x, found = torch.zeros(SUM_BYTES[0] // self.dtype.itemsize, dtype=self.dtype, device=self.device), []
+        for _ in range(ROUNDS):
+            self.slowest(0.0)
+            began = time.perf_counter()
+            for _ in range(LAUNCHED):
+                self.add_up(x)
+            found.append((time.perf_counter() - began) / LAUNCHED)
+        return self.slowest(min(found))
 
     def sends(self) -> tuple[float, float]:
         """(bytes a second from one GPU to another one, error of the fit)."""

@@ -142,14 +142,14 @@ def _cpu_attention(values: dict, errors: dict[str, float], dev: torch.device, dt
     # A larger group reads the cache no faster: the regression runs from the largest group down.
     falling, errors["cpu_attention"] = fit_curve(GROUPS, alone[::-1])
     values["cpu_attention"] = dataclasses.replace(falling, values=falling.values[::-1])
-    attention, link = _beside(dev, attend(1), size, 8 * timer.seconds)
+    attention, link = beside_copies(dev, attend(1), size, 8 * timer.seconds)
     # A machine that slows down one of two by chance must not report a speed-up.
     values["cpu_attention_during_h2d"] = min(attention, values["cpu_attention"].values[0])
     values["h2d_during_cpu_attention"] = min(link, values["h2d"])
     values["host_bandwidth"] = max(values["host_bandwidth"], attention + link)
 
 
-def _beside(dev: torch.device, attend: Callable[[], Tensor], size: int, seconds: float) -> tuple[float, float]:
+def beside_copies(dev: torch.device, attend: Callable[[], object], size: int, seconds: float) -> tuple[float, float]:
     """(bytes a second attended, bytes a second copied) while both run."""
     chunk = 64 * MIB
     host = torch.empty(chunk, dtype=torch.uint8, pin_memory=dev.type == "cuda").fill_(1)

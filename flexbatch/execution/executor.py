@@ -67,6 +67,8 @@ class Executor:
         self.ends = Ends(arch, weights.tensors, activations, links)
         self.ranks, self.stages = self.ends.ranks, self.ends.stages
         self.layers_ahead = LayersAhead(weights, overlap, self.stages is None)
+        if self.ranks is not None:
+            self.ranks.tracer = queues.tracer
         self.weights, self.cache, self.activations = weights, cache, activations
         self.queues, self.dtype, self.overlap = queues, dtype, overlap
         self.device, self.tracer = queues.device, queues.tracer
@@ -279,8 +281,10 @@ class Executor:
     def resident_layers(self, inputs: MicroBatchInputs) -> Tensor:
         """All layers without a tick's transfers. Runs under capture: spans would record events that no replay
         repeats."""
-        halves = self.halves
+        halves, ranks = self.halves, self.ranks
         tracer, halves.tracer = halves.tracer, Tracer()
+        if ranks is not None:
+            ranks.tracer = halves.tracer
         try:
             with self.routing.of_graph() if self.routing is not None else nullcontext():
                 for layer in range(self.arch.num_layers):
@@ -288,3 +292,5 @@ class Executor:
             return self.activations.get(0)
         finally:
             halves.tracer = tracer
+            if ranks is not None:
+                ranks.tracer = tracer

@@ -23,8 +23,8 @@ Group = Any
 MEETING = timedelta(minutes=5)
 """Within which all ranks have to come to the store: hosts of a cluster start minutes apart."""
 ABORTING = 5.0
-"""Seconds that giving up groups of GPUs may take. What they wait for is given up at once; an abort returns when no graph
-has any of their sums recorded any more, and whoever has graphs may be waiting for the GPU until then."""
+"""Seconds that giving up groups of GPUs may take. What they wait for is given up at once; an abort returns when no
+graph has any of their sums recorded any more, and whoever has graphs may be waiting for the GPU until then."""
 IDLE = timedelta(days=365)
 """An engine may wait for requests as long as it likes. A rank that has died is noticed by its closed connection."""
 TOLD_BYTES = 4096

@@ -10,6 +10,7 @@ from torch.distributed import AllreduceOptions, BroadcastOptions, GatherOptions
 
 from flexbatch.parallel.channel import Group, waited
 from flexbatch.parallel.mesh import Mesh
+from flexbatch.trace import Tracer
 
 
 class TensorRanks:
@@ -21,7 +22,9 @@ class TensorRanks:
     """
 
     def __init__(self, mesh: Mesh, group: Group, rank: int, vocabulary: Sequence[tuple[int, int]]) -> None:
-        """rank: of this process in the group. vocabulary: (first, end) of the rows of every rank."""
+        """rank: of this process in the group. vocabulary: (first, end) of the rows of every rank. The tracer is that of
+        the executor that runs passes with these ranks."""
+        self.tracer = Tracer()
         self.mesh, self.group, self.rank, self.vocabulary = mesh, group, rank, tuple(vocabulary)
         # On a stream of its own, each collective would cost two events more, and two waits on the GPU.
         self.summing, self.sending = AllreduceOptions(), BroadcastOptions()
@@ -31,7 +34,8 @@ class TensorRanks:
         """x, which becomes the sum of what all ranks have. The same on every rank, to the bit."""
         if not x.is_contiguous():
             x = x.contiguous()
-        waited(self.group.allreduce([x], self.summing), self.mesh)
+        with self.tracer.compute_span("sum", "collectives"):
+            waited(self.group.allreduce([x], self.summing), self.mesh)
         return x
 
     def broadcast(self, x: Tensor) -> Tensor:

@@ -4,142 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import random
 from collections import deque
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from itertools import islice
 from typing import Any
 
 import numpy as np
-import torch
 
 from flexbatch.execution.observer import RunObserver
 from flexbatch.execution.pass_batch import PassBatch
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.planner.planner import Planner
 from flexbatch.planner.report import Statistics
+from flexbatch.planner.usage import MEASURED, BusySeconds
 from flexbatch.policy.affine import point_of
 from flexbatch.policy.cost import RESOURCES
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.plan import Plan
 from flexbatch.policy.replan import TOLERANCE, Replan, recalibrate, replan
-from flexbatch.trace import DeviceSpan, RecordingTracer, ResourceUse, Span, Tracer, covered
+from flexbatch.trace import Tracer
 
 logger = logging.getLogger("flexbatch")
 
-BY_NAME = ("h2d", "d2h", "disk_read", "disk_write", "cpu_attention", "cpu_experts")
-RESOURCE_OF_SPAN = {name: name for name in BY_NAME} | {"compute": "gpu_compute"}
-MEASURED = tuple(RESOURCE_OF_SPAN.values())
-"""Resources that spans exist for; the memories are used by these."""
 WINDOW = 8
 """Passes of one kind that a judgment averages over."""
 WARM_UP = 2
 """Passes of each kind that are not judged: first touches, compilation, filling of the pipeline."""
-TIMED_FIRST, TIMED_EVERY = 16, 4
-"""Passes whose resources are all timed, and of how many later ones one is."""
-
-
-class UsageTracer(RecordingTracer):
-    """A tracer that keeps sums and no timeline: memory stays the same however long the run is.
-
-    It times the first passes and then one of a few, at random, which counts as that many: two events a span and
-    reading them took 5 to 6 ms of a pass of 200 on an H200's host.
-    """
-
-    def __init__(self, device: torch.device | None = None, **stand_ins: Any) -> None:
-        super().__init__(device, **stand_ins)
-        self.folded: dict[str, ResourceUse] = {}
-        self.recent: dict[str, float] = {}
-        """Busy seconds by resource since the last `take`."""
-        self.first, self.last = float("inf"), float("-inf")
-        self.num_passes, self.weight, self.timed_index = 0, 1, 0
-        self.wanted = True
-        """Whether anything is compared with what is timed: small models have no plan, and their passes are short."""
-        self.random = random.Random(0)
-
-    def begin_pass(self) -> None:
-        late, self.num_passes = self.num_passes - TIMED_FIRST, self.num_passes + 1
-        if late >= 0 and late % TIMED_EVERY == 0:
-            self.timed_index = self.random.randrange(TIMED_EVERY)
-        self.on = self.wanted and (late < 0 or late % TIMED_EVERY == self.timed_index)
-        if self.on:
-            self.fold()
-            self.weight = 1 if late < 0 else TIMED_EVERY
-
-    def span(self, resource: str, name: str, num_bytes: int = 0) -> AbstractContextManager[Any]:
-        return super().span(resource, name, num_bytes) if self.on and resource != "tick" else self._nothing
-
-    def device_span(self, resource: str, name: str, num_bytes: int = 0) -> DeviceSpan | None:
-        return super().device_span(resource, name, num_bytes) if self.on else None
-
-    def compute_span(self, name: str) -> AbstractContextManager[Any]:
-        return super().compute_span(name) if self.on else self._nothing
-
-    def fold(self, wait: bool = False) -> None:
-        """Spans since the last call go into the sums."""
-        self.resolve(wait)
-        spans = sorted((self._spans.popleft() for _ in range(len(self._spans))), key=lambda span: span.start)
-        if spans:
-            self.first, self.last = min(self.first, spans[0].start), max(self.last, *(span.end for span in spans))
-        for resource, own in by_resource(spans).items():
-            before, busy, weight = self.folded.get(resource, ResourceUse(0, 0.0, 0, 0.0)), covered(own), self.weight
-            num_bytes = before.num_bytes + weight * sum(span.num_bytes for span in own)
-            self.folded[resource] = ResourceUse(
-                before.spans + weight * len(own), before.busy + weight * busy, num_bytes, 0.0
-            )
-            self.recent[resource] = self.recent.get(resource, 0.0) + busy
-
-    def take(self) -> dict[str, float]:
-        """Busy seconds by resource since the last call."""
-        self.fold()
-        recent, self.recent = self.recent, {}
-        return recent
-
-    def summary(self) -> dict[str, ResourceUse]:
-        self.fold(wait=True)
-        wall = max(0.0, self.last - self.first)
-        return {
-            resource: ResourceUse(use.spans, use.busy, use.num_bytes, wall) for resource, use in self.folded.items()
-        }
-
-    def write(self, path: Any) -> None:
-        raise ValueError(f"no spans to write to {path}: the trace is off")
-
-
-def by_resource(spans: Iterable[Span]) -> dict[str, list[Span]]:
-    grouped: dict[str, list[Span]] = {}
-    for span in spans:
-        grouped.setdefault(span.resource, []).append(span)
-    return grouped
-
-
-class BusySeconds:
-    """Busy seconds of every resource since the last call that gave any, from a tracer that is on; None after a pass
-    that was not timed."""
-
-    def __init__(self, tracer: Tracer) -> None:
-        self.tracer, self.seen = tracer, 0
-        self.take()
-
-    def __call__(self) -> dict[str, float] | None:
-        return (
-            {RESOURCE_OF_SPAN[name]: seconds for name, seconds in self.take().items() if name in RESOURCE_OF_SPAN}
-            if self.tracer.on
-            else None
-        )
-
-    def take(self) -> dict[str, float]:
-        """Seconds by the tracer's names of the resources."""
-        if isinstance(self.tracer, UsageTracer):
-            return self.tracer.take()
-        if not isinstance(self.tracer, RecordingTracer):
-            return {}
-        self.tracer.resolve()
-        spans = list(islice(self.tracer._spans, self.seen, None))
-        self.seen += len(spans)
-        return {name: covered(own) for name, own in by_resource(sorted(spans, key=lambda span: span.start)).items()}
 
 
 class PassMeter:
@@ -153,6 +42,7 @@ class PassMeter:
         self.measured, self.predicted = dict.fromkeys(MEASURED, 0.0), dict.fromkeys(RESOURCES, 0.0)
         self.work = dict.fromkeys(MEASURED, 0.0)
         """Bytes (FLOPs of gpu_compute) of the passes that ``measured`` counts."""
+        self.predicted_collective_seconds = self.measured_collective_seconds = self.predicted_launch_seconds = 0.0
         self.seen = {"decode": 0, "mixed": 0}
         self.windows: dict[str, deque[tuple[PassLoad, float, dict[str, float] | None]]] = {
             kind: deque() for kind in self.seen
@@ -222,6 +112,9 @@ class PassMeter:
         self.passes += len(pass_loads)
         self.measured_pass_seconds += sum(seconds)
         self.predicted_pass_seconds += predicted_seconds
+        self.predicted_launch_seconds += float(np.sum(model.launched(self.point)))
+        self.predicted_collective_seconds += float(np.sum(model.collective_seconds, where=timed))
+        self.measured_collective_seconds += sum(each.get("collectives", 0.0) for each in busy if each is not None)
         for name in RESOURCES:
             self.predicted[name] += predicted[name]
         for name in MEASURED:
@@ -249,7 +142,13 @@ class PassMeter:
             }
             for name in MEASURED
         }
+        between_ranks = {
+            "predicted_seconds": self.predicted_collective_seconds,
+            "measured_seconds": self.measured_collective_seconds,
+        }
         return {
+            **({"collectives": between_ranks} if plan.hardware.tensor_ranks > 1 else {}),
+            "predicted_launch_seconds": self.predicted_launch_seconds,
             "predicted_tokens_per_second": plan.predicted_tokens_per_second,
             "measured_tokens_per_second": tokens_per_second,
             "bound_tokens_per_second": plan.bound_tokens_per_second,
@@ -298,3 +197,13 @@ class PlanMonitor(RunObserver):
         if path is not None and self.meter.passes:
             self.planner.recalibrate(self.meter.recalibrated(self.planner.hardware))
             logger.info("recalibrated the machine's profile by %d passes -> %s", self.meter.passes, path)
+
+
+def monitor_of(
+    planner: Planner, tracer: Tracer, cpu_attention: bool, statistics: Statistics, replans: list[str]
+) -> PlanMonitor | None:
+    """Of the engine's plan; None where nothing was planned. cpu_attention: whether there are buffers for it."""
+    plan = planner.engine_plan.plan
+    if plan is None:
+        return None
+    return PlanMonitor(planner, PassMeter(plan, BusySeconds(tracer), cpu_attention), statistics, replans)

@@ -1,4 +1,4 @@
-"""Decode passes that several ranks record with the sums between them: all record, replay and let go of the same ones."""
+"""Decode passes that several ranks record with the sums between them: all record and replay the same ones."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LONGER = random_prompts([5, 900, 3], seed=3)
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_record_the_same_passes(size, tmp_path):
-    """Blocks that shrink, more sizes than graphs are kept, and experts; a rank that recorded a pass of its own would run
-    its sums once more than the others, which then wait for ever or add up another layer's."""
+    """Blocks that shrink, more sizes than graphs are kept, and experts; a rank that recorded a pass of its own would
+    run its sums once more than the others, which then wait for ever or add up another layer's."""
     params = [{**GREEDY, "max_tokens": 4 + 3 * i} for i in range(6)]
     longer = {"max_position_embeddings": 4096}
     made = [

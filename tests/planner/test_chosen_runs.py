@@ -13,20 +13,13 @@ import pytest
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.planner import tables
-from flexbatch.planner.monitor import (
-    TIMED_EVERY,
-    TIMED_FIRST,
-    WARM_UP,
-    WINDOW,
-    BusySeconds,
-    PassMeter,
-    PlanMonitor,
-    UsageTracer,
-)
+from flexbatch.planner.monitor import WARM_UP, WINDOW, PassMeter, PlanMonitor
 from flexbatch.planner.report import Statistics
+from flexbatch.planner.usage import TIMED_EVERY, TIMED_FIRST, BusySeconds, UsageTracer
 from flexbatch.policy.affine import point_of
+from flexbatch.policy.card_names import SHIPPED
 from flexbatch.policy.cost import PassModel
-from flexbatch.policy.hardware import SHIPPED, load_hardware
+from flexbatch.policy.hardware import load_hardware
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.plan import price
 from flexbatch.policy.policy import Policy, Split

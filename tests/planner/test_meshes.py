@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 
 from flexbatch.cli.plan import main
@@ -13,8 +14,13 @@ from flexbatch.config import EngineConfig
 from flexbatch.parallel.mesh import MeshShape
 from flexbatch.planner import meshes
 from flexbatch.planner.meshes import NO_ROOM, Meshes, MeshPlan, gpus_here, shapes_of, with_chosen_mesh
+from flexbatch.policy.affine import point_of
+from flexbatch.policy.cost import PassModel
 from flexbatch.policy.curve import Curve
 from flexbatch.policy.hardware import Hardware, load_hardware
+from flexbatch.policy.pass_load import PassLoad
+from flexbatch.policy.policy import Policy, Split
+from flexbatch.policy.shapes import public_shape
 from flexbatch.policy.shared_host import shared_by
 from flexbatch.validation.errors import ConfigurationError, DoesNotFitError
 
@@ -115,6 +121,44 @@ def test_sums_over_gpus_are_in_a_plan(tmp_path, capsys):
         words = "opt-1.3b", "--gpu", str(path), "--tensor-parallel-size", "2"
         rates[name] = planned(capsys, *words)["predicted_tokens_per_second"]
     assert rates["slow"] < 0.8 * rates["fast"]
+
+
+def test_launching_sums_is_in_a_plan():
+    """Two sums a layer and one of the embedding: in passes that are launched kernel by kernel, not in graphs."""
+    machine, shape = load_hardware("h200"), public_shape("llama-3-8b")
+    slow = shared_by(dataclasses.replace(machine, interconnect_launch_seconds=1e-4), 2, 2)
+    fast, everything = shared_by(machine, 2, 2), Split(1.0, 0.0)
+    policy = Policy(everything, everything, everything, 64, 1)
+    models = [PassModel(shape, hardware, policy, PassLoad.decode(64, 200)) for hardware in (fast, slow)]
+    before, after = (model.launched(point_of(policy)) for model in models)
+    assert after - before == pytest.approx((2 * 32 + 1) * 1e-4)
+    one = PassModel(shape, dataclasses.replace(slow, tensor_ranks=1), policy, PassLoad(prompt_tokens=64.0))
+    same = PassModel(shape, dataclasses.replace(fast, tensor_ranks=1), policy, PassLoad(prompt_tokens=64.0))
+    assert np.all(one.launched(point_of(policy)) == same.launched(point_of(policy))), "one GPU adds up nothing"
+
+
+def test_host_memory_that_all_links_and_cores_read_is_in_a_plan(tmp_path, capsys):
+    """Of its part of the cores each rank has 80 % beside others, and 50 % beside their links, which lose a third."""
+    shares = {"cpu_attention_together": 0.8, "cpu_attention_together_during_h2d": 0.5}
+    curves = {name: Curve((1.0, 2.0), (1.0, share)) for name, share in shares.items()}
+    curves["h2d_together_during_cpu_attention"] = Curve((1.0, 2.0), (1.0, 0.6))
+    curves["links_together"] = Curve((1.0, 2.0), (1.0, 0.9))
+    machine = load_hardware("h200")
+    shared = dataclasses.replace(machine, **curves)
+    assert shared_by(shared, 1) == shared
+    rank = shared_by(shared, 2)
+    for name in ("cpu_attention", "cpu_attention_4", "cpu_experts"):
+        assert getattr(rank, name).values[0] == pytest.approx(0.8 / 2 * getattr(machine, name).values[0])
+    assert rank.cpu_attention_during_h2d == pytest.approx(0.5 / 2 * machine.cpu_attention_during_h2d)
+    assert rank.h2d_during_cpu_attention == pytest.approx(0.6 * machine.h2d_during_cpu_attention)
+    assert rank.h2d == pytest.approx(0.9 * machine.h2d) and rank.link_slowdown > 2 * machine.link_slowdown
+    rates = []
+    for kind, hardware in (("alone", machine), ("shared", shared)):
+        path = tmp_path / f"{kind}.json"
+        path.write_text(hardware.to_json())
+        words = "opt-30b", "--gpu", str(path), "--tensor-parallel-size", "2", "--gpu-memory", "16GiB"
+        rates.append(planned(capsys, *words)["predicted_tokens_per_second"])
+    assert rates[1] < 0.9 * rates[0]
 
 
 @pytest.mark.parametrize("name", ["interconnect_send", "links_together"])

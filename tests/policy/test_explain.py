@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexbatch.policy.card_names import shipped_name, shipped_names
 from flexbatch.policy.cost import JOINT, RESOURCES
 from flexbatch.policy.explain import explain, summary
 from flexbatch.policy.footprint import memory_rows, peak_memory, round_cache, spread_weights
-from flexbatch.policy.hardware import load_hardware, shipped_name, shipped_names
+from flexbatch.policy.hardware import load_hardware
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.plan import Plan, price
 from flexbatch.policy.policy import Policy, Split
@@ -190,7 +191,7 @@ def test_every_machine_says_whether_it_was_measured():
 
 def test_derived_machines_are_what_their_script_derives():
     from benchmark.derive_profiles import profiles
-    from flexbatch.policy.hardware import SHIPPED
+    from flexbatch.policy.card_names import SHIPPED
 
     for name, text in profiles().items():
         assert (SHIPPED / name).read_text() == text, f"{name}: python -m benchmark.derive_profiles"
