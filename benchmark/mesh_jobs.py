@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import random
 import re
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from benchmark.part_times import TURN, PartTimes
 
 SIZES = {"dp": "data_parallel_size", "pp": "pipeline_parallel_size", "tp": "tensor_parallel_size"}
 RESERVE_GIB = 1.0
@@ -55,6 +59,48 @@ def random_prompts(count: int, tokens: int, vocabulary: int, seed: int) -> list[
     return [[generator.randrange(10, vocabulary) for _ in range(length)] for length in lengths]
 
 
+@contextlib.contextmanager
+def recorded_ranks(most: int | None) -> Iterator[None]:
+    """So many tensor ranks may record decode passes; None: as many as the package allows. Rank 0 decides it for all."""
+    from flexbatch.policy import decode_graphs
+
+    before = decode_graphs.RECORDED_RANKS
+    decode_graphs.RECORDED_RANKS = before if most is None else most
+    try:
+        yield
+    finally:
+        decode_graphs.RECORDED_RANKS = before
+
+
+def host_parts() -> dict[str, tuple[Any, str]]:
+    """Functions of rank 0 whose times are told, in ms a pass."""
+    from flexbatch.execution.passes import Passes
+    from flexbatch.execution.pipelined import PipelinedPasses
+    from flexbatch.execution.sampler import SampledPass
+    from flexbatch.execution.scheduler import Scheduler
+    from flexbatch.loop import EngineLoop
+    from flexbatch.planner.leader import Leader
+
+    return {
+        "compose": (Scheduler, "next_pass"),
+        "tell ranks": (Leader, "send"),
+        "launch": (Passes, "launch"),
+        "sample": (Passes, "sample"),
+        "wait and read": (SampledPass, "read"),
+        "commit": (Scheduler, "commit"),
+        "pipeline turn": (PipelinedPasses, "turn"),
+        TURN: (EngineLoop, "run_pass"),
+    }
+
+
+RATES = ("h2d", "d2h", "link_both", "gather", "cpu_attention", "cpu_attention_4", "cpu_attention_during_h2d")
+RATES += ("h2d_during_cpu_attention", "host_bandwidth", "launch_seconds", "graph_seconds", "pass_seconds")
+RATES += ("sequence_seconds", "staging_seconds", "fetch_seconds", "cpu_attention_seconds", "interconnect")
+RATES += ("interconnect_seconds", "interconnect_launch_seconds", "interconnect_send", "links_together")
+RATES += ("cpu_attention_together", "cpu_attention_together_during_h2d", "h2d_together_during_cpu_attention")
+"""Of the profile that a run was planned with."""
+
+
 def measured(case: Case, gpu_gib: float, sizes: dict[str, int], more: dict[str, Any], tell: Tell) -> None:
     """One job on one mesh."""
     from flexbatch import LLM, SamplingParams
@@ -71,15 +117,17 @@ def measured(case: Case, gpu_gib: float, sizes: dict[str, int], more: dict[str, 
         loaded = time.perf_counter()
         # Kernels compile and the links wake up.
         warm_up = random_prompts(min(61, case.prompts // 3), case.prompt_tokens, llm.arch.vocab_size, seed=3)
-        llm.generate(warm_up, SamplingParams(max_tokens=3, temperature=0, ignore_eos=True))
+        llm.generate(warm_up, SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
         prepared = time.perf_counter()
         logger.debug("warm; the job begins")
-        answers = llm.generate(prompts, params)
+        with PartTimes(host_parts()) as parts:
+            answers = llm.generate(prompts, params)
         ended = time.perf_counter()
         logger.debug("the job took %.2f s", ended - prepared)
         report = llm.report()
         tokens, seconds = sum(len(answer.token_ids) for answer in answers), ended - prepared
         names = ("plan", "prediction", "job", "policy", "percent", "memory", "peak_bytes", "moved_bytes", "passes")
+        whole = dataclasses.asdict(llm._capacity.planner.hardware)
         prediction = report.get("prediction", {})
         predicted = prediction.get("predicted_tokens_per_second")
         found = {
@@ -95,6 +143,8 @@ def measured(case: Case, gpu_gib: float, sizes: dict[str, int], more: dict[str, 
             "predicted_job_seconds": report.get("job", {}).get("predicted_seconds"),
             "first_tokens": " ".join(str(answer.token_ids[0]) for answer in answers),
             "answers": " ".join(f"{zlib.crc32(str(answer.token_ids).encode()):x}" for answer in answers),
+            "host_ms_a_pass": parts.per_turn(),
+            "hardware": {name: whole[name] for name in RATES},
             **{name: report[name] for name in names if name in report},
         }
         tell(found)

@@ -4,13 +4,17 @@ plan chosen by the engine.
     python -m benchmark.parallel --output parallel.json
     python -m benchmark.parallel --output p.json --models opt-30b --meshes 1 tp2 pp2 --gpu-gib 24 --limit 900
     python -m benchmark.parallel --output p.json --models opt-30b --prompts 191 --prompt-tokens 256 --new-tokens 16
+    python -m benchmark.parallel --output p.json --models opt-30b --layers 24 --gpu-gib 16 --gib-of 1=12 tp2=10.25
 
+What comes behind --then are further runs, with flags of their own; the output, and all seconds, are the first ones'.
 A mesh is 1, or sizes in any order joined by x: tp2, pp2, dp2, pp2xtp2. Every run is a process of its own. What it does,
 with the time, is on stderr, of every rank; some seconds before --limit every rank writes where each of its threads is,
 and at the limit the run is ended. A result is written as soon as it is there; with an output that exists, what it has
 is not run again. Figures are generated tokens / seconds of a whole job, its fill and tail included; loading is not. The
 bound is what the busiest links allow. With --of-gpus N a mesh of fewer GPUs gets cores and host memory in proportion,
-as a machine of its own would have them.
+as a machine of its own would have them, and --hardware-of-one, a profile that was measured on that part of the cores.
+With --layers a model has some of its layers; --gib-of then says by mesh how much memory a GPU has, so that as large a
+share of the weights lies on it as of the whole model in --gpu-gib, by which the run is named.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import argparse
 import contextlib
 import dataclasses
 import faulthandler
+import itertools
 import json
 import logging
 import os
@@ -26,13 +31,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmark.machine import machine
-from benchmark.mesh_jobs import CASES, Tell, checked, measured, sizes_of
+from benchmark.mesh_jobs import CASES, Tell, checked, measured, recorded_ranks, sizes_of
 from flexbatch.policy.stdout import data_apart, run_process
 
 CHECKED = "tokens"
@@ -54,7 +60,8 @@ def run_one(words: dict[str, Any], tell: Tell) -> None:
     if words["case"] == CHECKED:
         return checked(words["model"], sizes, words["device"], tell)
     case = dataclasses.replace(CASES[words["case"]], **words["job"])
-    return measured(case, words["gpu_gib"], sizes, words["set"], tell)
+    with recorded_ranks(words["graphs_of_ranks"]):
+        measured(case, words["gpu_gib"], sizes, words["set"], tell)
 
 
 def serve_run(data: Any) -> int:
@@ -142,6 +149,7 @@ def share_of(mesh: str, arguments: argparse.Namespace, folder: Path) -> dict[str
     """Cores and settings of a mesh: its part of the machine, and the machine's rates as all of its ranks share them."""
     gpus = prod(sizes_of(mesh).values())
     share = min(1.0, gpus / arguments.of_gpus) if arguments.of_gpus else 1.0
+    of_one = arguments.hardware_of_one if share < 1 else None
     found: dict[str, Any] = {}
     cores = sorted(os.sched_getaffinity(0))
     if share < 1:
@@ -149,13 +157,12 @@ def share_of(mesh: str, arguments: argparse.Namespace, folder: Path) -> dict[str
     settings: dict[str, Any] = {}
     if arguments.cpu_gib:
         settings["cpu_memory"] = f"{share * arguments.cpu_gib}GiB"
-    if arguments.hardware:
+    if of_one or arguments.hardware:
         from flexbatch.policy.hardware import read_hardware
         from flexbatch.policy.shared_host import OF_THE_HOST, scaled
 
-        file = folder / f"{gpus}.hardware.json"
-        whole = scaled(read_hardware(Path(arguments.hardware)), OF_THE_HOST, gpus if arguments.of_gpus else 1)
-        file.write_text(whole.to_json())
+        file, known = folder / f"{gpus}.hardware.json", read_hardware(Path(of_one or arguments.hardware))
+        file.write_text((known if of_one else scaled(known, OF_THE_HOST, share)).to_json())
         settings["hardware"] = str(file)
     return {**found, "set": settings}
 
@@ -164,16 +171,20 @@ def runs(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any
     """Every run by its name."""
     more = {name: json.loads(value) for name, value in (item.split("=", 1) for item in arguments.set)}
     device = "cuda" if arguments.device == "auto" else arguments.device
-    check = {"case": CHECKED, "model": arguments.check_model, "device": device}
+    check = {"case": CHECKED, "model": arguments.check_model, "device": device, "limit": arguments.limit}
     found = {f"{CHECKED} {mesh}": {**check, "mesh": mesh} for mesh in arguments.meshes} if arguments.check_model else {}
     job = {name: getattr(arguments, name) for name in ("prompts", "prompt_tokens", "new_tokens")}
     job = {name: value for name, value in job.items() if value is not None}
+    gib_of = {mesh: float(gib) for mesh, gib in (item.split("=", 1) for item in arguments.gib_of)}
     for name in arguments.models:
+        part = {} if arguments.layers is None else {"model": f"{CASES[name].model}-{arguments.layers}-layers"}
         for gib in arguments.gpu_gib:
             for mesh in arguments.meshes:
                 share = share_of(mesh, arguments, folder)
-                words = {**share, "case": name, "gpu_gib": gib, "mesh": mesh, "job": job}
-                found[f"{name} {gib:g}GiB {mesh}"] = {**words, "set": {**share["set"], **more}}
+                words = {**share, "case": name, "gpu_gib": gib_of.get(mesh, gib), "mesh": mesh, "job": job | part}
+                words["graphs_of_ranks"] = arguments.graphs_of_ranks
+                label = f"{part.get('model', name)} {gib:g}GiB {mesh}{'+graphs' * bool(arguments.graphs_of_ranks)}"
+                found[label] = {**words, "set": {**share["set"], **more}, "limit": arguments.limit}
     return found
 
 
@@ -190,26 +201,34 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--check-model", default="demo", help="whose tokens are compared; empty: none")
     found.add_argument("--device", default="auto", help="of that comparison: auto, cuda or cpu")
     found.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="further settings of the engine")
+    found.add_argument("--layers", type=int, help="of each model, instead of all")
+    found.add_argument(
+        "--gib-of", nargs="*", default=[], metavar="MESH=GIB", help="of each GPU, for some of the meshes"
+    )
+    found.add_argument("--graphs-of-ranks", type=int, help="tensor ranks that may record decode passes")
     found.add_argument("--of-gpus", type=int, help="of the machine: fewer GPUs have their share of its host")
     found.add_argument("--cpu-gib", type=float, help="of host memory, for all GPUs")
-    found.add_argument("--hardware", help="a profile; with --of-gpus that of one GPU and its share of the host")
+    found.add_argument("--hardware", help="a profile of the whole host")
+    found.add_argument("--hardware-of-one", help="with --of-gpus: a profile measured on the cores of one GPU's share")
     found.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
     return found
 
 
-def run_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def run_all(parts: Sequence[argparse.Namespace], folder: Path) -> dict[str, Any]:
     """The result of every run by its name; what is known is in the output after every run."""
+    arguments = parts[0]
     path: Path = arguments.output
     kept = json.loads(path.read_text()) if path.exists() else {"results": {}}
     results = {name: result for name, result in kept["results"].items() if "error" not in result}
     known = kept.get("machine")
-    todo = {name: words for name, words in runs(arguments, folder).items() if name not in results}
+    wanted = {name: words for k, each in enumerate(parts) for name, words in runs(each, made(folder / str(k))).items()}
+    todo = {name: words for name, words in wanted.items() if name not in results}
     end = time.monotonic() + arguments.total
     following = Run(folder, 0) if todo else None
     for number, (name, words) in enumerate(todo.items(), 1):
         assert following is not None
         run, following = following, Run(folder, number) if number < len(todo) else None
-        limit = min(arguments.limit, end - time.monotonic())
+        limit = min(words["limit"], end - time.monotonic())
         if limit < 2 * LAST_SECONDS:
             run.end()
             results[name] = {"error": f"not begun within {arguments.total:g} s"}
@@ -223,14 +242,21 @@ def run_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return results
 
 
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
 def main() -> int:
-    arguments = parser().parse_args()
+    words = [list(part) for then, part in itertools.groupby(sys.argv[1:], "--then".__eq__) if not then]
+    parts = [parser().parse_args(part) for part in words or [[]]]
+    arguments = parts[0]
     with data_apart() as data, TemporaryDirectory() as folder:
         if arguments.run:
             return serve_run(data)
         if arguments.output is None:
             parser().error("--output is needed")
-        results = run_all(arguments, Path(folder))
+        results = run_all(parts, Path(folder))
         print(json.dumps(summary(results), indent=1), file=data)
     return 1 if any("error" in result for result in results.values()) else 0
 
