@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -217,6 +218,12 @@ def test_public_shapes_equal_transformers_parameter_counts(name):
 
 def test_shape_names():
     assert shape("facebook/OPT-30B") == shape("opt-30b")
+    part = shape("opt-30b-24-layers")
+    assert (part.num_layers, replace(part, num_layers=48)) == (24, shape("opt-30b"))
+    assert shape("starcoder-3-layers").num_layers == 3
+    for layers in (0, 49):
+        with pytest.raises(CheckpointError, match="opt-30b has 48 layers"):
+            shape(f"opt-30b-{layers}-layers")
     with pytest.raises(CheckpointError, match=r"known: opt-125m, .*starcoder"):
         shape("grok-1")
 
