@@ -21,6 +21,8 @@ from flexbatch.validation.errors import LostRankError
 
 FOUND = {"interconnect": 3e11, "interconnect_seconds": 2e-5, "interconnect_send": 2e11}
 FOUND |= {"links_together": Curve((1.0, 2.0), (1.0, 0.75)), "fit_error": {"interconnect": 0.1}}
+HOST = "cpu_attention_together", "cpu_attention_together_during_h2d", "h2d_together_during_cpu_attention"
+FOUND |= dict.fromkeys(HOST, Curve((1.0, 2.0), (1.0, 0.8)))
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -40,6 +42,8 @@ def test_ranks_measure_together_and_find_the_same(size, monkeypatch):
     hardware = dataclasses.replace(load_hardware("h200"), **found[0])
     assert min(hardware.interconnect, hardware.interconnect_send) > 0 <= hardware.interconnect_seconds
     assert not lacks_interconnect(hardware, size) and lacks_interconnect(hardware, size + 1)
+    assert lacks_interconnect(dataclasses.replace(hardware, cpu_attention_together=None), size), "an older profile"
+    assert all(found[0][name].points == (1.0, size) and found[0][name].values[0] == 1.0 for name in HOST)
 
 
 def test_links_that_slow_each_other_are_planned_with():
