@@ -165,7 +165,7 @@ def beside_copies(dev: torch.device, attend: Callable[[], object], size: int, se
                 for _ in range(8):
                     near.copy_(host, non_blocking=True)
                 done = torch.cuda.Event()
-                done.record()
+                done.record(torch.cuda.current_stream(dev))  # a thread's own device is the first one
                 while not done.query():
                     time.sleep(0.0005)
                 copied += 8 * chunk
