@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 
 from benchmark.kernel_cases import DECODE, MIB, PREFILL, Row, attention_call, seconds
 from benchmark.kernel_timings import attention_flops, ceilings
+from benchmark.kernel_trials import Trial, coded_trials, difference
 from flexbatch.kernels import attention, attention_reference, pages, quant, reference
 from flexbatch.policy.stdout import data_apart, run_process
 
@@ -44,22 +44,11 @@ PREFILL_LAUNCHES = [  # query rows, keys, warps, stages, registers
 DECODE_LAUNCHES = [
     (keys, warps, stages) for keys, warps in ((16, 2), (32, 2), (32, 4), (64, 4), (64, 8)) for stages in (1, 3)
 ]
-SHARED_LAUNCHES = [(32, 1, 2), (32, 1, 3), (32, 1, 4), (64, 1, 2), (64, 2, 2), (64, 2, 3), (128, 4, 3)]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One configuration: ``work`` is timed, ``error`` compares its result with a reference, ``rate`` turns seconds
-    into the fields of a row."""
-
-    row: Row
-    work: Callable[[], Any]
-    error: Callable[[Any], float]
-    rate: Callable[[float], Row]
-
-
-def difference(wanted: torch.Tensor) -> Callable[[torch.Tensor], float]:
-    return lambda got: (got.float() - wanted.float()).abs().max().item()
+SHARED_LAUNCHES = [
+    *((32, 1, stages, 0) for stages in (2, 3, 4)),
+    *((32, 1, 3, registers) for registers in (128, 168)),
+    *((keys, warps, stages, 0) for keys, warps in ((64, 1), (64, 2), (128, 4)) for stages in (2, 3)),
+]
 
 
 def sdpa(call: tuple[torch.Tensor, ...], options: Row) -> torch.Tensor:
@@ -90,27 +79,28 @@ def prefill_trials() -> Iterator[Trial]:
             yield Trial({"kernel": "prefill", "case": name, "launch": launch}, work, difference(wanted), rate)
 
 
-def decode_trials() -> Iterator[Trial]:
-    for name, launches in (
-        ("OPT-30B shape, 64 x 512", DECODE_LAUNCHES),
-        ("Llama-3-8B shape, 64 x 4096", SHARED_LAUNCHES),
-    ):
-        for bits in (8, 4):
-            queries, contexts, heads, kv_heads, head_dim = DECODE[name]
+def decode_trials(names: Iterable[str] = ("OPT-30B shape, 64 x 512",)) -> Iterator[Trial]:
+    for name in names:
+        queries, contexts, heads, kv_heads, head_dim = DECODE[name]
+        own = heads == kv_heads
+        for bits in (16, 8, 4):
             call, options = attention_call(queries, contexts, heads, kv_heads, head_dim, bits=bits)
-            num_bytes = sum(contexts) * call[1].stride(0)
+            num_bytes = sum(contexts) * call[1][0].numel() * call[1].element_size()
             wanted = attention_reference.paged_attention(*call, **options)
             rate = lambda took, n=num_bytes: {"gbps": n / took / 1e9}  # noqa: E731
-            for launch in [*((1, *launch) for launch in launches), (16, 64, 4, 3)]:
-                for splits in (0, 1, 4) if launch[:2] == (1, 32) else (0,):
+            single = [(1, *launch) for launch in (DECODE_LAUNCHES if own else SHARED_LAUNCHES)]
+            for launch in [*(single if bits != 16 else ()), (16, 64, 4, 3)]:
+                middle = launch[:2] == (1, 32) if own else launch == (1, 32, 1, 3, 0)
+                for splits in (0, 1, 4) if middle else (0,):
                     shape = attention.AttentionLaunch(*launch)
                     work = functools.partial(attention.paged_attention, *call, **options, launch=shape, splits=splits)
-                    yield Trial(
-                        {"kernel": "decode", "case": name, "bits": bits, "launch": launch, "splits": splits},
-                        work,
-                        difference(wanted),
-                        rate,
-                    )
+                    row = {"kernel": "decode", "case": name, "bits": bits, "launch": launch, "splits": splits}
+                    yield Trial(row, work, difference(wanted), rate)
+
+
+def shared_trials() -> Iterator[Trial]:
+    """Heads that several query heads share."""
+    return decode_trials(name for name, (_, _, heads, kv_heads, _) in DECODE.items() if heads != kv_heads)
 
 
 def quant_trials() -> Iterator[Trial]:
@@ -163,10 +153,17 @@ def page_trials() -> Iterator[Trial]:
             yield Trial(row, work, lambda got: float((got != 1).sum().item()), beside)
 
 
-SECTIONS = {"prefill": prefill_trials, "decode": decode_trials, "quant": quant_trials, "pages": page_trials}
+SECTIONS = {
+    "prefill": prefill_trials,
+    "decode": decode_trials,
+    "shared": shared_trials,
+    "coded": coded_trials,
+    "quant": quant_trials,
+    "pages": page_trials,
+}
 
 
-COMPILED_AHEAD = ("prefill", "decode", "quant")
+COMPILED_AHEAD = ("prefill", "decode", "shared", "coded", "quant")
 
 
 def compile_ahead(parts: int, sections: Iterable[str]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from flexbatch.kernels import reference
 from flexbatch.kernels.attention_kernels import attention_kernel, combine_kernel
 from flexbatch.kernels.attention_reference import AttentionOptions
+from flexbatch.kernels.code_tiles import LIFT
 from flexbatch.kernels.decode_kernels import decode_kernel
 from flexbatch.kernels.grouped_decode_kernels import grouped_decode_kernel
 
@@ -177,7 +178,7 @@ def _launch_grouped(
     grouped_decode_kernel[grid](
         query, rows.view(torch.int32), page_table, query_starts, context_lens, target, statistics,
         query_starts if options.sinks is None else options.sinks,  # not followed then
-        len(query), query.stride(0), rows.stride(0) // 16, page_table.stride(0), options.scale,
+        len(query), query.stride(0), rows.stride(0) // 16, page_table.stride(0), options.scale, LIFT,
         SPLIT=grid[1] > 1, SINKS=options.sinks is not None,
         product=tl.bfloat16 if query.is_cuda else tl.float32,  # the interpreter has no products of bfloat16
         HEADS=options.num_kv_heads, SHARED=shared, BLOCK_H=8 if shared <= 8 else 16, HEAD_DIM=head_dim,

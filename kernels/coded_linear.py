@@ -11,9 +11,8 @@ from torch import Tensor
 
 from flexbatch.kernels import coded_linear_kernels as kernels
 from flexbatch.kernels.attention import multiprocessors_of
+from flexbatch.kernels.code_tiles import LIFT
 from flexbatch.kernels.coded_matrix import CodedMatrix
-
-SUM_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -23,15 +22,15 @@ class CodedLaunch:
 
     rows: int = 128
     tokens: int = 8
-    per_step: int = 1
+    per_step: int = 2
     warps: int = 4
     stages: int = 4
-    depth: int = 5
+    depth: int = 4
 
 
 def choose_launch(tokens: int) -> CodedLaunch:
     block = next(size for size in (8, 16, 32, 64) if tokens <= size or size == 64)
-    return CodedLaunch(tokens=block)
+    return CodedLaunch(tokens=block) if block < 64 else CodedLaunch(tokens=block, per_step=1, depth=2)
 
 
 def choose_splits(blocks: int, steps: int, multiprocessors: int, depth: int) -> int:
@@ -60,19 +59,17 @@ def coded_linear(
     splits = splits or choose_splits(blocks, groups // per_step, multiprocessors_of(x.device), launch.depth)
     arranged = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
     sums = torch.empty(groups, tokens, dtype=torch.float32, device=x.device)
+    arrivals = torch.empty(blocks, dtype=torch.int32, device=x.device)
+    partial = sums if splits == 1 else torch.empty(splits, tokens, rows, dtype=torch.float32, device=x.device)
     kernels.arrange_kernel[tokens, groups](
-        x, arranged, sums, tokens, columns, x.stride(0), BITS=matrix.bits, GROUP=matrix.group, num_warps=1
-    )
-    target = out if splits == 1 else torch.empty(splits, tokens, rows, dtype=torch.float32, device=x.device)
-    biased = bias is not None
-    bias = arranged if bias is None else bias  # not followed then
-    kernels.coded_linear_kernel[triton.cdiv(rows, launch.rows), splits, triton.cdiv(tokens, launch.tokens)](
-        arranged, sums, matrix.codes.view(torch.int32), matrix.parameters.view(torch.int32).view(rows, groups), bias,
-        target, tokens, rows, columns, BIASED=biased and splits == 1, BITS=matrix.bits, GROUP=matrix.group,
-        BLOCK_R=launch.rows, BLOCK_T=launch.tokens, PER_STEP=per_step, STAGES=launch.stages, num_warps=launch.warps,
+        x, arranged, sums, arrivals, tokens, columns, x.stride(0), blocks, BITS=matrix.bits, GROUP=matrix.group,
+        num_warps=1,
     )  # fmt: skip
-    if splits > 1:
-        kernels.sum_of_splits_kernel[(triton.cdiv(out.numel(), SUM_BLOCK),)](
-            target, bias, out, out.numel(), rows, BIASED=biased, SPLITS=splits, BLOCK=SUM_BLOCK
-        )
+    kernels.coded_linear_kernel[triton.cdiv(rows, launch.rows), splits, triton.cdiv(tokens, launch.tokens)](
+        arranged, sums, matrix.codes.view(torch.int32), matrix.parameters.view(torch.int32).view(rows, groups),
+        arranged if bias is None else bias,  # not followed then
+        partial, arrivals, out, tokens, rows, columns, LIFT, BIASED=bias is not None, BITS=matrix.bits,
+        GROUP=matrix.group, BLOCK_R=launch.rows, BLOCK_T=launch.tokens, PER_STEP=per_step, SPLITS=splits,
+        STAGES=launch.stages, num_warps=launch.warps,
+    )  # fmt: skip
     return out

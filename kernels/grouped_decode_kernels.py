@@ -24,18 +24,19 @@ from flexbatch.kernels.code_tiles import (
 
 
 @triton.jit
-def _scores(words, pair, q, q_sum, step, BITS: tl.constexpr):
+def _scores(words, pair, q, q_sum, step, lift, BITS: tl.constexpr):
     """[keys, heads] of one group, in units of log 2. q [elements, heads], ``q_sum`` their sums times ``step``."""
     scale, minimum = scale_and_minimum(pair, q.dtype)
     scale, minimum = of_numbers(scale, minimum, q.dtype, BITS)
-    products = tl.dot(rows_of_codes(words, q.dtype, BITS), q, input_precision="ieee")
+    products = tl.dot(rows_of_codes(words, lift, q.dtype, BITS), q, input_precision="ieee")
     return products * (scale * step)[:, None] + minimum[:, None] * q_sum[None, :]
 
 
 @triton.jit
 def _add_values(
-    weight, pair, first, second, acc, base, shrink, dtype: tl.constexpr, product: tl.constexpr, BITS: tl.constexpr
-):
+    weight, pair, first, second, acc, base, shrink, lift, dtype: tl.constexpr, product: tl.constexpr,
+    BITS: tl.constexpr,
+):  # fmt: skip
     """Values of one group: acc [elements, heads] of weights times scales times codes, and what else they weigh, base
     [keys, heads]. Weights times scales are rounded to bfloat16, whose range holds them; what is lost is that of the
     distance from the middle code: a twentieth of what quantization to 4 bits loses."""
@@ -45,7 +46,7 @@ def _add_values(
     scaled = (weight * scale[:, None]).to(product)
     minimum = minimum + MIDDLE * scale
     base = base * shrink[None, :] + (weight * minimum[:, None] - OFFSET * scaled.to(tl.float32))
-    codes = columns_of_codes(first, second, product, BITS)
+    codes = columns_of_codes(first, second, lift, product, BITS)
     return tl.dot(codes, scaled, acc * shrink[None, :], input_precision="ieee"), base
 
 
@@ -65,7 +66,7 @@ def _load(address, seen, MASKED: tl.constexpr):
 
 @triton.jit
 def _step(
-    start, hi, m, total, acc0, acc1, base0, base1, q0, q1, sum0, sum1, step, words, table, head, row_quads,
+    start, hi, m, total, acc0, acc1, base0, base1, q0, q1, sum0, sum1, step, words, table, head, row_quads, lift,
     MASKED: tl.constexpr, product: tl.constexpr, HEADS: tl.constexpr, PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr,
     GROUPS: tl.constexpr, WORDS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -85,29 +86,29 @@ def _step(
     v_pair0 = _load(pair + HEADS * GROUPS, seen, MASKED)
     early0 = _load(early[:, None] + SIDE + word, early_seen[:, None], MASKED)
     late0 = _load(late[:, None] + SIDE + word, late_seen[:, None], MASKED)
-    score = _scores(k0, k_pair0, q0, sum0, step, BITS)
+    score = _scores(k0, k_pair0, q0, sum0, step, lift, BITS)
     if GROUPS == 2:
         k1 = _load(row[:, None] + WORDS + word, seen[:, None], MASKED)
         k_pair1 = _load(pair + 1, seen, MASKED)
-        score += _scores(k1, k_pair1, q1, sum1, step, BITS)
+        score += _scores(k1, k_pair1, q1, sum1, step, lift, BITS)
     if MASKED:
         score = tl.where(seen[:, None], score, float("-inf"))
     top = tl.maximum(m, tl.max(score, 0))
     weight = tl.exp2(score - top[None, :])
     shrink = tl.exp2(m - top)
     total = total * shrink[None, :] + weight
-    acc0, base0 = _add_values(weight, v_pair0, early0, late0, acc0, base0, shrink, dtype, product, BITS)
+    acc0, base0 = _add_values(weight, v_pair0, early0, late0, acc0, base0, shrink, lift, dtype, product, BITS)
     if GROUPS == 2:
         v_pair1 = _load(pair + HEADS * GROUPS + 1, seen, MASKED)
         early1 = _load(early[:, None] + SIDE + WORDS + word, early_seen[:, None], MASKED)
         late1 = _load(late[:, None] + SIDE + WORDS + word, late_seen[:, None], MASKED)
-        acc1, base1 = _add_values(weight, v_pair1, early1, late1, acc1, base1, shrink, dtype, product, BITS)
+        acc1, base1 = _add_values(weight, v_pair1, early1, late1, acc1, base1, shrink, lift, dtype, product, BITS)
     return top, total, acc0, acc1, base0, base1
 
 
 @triton.jit
 def _attend(
-    q0, q1, step, words, table, context, head, row_quads, sinks, SINKS: tl.constexpr, product: tl.constexpr,
+    q0, q1, step, words, table, context, head, row_quads, sinks, lift, SINKS: tl.constexpr, product: tl.constexpr,
     HEADS: tl.constexpr, SHARED: tl.constexpr, BLOCK_H: tl.constexpr, PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr,
     GROUPS: tl.constexpr, WORDS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -134,12 +135,12 @@ def _attend(
     for start in tl.range(lo, whole, BLOCK_N, num_stages=STAGES):
         m, total, acc0, acc1, base0, base1 = _step(
             start, hi, m, total, acc0, acc1, base0, base1, q0, q1, sum0, sum1, step, words, table, head, row_quads,
-            False, product, HEADS, PAGE_TOKENS, BITS, GROUPS, WORDS, BLOCK_N,
+            lift, False, product, HEADS, PAGE_TOKENS, BITS, GROUPS, WORDS, BLOCK_N,
         )  # fmt: skip
     if whole < hi:
         m, total, acc0, acc1, base0, base1 = _step(
             whole, hi, m, total, acc0, acc1, base0, base1, q0, q1, sum0, sum1, step, words, table, head, row_quads,
-            True, product, HEADS, PAGE_TOKENS, BITS, GROUPS, WORDS, BLOCK_N,
+            lift, True, product, HEADS, PAGE_TOKENS, BITS, GROUPS, WORDS, BLOCK_N,
         )  # fmt: skip
     return m, tl.sum(total, 0), acc0 + tl.sum(base0, 0)[None, :], acc1 + tl.sum(base1, 0)[None, :]
 
@@ -147,7 +148,7 @@ def _attend(
 @triton.jit(do_not_specialize=["num_tokens", "max_pages"])
 def grouped_decode_kernel(
     query, words, page_table, query_starts, context_lens, out, statistics, sinks, num_tokens, query_stride, row_quads,
-    max_pages, scale, SPLIT: tl.constexpr, SINKS: tl.constexpr, product: tl.constexpr, HEADS: tl.constexpr,
+    max_pages, scale, lift, SPLIT: tl.constexpr, SINKS: tl.constexpr, product: tl.constexpr, HEADS: tl.constexpr,
     SHARED: tl.constexpr, BLOCK_H: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_TOKENS: tl.constexpr, BITS: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -170,8 +171,8 @@ def grouped_decode_kernel(
         table = page_table + sequence.to(tl.int64) * max_pages
         step = scale * 1.4426950408889634  # scores in units of log 2
         m, total, acc0, acc1 = _attend(
-            q0, q1, step, words, table, context, head, row_quads, sinks, SINKS, product, HEADS, SHARED, BLOCK_H,
-            PAGE_TOKENS, BITS, GROUPS, WORDS, BLOCK_N, STAGES,
+            q0, q1, step, words, table, context, head, row_quads, sinks, lift, SINKS, product, HEADS, SHARED,
+            BLOCK_H, PAGE_TOKENS, BITS, GROUPS, WORDS, BLOCK_N, STAGES,
         )  # fmt: skip
         index = token * (HEADS * SHARED) + head * SHARED + member
         if SPLIT:
