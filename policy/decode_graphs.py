@@ -4,7 +4,7 @@ launches a pass by one call where there is room for them, and a thousand kernels
 from __future__ import annotations
 
 from flexbatch.policy.hardware import Hardware
-from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES, PAGE_TOKENS
+from flexbatch.policy.limits import LOGITS_CHUNK_BYTES, MAX_GRAPH_SEQUENCES, PAGE_TOKENS
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.policy import Policy
 
@@ -51,10 +51,13 @@ def graph_bytes(
     return LAUNCH_BYTES * (launches * num_layers + 8) + bucket * (4 * pages + 64 + hidden_bytes)
 
 
-def graph_pool_bytes(sequences: int, workspace_bytes: int) -> int:
-    """Intermediate results of the largest decode pass: graphs share them, and nothing else does. workspace_bytes: of
-    one token."""
-    return bucket_of(min(sequences, MAX_GRAPH_SEQUENCES)) * workspace_bytes
+def graph_pool_bytes(sequences: int, workspace_bytes: int, vocab_size: int, element_bytes: int) -> int:
+    """Intermediate results of the largest decode pass: graphs share them, and nothing else does. Workspace of the
+    layers, of which one token takes ``workspace_bytes``, and a chunk of logits, as they are multiplied and in
+    float32."""
+    rows = bucket_of(min(sequences, MAX_GRAPH_SEQUENCES))
+    logit_rows = min(rows, max(1, LOGITS_CHUNK_BYTES // (4 * vocab_size)))
+    return rows * workspace_bytes + logit_rows * vocab_size * (4 + element_bytes)
 
 
 def runs_graphs(policy: Policy, device: str, tensor_ranks: int = 1, stages: int = 1) -> bool:
@@ -70,4 +73,5 @@ def planned_bytes(shape: ModelShape, policy: Policy, hardware: Hardware, longest
         return 0
     sizes = shape.num_layers, shape.hidden_bytes, policy.gpu_batch_size, int(longest), PAGE_TOKENS
     one = graph_bytes(*sizes, shape.experts is not None)
-    return PLANNED_GRAPHS * one + graph_pool_bytes(policy.gpu_batch_size, shape.peak_workspace_bytes)
+    work = shape.peak_workspace_bytes, shape.vocab_size, shape.element_bytes
+    return PLANNED_GRAPHS * one + graph_pool_bytes(policy.gpu_batch_size, *work)

@@ -28,6 +28,7 @@ STATE = np.dtype(
         ("adapter", np.int32),
         ("micro_batch", np.int32),
         ("plain", np.bool_),  # whether nothing but its length and its last tokens decides when it ends
+        ("greedy", np.bool_),  # whether it takes the most likely tokens as they are
     ]
 )
 FIRST_CAPACITY = 64
@@ -132,6 +133,11 @@ class Decoding:
             self.page_table[: len(self), :widest][chosen].copy(),
         )
 
+    @property
+    def greedy(self) -> bool:
+        """Whether all take the most likely tokens as they are."""
+        return bool(self.state["greedy"][: len(self)].all())
+
     def find(self, sequence_ids: Iterable[int]) -> np.ndarray:
         """The entries of these sequences, -1 where one has none."""
         found = list(map(self.entries.get, sequence_ids))
@@ -206,4 +212,5 @@ def entry_of(sequence: Sequence) -> tuple[Any, ...]:
         sequence.request.adapter,
         sequence.micro_batch,
         not sequence.adjusted and not output.searches and sequence.params.logprobs is None,
+        sequence.unadjusted_greedy,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from flexbatch.execution.input_builder import InputBuilder
 from flexbatch.execution.inputs import MicroBatchInputs
 from flexbatch.execution.layers_ahead import LayersAhead
 from flexbatch.execution.pass_batch import Lead, LogitsChunk, NewestTokens, PassBatch
+from flexbatch.execution.resident import ResidentPass
 from flexbatch.execution.routed_rows import RoutedRows
 from flexbatch.execution.tick_halves import TickHalves
 from flexbatch.memory.activations import ActivationStore
@@ -31,7 +31,6 @@ from flexbatch.parallel.rank_links import RankLinks
 from flexbatch.policy.decode_graphs import MAX_GRAPHS
 from flexbatch.policy.limits import LOGITS_CHUNK_BYTES
 from flexbatch.policy.schedule import Tick, zigzag
-from flexbatch.trace import Tracer
 
 
 class Executor:
@@ -80,6 +79,7 @@ class Executor:
         if routed is not None:
             routed.threads = attention.cpu_threads
         self.halves = TickHalves(arch, self.ends, weights, queues, host_buffers, rotary, attention, routing, routed)
+        self.resident_pass = ResidentPass(self.halves, self.logit_rows)
         self.graphs: DecodeGraphs | None = None
         recordable = self.resident and overlap and self.stages is None
         assert recordable or self.ranks is None or not max_graphs, f"{max_graphs} graphs of what is not on this GPU"
@@ -123,11 +123,9 @@ class Executor:
         """`run` of this rank. Those other than 0 yield nothing."""
         inputs = self.begin_pass(batch, newest)
         count, num_layers = len(inputs), self.arch.num_layers + (self.stages is None)
-        if self.graphs is not None and count == 1 and watch is None and (hidden := self.replay(inputs[0])) is not None:
-            self.activations.set(0, hidden)
-            yield from self.head(inputs[0], num_layers - 1, 0, count)
-            if self.routing is not None:
-                self.routing.end_pass()
+        replays = self.graphs is not None and count == 1 and watch is None
+        if replays and (result := self.replay(inputs[0], batch.greedy)) is not None:
+            yield from self.replayed(inputs[0], result)
             return
         self.weights.fetch_rest(0, count)
         gathers: dict[tuple[int, int], Handle] = {}
@@ -271,26 +269,20 @@ class Executor:
         if micro_batch == count - 1:
             self.weights.release(layer, self.queues.mark())
 
-    def replay(self, inputs: MicroBatchInputs) -> Tensor | None:
-        """A decode pass of a block that is on the GPU whole, as one graph; None when the pass has to run tick by
-        tick."""
+    def replay(self, inputs: MicroBatchInputs, greedy: bool) -> Tensor | None:
+        """A decode pass of a block that is on the GPU whole, as one graph: hidden states, or tokens where all are
+        ``greedy``; None when the pass has to run tick by tick."""
         assert self.graphs is not None
+        resident, draws = self.resident_pass, greedy and self.ranks is None and not inputs.head_adapters
         with self.tracer.compute_span("layers"):
-            return self.graphs.run(inputs, self.resident_layers)
+            return self.graphs.run(inputs, resident.tokens if draws else resident.hidden, draws)
 
-    def resident_layers(self, inputs: MicroBatchInputs) -> Tensor:
-        """All layers without a tick's transfers. Runs under capture: spans would record events that no replay
-        repeats."""
-        halves, ranks = self.halves, self.ranks
-        tracer, halves.tracer = halves.tracer, Tracer()
-        if ranks is not None:
-            ranks.tracer = halves.tracer
-        try:
-            with self.routing.of_graph() if self.routing is not None else nullcontext():
-                for layer in range(self.arch.num_layers):
-                    halves.finish(halves.begin(Tick(layer, 0, None, None, None), inputs, READY, 0), 1)
-            return self.activations.get(0)
-        finally:
-            halves.tracer = tracer
-            if ranks is not None:
-                ranks.tracer = tracer
+    def replayed(self, inputs: MicroBatchInputs, result: Tensor) -> Iterator[LogitsChunk]:
+        """The rest of a pass that was one graph."""
+        if result.ndim == 1:
+            yield inputs.drawn_chunk(result)
+        else:
+            self.activations.set(0, result)
+            yield from self.head(inputs, self.arch.num_layers, 0, 1)
+        if self.routing is not None:
+            self.routing.end_pass()

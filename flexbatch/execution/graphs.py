@@ -22,15 +22,17 @@ from flexbatch.models.lora.applied import PassAdapters
 from flexbatch.policy.decode_graphs import CONTEXT_STEP, MAX_GRAPHS, bucket_of
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
 
-Key = tuple[int, int, bool]
-"""(sequences, longest context, whether any has an adapter)."""
+Key = tuple[int, int, bool, bool]
+"""(sequences, longest context, whether any has an adapter, whether tokens are drawn)."""
 Layers = Callable[[MicroBatchInputs], Tensor]
-"""Runs all layers on static inputs: hidden states [num_sequences, hidden_size] after the last one."""
+"""Runs all layers on static inputs: hidden states [num_sequences, hidden_size] after the last one, or the tokens
+[num_sequences] that are drawn from them."""
 
 
 def smallest_covering(keys: Iterable[Key], key: Key) -> Key | None:
     """The least of ``keys`` with room for ``key``, None when there is none."""
-    covering = (other for other in keys if all(has >= wants for has, wants in zip(other, key, strict=True)))
+    alike = (other for other in keys if other[-1] == key[-1])
+    covering = (other for other in alike if all(has >= wants for has, wants in zip(other, key, strict=True)))
     return min(covering, default=None)
 
 
@@ -105,7 +107,7 @@ class Captured:
 
     graph: Recorded
     inputs: MicroBatchInputs
-    hidden: Tensor
+    result: Tensor
 
 
 class DecodeGraphs:
@@ -143,9 +145,9 @@ class DecodeGraphs:
         self.captured: dict[Key, Captured] = {}
         """The one that was used last at the end."""
 
-    def run(self, inputs: MicroBatchInputs, layers: Layers) -> Tensor | None:
-        """Hidden states [num_sequences, hidden_size] of a decode pass, or None when it has to run as usual (no plain
-        decode, or its bucket is new)."""
+    def run(self, inputs: MicroBatchInputs, layers: Layers, draws: bool = False) -> Tensor | None:
+        """What ``layers`` give of a decode pass, or None when it has to run as usual (no plain decode, or its bucket is
+        new). draws: they give tokens."""
         group = inputs.gpu
         if (
             group is None
@@ -160,6 +162,7 @@ class DecodeGraphs:
             bucket_of(inputs.num_tokens),
             min(-(-group.max_context_len // CONTEXT_STEP) * CONTEXT_STEP, self.max_positions),
             inputs.adapters is not None,
+            draws,
         )
         if key not in self.captured and key in self.seen:
             while len(self.captured) >= self.most:
@@ -172,7 +175,7 @@ class DecodeGraphs:
         captured = self.captured[covering] = self.captured.pop(covering)
         self.fill(captured.inputs, inputs)
         captured.graph.replay()
-        return captured.hidden[: inputs.num_tokens]
+        return captured.result[: inputs.num_tokens]
 
     def capture(self, bucket: int, max_context_len: int, inputs: MicroBatchInputs, layers: Layers) -> Captured:
         """Record the layers over static inputs; nothing runs yet."""
@@ -198,8 +201,8 @@ class DecodeGraphs:
             adapters=self.static_adapters(bucket, inputs.adapters),
         )
         self.fill(static, inputs)
-        graph, hidden = self.record(lambda: layers(static))
-        return Captured(graph, static, hidden)
+        graph, result = self.record(lambda: layers(static))
+        return Captured(graph, static, result)
 
     def static_group(self, bucket: int, max_context_len: int) -> AttentionGroup:
         """Room for the pages of so many sequences, each of so many tokens."""

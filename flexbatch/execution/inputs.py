@@ -88,6 +88,10 @@ class MicroBatchInputs:
         rows = self.logit_rows[max(0, start - first) : max(0, end - first)]
         return LogitsChunk(rows, logits, None if self.decoding is None else self.decoding.part(start, end))
 
+    def drawn_chunk(self, token_ids: Tensor) -> LogitsChunk:
+        """All rows, whose tokens [rows] are drawn; the next pass may overwrite these."""
+        return LogitsChunk(self.logit_rows, token_ids.new_empty(0), self.decoding, token_ids.clone())
+
     def groups(self, windowed: bool) -> MicroBatchInputs | CacheGroups:
         """The groups of a layer. windowed: which keeps only its window."""
         return self.windows if windowed and self.windows is not None else self

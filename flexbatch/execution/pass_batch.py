@@ -150,9 +150,11 @@ def parts_of(queries: Many[QueryTokens]) -> tuple[DecodeTokens | None, Many[Quer
 
 @dataclass(frozen=True)
 class PassBatch:
-    """The query tokens of one pass, by micro-batch; empty micro-batches are left out."""
+    """The query tokens of one pass, by micro-batch; empty micro-batches are left out. greedy: all that is wanted of any
+    logits is which is the largest."""
 
     micro_batches: tuple[Many[QueryTokens], ...]
+    greedy: bool = False
 
     def __iter__(self) -> Iterator[QueryTokens]:
         return (query for queries in self.micro_batches for query in queries)
@@ -211,11 +213,12 @@ class NewestTokens:
 @dataclass(frozen=True)
 class LogitsChunk:
     """Some rows of a pass's logits: those of ``decoding``, and then (query, query token) of each other one. logits:
-    [rows, vocab] float32 on the compute device."""
+    [rows, vocab] float32 on the compute device; token_ids: [rows] int64 there instead, where they are drawn."""
 
     rows: tuple[tuple[QueryTokens, int], ...]
     logits: Tensor
     decoding: DecodeTokens | None = None
+    token_ids: Tensor | None = None
 
 
 Lead = Callable[[Iterator[LogitsChunk], PassBatch, NewestTokens | None], Iterator[LogitsChunk]]

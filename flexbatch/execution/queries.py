@@ -101,7 +101,13 @@ def composed_pass(block: Block, limits: PassLimits, proposer: Proposer | None, m
             for sequence, count in batch.items()
         )
         batches.append(MicroBatchTokens(tokens, queries) if len(tokens) else queries)
-    return PassBatch(tuple(queries for queries in batches if queries))
+    greedy = proposer is None and block.decoding.greedy and all(map(is_greedy, chain.from_iterable(counts)))
+    return PassBatch(tuple(queries for queries in batches if queries), greedy)
+
+
+def is_greedy(sequence: Sequence) -> bool:
+    """Whether nothing but the largest of its logits is wanted."""
+    return sequence.unadjusted_greedy and sequence.params.prompt_logprobs is None
 
 
 def left_over(batch: PassBatch, taken: Container[int]) -> Iterator[QueryTokens]:

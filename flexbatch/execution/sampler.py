@@ -196,7 +196,8 @@ def sample_tokens(
         drafted = [() for _ in decoding] + [
             query.paths[token] if query.parents is not None else () for _, query, token in wanted
         ]
-        sampled = sample(select(chunk.logits, rows), owners, drafted)
+        given = chunk.token_ids
+        sampled = sample(select(chunk.logits, rows), owners, drafted) if given is None else Sampled(select(given, rows))
         drawn.draws.append(Draw(decoding, tuple(query for _, query, _ in wanted), sampled))
     drawn.end()
     return drawn

@@ -62,10 +62,7 @@ def sample(logits: Tensor, sequences: Many[Sequence], drafted: Drafted | None = 
     """
     _check_shapes(logits, sequences, drafted)
     if all(sequence.unadjusted_greedy for sequence in sequences):
-        # The maximum comes with its index: NaN and infinity, which it would be, are seen without another look at the
-        # logits.
-        peaks, token_ids = logits.max(-1)
-        return Sampled(torch.where(peaks.isfinite(), token_ids, NOT_FINITE))
+        return Sampled(most_likely(logits))
     paths = drafted or [()] * len(sequences)
     token_ids = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
     for rows in chunks([r for r, sequence in enumerate(sequences) if sequence.params.greedy], logits.shape[1]):
@@ -86,6 +83,13 @@ def sample(logits: Tensor, sequences: Many[Sequence], drafted: Drafted | None = 
     counts = [sequences[r].params.logprobs or 0 for r in wanting]
     drawn = token_ids.index_select(0, sent(wanting, torch.int64, logits.device))
     return Sampled(token_ids, Scored(logits, drawn, counts, wanting), tuple(wanting))
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """[N] int64, NOT_FINITE where a row has NaN or infinity, or -inf alone. The maximum comes with its index, and would
+    be these: they are seen without another look at the logits."""
+    peaks, token_ids = logits.max(-1)
+    return torch.where(peaks.isfinite(), token_ids, NOT_FINITE)
 
 
 def _best(scores: Tensor) -> Tensor:

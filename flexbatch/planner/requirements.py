@@ -147,7 +147,8 @@ def one_graph_bytes(arch: Arch, policy: Policy, layout: CacheLayout, sizes: Bloc
 
 
 def pool_bytes(arch: Arch, policy: Policy, layout: CacheLayout) -> int:
-    return graph_pool_bytes(policy.gpu_batch_size, arch.workspace_elements * layout.dtype.itemsize)
+    width = layout.dtype.itemsize
+    return graph_pool_bytes(policy.gpu_batch_size, arch.workspace_elements * width, arch.vocab_size, width)
 
 
 def num_graphs(

@@ -13,14 +13,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexbatch import LLM, SamplingParams
-from flexbatch.execution.graphs import DecodeGraphs, smallest_covering
+from flexbatch import LLM, Completion, SamplingParams
+from flexbatch.execution.graphs import DecodeGraphs, Key, smallest_covering
 from flexbatch.execution.inputs import AttentionGroup, MicroBatchInputs
+from flexbatch.execution.sampling import NOT_FINITE, most_likely
 from flexbatch.policy.decode_graphs import MAX_GRAPHS, bucket_of
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
 from tests.tiny_models import make_model, random_prompts
 
-keys = st.tuples(st.integers(1, MAX_GRAPH_SEQUENCES).map(bucket_of), st.sampled_from([512, 1024, 2048]), st.booleans())
+keys = st.tuples(
+    st.integers(1, MAX_GRAPH_SEQUENCES).map(bucket_of), st.sampled_from([512, 1024, 2048]), st.booleans(), st.booleans()
+)
 
 
 @given(st.integers(1, MAX_GRAPH_SEQUENCES))
@@ -29,9 +32,10 @@ def test_a_bucket_has_room_and_wastes_less_than_half_or_32_places(count: int) ->
 
 
 @given(st.lists(keys), keys)
-def test_the_smallest_graph_with_room(captured: list[tuple[int, int, bool]], key: tuple[int, int, bool]) -> None:
+def test_the_smallest_graph_with_room(captured: list[Key], key: Key) -> None:
     found = smallest_covering(captured, key)
-    fitting = [other for other in captured if other[0] >= key[0] and other[1] >= key[1] and other[2] >= key[2]]
+    alike = [other for other in captured if other[3] == key[3]]
+    fitting = [other for other in alike if other[0] >= key[0] and other[1] >= key[1] and other[2] >= key[2]]
     assert (found is None) == (not fitting)
     if found is not None:
         assert found in fitting and all(found[0] <= other[0] for other in fitting)
@@ -104,7 +108,7 @@ def hidden_of(inputs: MicroBatchInputs) -> torch.Tensor:
 def test_the_graph_that_was_not_used_for_longest_goes(most: int) -> None:
     rng, record = random.Random(most), Recorder()
     graphs = DecodeGraphs(torch.device("cpu"), 16, 8192, record, most)
-    used: list[tuple[int, int, bool]] = []
+    used: list[Key] = []
     for _ in range(400):
         inputs = decode_inputs(rng.choice([1, 2, 3, 7, 40, 90]), rng.choice([5, 500, 700, 3000]), 16)
         before = list(graphs.captured)
@@ -162,3 +166,60 @@ def test_graphs_come_and_go_without_a_trace_in_the_tokens(most: int, family: str
         assert (llm.runner.cache.ring > 0) == (family == "gemma3")
         assert sum(graph.replays for graph in record.made) > 10
     assert record.kept == 0
+
+
+def job_of(kind: str) -> list[SamplingParams]:
+    """Six answers of different lengths, all greedy but what ``kind`` says of the fourth."""
+    others: dict[str, dict[str, Any]] = {
+        "greedy": {},
+        "sampled": {"temperature": 0.9, "seed": 3},
+        "penalized": {"repetition_penalty": 1.3},
+        "scored": {"logprobs": 2},
+    }
+    plain: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
+    return [SamplingParams(max_tokens=24 + 3 * i, **plain | (others[kind] if i == 3 else {})) for i in range(6)]
+
+
+def ranked(completion: Completion) -> list[list[int]]:
+    """Tokens whose log-probabilities are given, without them: rows that fill a graph up change how sums are rounded."""
+    return [list(entry) for entry in completion.logprobs or ()]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("kind", ["greedy", "sampled", "penalized", "scored"])
+def test_graphs_draw_the_tokens_of_greedy_passes(kind: str, ahead: bool, tmp_path: Path) -> None:
+    """The same completions as without graphs. Passes of greedy sequences alone have no logits outside of a graph, nor
+    has the rest of a job once the one with something else has left."""
+    make_model("llama", tmp_path)
+    settings: dict[str, Any] = {
+        "percent": (100, 0, 100, 0, 100, 0),
+        "gpu_batch_size": 6,
+        "num_gpu_batches": 1,
+        "gpu_memory": "1GiB",
+        "device": "cpu",
+        "async_scheduling": ahead,
+    }
+    job, params, record = random_prompts([5, 9, 3, 30, 17, 8], seed=1), job_of(kind), Recorder()
+    with LLM(str(tmp_path), **settings) as llm:
+        plain = [(c.token_ids, ranked(c)) for c in llm.generate(job, params)]
+        executor = llm.runner.executor
+        executor.graphs = DecodeGraphs(torch.device("cpu"), 16, 4096, record)
+        drawn, drawn_chunk = [], type(executor).replayed
+
+        def replayed(self: Any, inputs: MicroBatchInputs, result: torch.Tensor) -> Any:
+            drawn.append(result.ndim == 1)
+            return drawn_chunk(self, inputs, result)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(executor), "replayed", replayed)
+            for _ in range(2):
+                assert [(c.token_ids, ranked(c)) for c in llm.generate(job, params)] == plain
+        llm.runner.check()
+    assert len(drawn) > 20 and all(drawn[-3:])
+    assert all(drawn) == (kind == "greedy")
+
+
+def test_a_graph_says_where_there_is_no_token() -> None:
+    """Of a row without finite logits, as sampling does."""
+    logits = torch.tensor([[1.0, 3.0, 3.0], [0.0, torch.nan, 1.0], [torch.inf, 0.0, 0.0], [-torch.inf, 0.0, -1.0]])
+    assert most_likely(logits).tolist() == [1, NOT_FINITE, NOT_FINITE, 1]
