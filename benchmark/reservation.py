@@ -55,8 +55,11 @@ class EndingLoop(EngineLoop):
         scheduler, commit = self.scheduler, self.scheduler.commit
 
         def token_of(id: int, token: int) -> int:
-            running = scheduler.running[id]
-            return self.ended(token, running.request.prompt_token_ids, running.num_output_tokens)
+            # Where passes go ahead, those that this pass surely ends have left, and others ended with the pass before.
+            sequences = scheduler.running if scheduler.advanced is None else scheduler.advanced
+            if (sequence := sequences.get(id)) is None:
+                return token
+            return self.ended(token, sequence.request.prompt_token_ids, sequence.num_output_tokens)
 
         def ending(
             batch: PassBatch, sampled: Mapping[int, SampledTokens], decoded: DecodedTokens = NOTHING_DECODED
