@@ -3,9 +3,10 @@ layers of a public model whose weights, random ones, are in host memory.
 
     python -m benchmark.hit_experts --output hit_experts.json
 
-Both ways run by turns in one engine on the same prompts, and their tokens are compared. Milliseconds are medians of
-passes that decode, distinct experts are means of all. "copies" is the kernel alone, on a GPU: how fast it brings so
-many experts of a layer.
+Both ways run by turns in one engine on the same prompts, twice each. "differences" says where their tokens part, if
+they do, beside the margins between the two best tokens there, and where either way differs from itself. Milliseconds
+are medians of passes that decode, distinct experts are means of all. "copies" is the kernel alone, on a GPU: how fast
+it brings so many experts of a layer.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import random
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,26 +62,62 @@ def counts(llm: ObservedLLM) -> tuple[int, int]:
     return (0, 0) if routing is None else (int(routing.reached.sum()), routing.passes)
 
 
-def compared(llm: ObservedLLM, prompts: list[dict[str, Any]], new_tokens: int) -> dict[str, Any]:
-    """Passes that decode these prompts, by both ways."""
-    params, found = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True), {}
-    hits = llm.weights.hit_experts
-    assert hits is not None, "a model without experts in host memory"
-    for way, most in (("whole", 0), ("by_hit", EVERY_PASS)):
+@dataclass(frozen=True)
+class Turn:
+    """What one way gave: seconds of a pass that decodes, the load of each pass, distinct experts, and the answers."""
+
+    seconds: float
+    loads: list[list[float]]
+    distinct: float
+    answers: list[Any]
+
+    @classmethod
+    def of(cls, llm: ObservedLLM, prompts: list[dict[str, Any]], new_tokens: int, most: int) -> Turn:
+        params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True, logprobs=2)
+        hits = llm.weights.hit_experts
+        assert hits is not None, "a model without experts in host memory"
         hits.max_tokens = most
         reached, passes = counts(llm)
-        completions = llm.generate(prompts, params)
+        answers = llm.generate(prompts, params)
         log = llm.pass_log
         assert log is not None
-        seconds = [each["seconds"] for each in log.log if not each["load"][2]]
+        seconds = statistics.median(each["seconds"] for each in log.log if not each["load"][2])
         distinct = (counts(llm)[0] - reached) / (counts(llm)[1] - passes) / llm.arch.num_layers
-        found[way] = statistics.median(seconds), [each.token_ids for each in completions], distinct
+        return cls(seconds, [each["load"] for each in log.log], distinct, answers)
+
+
+def difference(first: Turn, second: Turn) -> dict[str, Any] | None:
+    """Where the tokens of two turns part for the first time, and by how much each preferred its own to the next best;
+    None where they are the same."""
+    for index, (one, other) in enumerate(zip(first.answers, second.answers, strict=True)):
+        for position, pair in enumerate(zip(one.token_ids, other.token_ids, strict=True)):
+            if pair[0] != pair[1]:
+                margins = [margin_of(each.logprobs[position]) for each in (one, other)]
+                return {"sequence": index, "position": position, "margins": margins}
+    return None
+
+
+def margin_of(best: dict[int, Any]) -> float:
+    """Between the two best log-probabilities."""
+    values = sorted((each.logprob for each in best.values()), reverse=True)
+    return round(values[0] - values[1], 6) if len(values) > 1 else 0.0
+
+
+def compared(llm: ObservedLLM, prompts: list[dict[str, Any]], new_tokens: int) -> dict[str, Any]:
+    """Passes that decode these prompts, by both ways, twice."""
+    turns = [Turn.of(llm, prompts, new_tokens, most) for most in (0, EVERY_PASS, 0, EVERY_PASS)]
+    whole, by_hit = turns[::2], turns[1::2]
     return {
         "sequences": len(prompts),
-        "whole_ms": round(1e3 * found["whole"][0], 3),
-        "by_hit_ms": round(1e3 * found["by_hit"][0], 3),
-        "distinct_experts": round(found["by_hit"][2], 1),
-        "same_tokens": found["whole"][1] == found["by_hit"][1],
+        "whole_ms": round(1e3 * min(each.seconds for each in whole), 3),
+        "by_hit_ms": round(1e3 * min(each.seconds for each in by_hit), 3),
+        "distinct_experts": round(by_hit[0].distinct, 1),
+        "differences": {
+            "by_hit": difference(whole[0], by_hit[0]),
+            "whole_again": difference(*whole),
+            "by_hit_again": difference(*by_hit),
+        },
+        "same_passes": all(each.loads == turns[0].loads for each in turns),
     }
 
 

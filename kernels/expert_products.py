@@ -31,6 +31,8 @@ class ExpertLaunch:
 
 TOKENS = (16, 32, 64, 128)
 """Tokens of a tile: the least that the mean expert fits. Plans count them as `limits.EXPERT_TILES`."""
+LEAST_STEP = 16
+"""Inputs that a matrix product of a GPU takes together, at least."""
 TOGETHER = 8
 """Tiles that go through a matrix side by side."""
 BLOCK_TILES = 32
@@ -189,6 +191,8 @@ def _options(
     else:
         group, step = form.group, launch.step * 8 // form.bits
         in_step = min(group, step) * form.bits // 8
+    together = max(1, step // group) * in_step if form.bits != 16 else step
+    assert together >= LEAST_STEP, f"a step of {together} inputs, tensor cores take {LEAST_STEP} or more"
     return {
         "BITS": form.bits, "FLOATS": form.floats, "GROUP": group, "GROUPS": max(1, step // group), "BYTES": in_step,
         "WHOLE": columns % step == 0, "BIASED": biases is not None, "BLOCK_ROWS": launch.rows,

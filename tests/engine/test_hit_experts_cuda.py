@@ -60,6 +60,25 @@ def test_tokens_are_those_of_whole_layers(cell, tmp_path, monkeypatch):
     assert found[0] == found[1] and crossed[1] < crossed[0]
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_log_probabilities_are_those_of_whole_layers(dtype, micro_batches, tmp_path):
+    """Bit for bit, in the dtypes of tensor cores, by turns and again: nothing depends on when experts came."""
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 256, "num_experts": 64, "num_experts_per_tok": 8}
+    make_model("qwen3_moe", tmp_path / "model", **sizes)
+    options = {
+        "percent": (0, 100, 100, 0, 100, 0), "num_gpu_batches": micro_batches, "gpu_batch_size": 12, "device": "cuda",
+        "gpu_memory": "2GiB", "cpu_memory": "2GiB", "dtype": dtype, "offload_dir": str(tmp_path / "off"),
+    }  # fmt: skip
+    prompts = random_prompts([8] * 9, seed=5)
+    params, found = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, logprobs=1), []
+    with LLM(str(tmp_path / "model"), **options) as llm:
+        for most in (0, 10**6, 0, 10**6, 0, 10**6):
+            llm.weights.hit_experts.max_tokens = most
+            found.append([(each.token_ids, each.logprobs) for each in llm.generate(prompts, params)])
+    assert all(each == found[0] for each in found), [each == found[0] for each in found]
+
+
 def test_few_tokens_after_many_and_many_after_few(tmp_path, monkeypatch):
     """What was on its way when passes change over is used as it came."""
     always(monkeypatch)

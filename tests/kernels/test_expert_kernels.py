@@ -3,6 +3,8 @@ anywhere, and tokens that go to all experts, to one, or leave some without any."
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,6 +21,7 @@ FORMS = {
     "mxfp4": CodeForm(4, 32, floats=True),
 }
 SMALL = ExpertLaunch(rows=32, tokens=16, step=32, warps=4, stages=2)
+"""Of codes. 16 bits have 64 bytes in a step, as tensor cores multiply 16 inputs at a time and no fewer."""
 GATES = {
     "silu": GatedActivation(),
     "gelu": GatedActivation("gelu"),
@@ -98,7 +101,11 @@ def test_kernels_equal_the_loop(form, kind, tokens, gate, sizes, device):
     tables = (stacks_of(scattered(each, cut, device)) for each, cut in ((gate_up, [3, 3, 1]), (down, [1, 4, 2])))
     given = (each.to(device) for each in (x, chosen, shares))
     found = expert_products.expert_mlp(
-        *given, *tables, GATES[gate], tuple(each.to(device) for each in biases), launch=SMALL
+        *given,
+        *tables,
+        GATES[gate],
+        tuple(each.to(device) for each in biases),
+        launch=replace(SMALL, step=64) if form == "16 bits" else SMALL,
     )
     torch.testing.assert_close(found.cpu(), wanted, atol=2e-5, rtol=2e-5)
 
@@ -178,3 +185,19 @@ def test_launches_fit_the_memory_that_a_program_may_share(bits, shared, monkeypa
     for tokens in (4, 30, 60, 1000):
         launch = expert_products.launch_of(8 * tokens, 8, bits, torch.ones(1, 1, dtype=torch.float16))
         assert launch.stages * expert_products.stage_bytes(launch, bits, 2) <= shared and launch.stages >= 1
+
+
+def test_steps_are_no_shorter_than_a_product_of_tensor_cores():
+    """The interpreter would multiply them, a GPU does not compile them."""
+    gate_up, down = (stack(FORMS["16 bits"], rows, 32, torch.float32, 1) for rows in (64, 32))
+    chosen, shares = routed("some", 3, 2)
+    with pytest.raises(AssertionError, match="8 inputs"):
+        expert_products.expert_mlp(
+            torch.randn(3, 32),
+            chosen,
+            shares,
+            stacks_of([(0, gate_up)]),
+            stacks_of([(0, down)]),
+            GatedActivation(),
+            launch=SMALL,
+        )
