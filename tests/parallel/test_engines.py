@@ -194,7 +194,8 @@ def test_a_batch_job_whose_engine_was_killed_goes_on_to_the_same_bytes(killed, l
     import psutil
 
     rows, out = tmp_path / "rows.parquet", tmp_path / "out"
-    pq.write_table(pa.table({"prompt": [" ".join(map(str, prompt)) for prompt in PROMPTS] * 2}), rows)
+    # Enough that a busy machine comes to killing one before the others have done them all.
+    pq.write_table(pa.table({"prompt": [" ".join(map(str, prompt)) for prompt in PROMPTS] * 6}), rows)
     given = words(folder, rows, out, 2)
 
     def start() -> list[Forked]:
@@ -209,7 +210,7 @@ def test_a_batch_job_whose_engine_was_killed_goes_on_to_the_same_bytes(killed, l
     (ranks[killed] if launched or not killed else children[0]).kill()
     said = wait_for_all(ranks)
     assert not psutil.wait_procs(children, timeout=30)[1]
-    assert all(rank.returncode for rank in ranks) and 0 < len(parts(out)) < 6, said
+    assert all(rank.returncode for rank in ranks) and 0 < len(parts(out)) < 18, said
     if killed:
         assert "flexbatch.apps.batch" in said[0] and ("is gone" in said[0] or "rank 1 was killed" in said[0]), said
     ranks = start()
@@ -217,7 +218,7 @@ def test_a_batch_job_whose_engine_was_killed_goes_on_to_the_same_bytes(killed, l
     assert [rank.returncode for rank in ranks] == [0] * len(ranks), said
     alone = Forked("flexbatch.apps.batch", words(folder, rows, tmp_path / "alone", 1))
     assert alone.communicate(200) and alone.returncode == 0
-    assert parts(out) == parts(tmp_path / "alone") and len(parts(out)) == 6
+    assert parts(out) == parts(tmp_path / "alone") and len(parts(out)) == 18
 
 
 @pytest.mark.slow
