@@ -129,7 +129,10 @@ class RankChannel:
 
 
 def waited(work: Any, mesh: Mesh) -> None:
-    """Raises LostRankError where a rank has gone."""
+    """work: None where NCCL has put a collective on the stream that computes, in order with what needs it. Raises
+    LostRankError where a rank has gone."""
+    if work is None:
+        return
     try:
         work.wait()
     except RuntimeError as error:
