@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from flexbatch.kernels import ops
+from flexbatch.memory.staging import Staging
 from flexbatch.memory.tensor_views import TensorView
 from flexbatch.memory.weight_plan import PlacedTensor
 from flexbatch.models.quantized.scheme import QuantizedPiece
@@ -17,7 +19,7 @@ from flexbatch.models.specs import Piece
 
 logger = logging.getLogger("flexbatch")
 
-QUANTIZE_CHUNK_BYTES = 32 << 20
+QUANTIZE_CHUNK_BYTES = 16 << 20
 """Bytes of fp32 of the rows that are quantized at a time: what a thread of a load holds on a GPU is less than that."""
 CACHED_CHUNK_BYTES = 1 << 20
 """The same for every thread of a CPU, whose caches hold the search for parameters then, which takes eight times as
@@ -26,11 +28,24 @@ much: 5 million weights a second, where chunks of 16 MiB leave 1.4."""
 Key = tuple[int, str]
 
 
+def parts_of(piece: Piece | QuantizedPiece, most_bytes: int) -> Iterator[Piece | QuantizedPiece]:
+    """A dense piece in rows of at most ``most_bytes``, or one; codes stay together."""
+    if isinstance(piece, QuantizedPiece) or piece.num_bytes <= most_bytes:
+        yield piece
+        return
+    first = 0 if piece.rows is None else piece.rows.start
+    step = max(1, most_bytes * len(piece.tensor) // piece.num_bytes)
+    for start in range(0, len(piece.tensor), step):
+        part = piece.tensor[start : start + step]
+        yield replace(piece, rows=slice(first + start, first + start + len(part)), tensor=part)
+
+
 class Converter:
     """Writes pieces into views of tensors, in any thread, and knows what quantized checkpoints lost on the way."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
+        self.staging = Staging(device) if device.type == "cuda" else None
         self.rounded: set[Key] = set()
         """Matrices of a quantized checkpoint whose scales lost bits in the compute dtype."""
         self.requantized: set[Key] = set()
@@ -46,17 +61,28 @@ class Converter:
         else:
             self.write_dense(piece, target, rows)
 
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        if self.staging is None:
+            target.copy_(source)
+        else:
+            self.staging.copy(target, source)
+
+    def on_device(self, source: Tensor) -> Tensor:
+        """In the compute dtype."""
+        there = source if self.staging is None else self.staging.to_device(source)
+        return there.to(device=self.device, dtype=self.dtype)
+
     def write_codes(self, piece: QuantizedPiece, target: TensorView, rows: slice) -> None:
         """Write codes of a quantized checkpoint as they are where ``target`` holds them, else dequantized."""
         if target.codes is None or target.parameters is None or not piece.fits(target.placed.form):
             self.write_dense(piece.dense(), target, rows)
         elif piece.floats:
-            target.codes[rows].copy_(piece.codes)
-            target.parameters[rows].copy_(piece.parameters)
+            self.copy(target.codes[rows], piece.codes)
+            self.copy(target.parameters[rows], piece.parameters)
         else:
             piece = piece.stored_as(target.placed.bits, target.placed.group)
-            target.codes[rows].copy_(piece.codes)
-            target.parameters[rows].copy_(piece.parameters)
+            self.copy(target.codes[rows], piece.codes)
+            self.copy(target.parameters[rows], piece.parameters)
             # Minima of float16 are rounded no more than the weights that are computed of them.
             told = piece.parameters if self.dtype == torch.bfloat16 else piece.parameters[..., :1]
             if not torch.equal(told.to(self.dtype).float(), told.float()):
@@ -67,7 +93,7 @@ class Converter:
         """Write rows of a dense tensor, quantized where ``target`` is."""
         tensor = piece.tensor
         if target.dense is not None:
-            target.dense[rows].copy_(tensor)
+            self.copy(target.dense[rows], tensor)
             return
         assert target.codes is not None and target.parameters is not None
         placed = target.placed
@@ -76,7 +102,7 @@ class Converter:
         step = max(1, num_bytes // (4 * tensor.shape[1]))
         losses: list[tuple[Tensor, Tensor]] = []
         for start in range(0, tensor.shape[0], step):
-            chunk = tensor[start : start + step].to(device=self.device, dtype=self.dtype)
+            chunk = self.on_device(tensor[start : start + step])
             codes, parameters = (
                 ops.fit(chunk, placed.bits, placed.group)
                 if placed.bits == 4
@@ -95,6 +121,10 @@ class Converter:
                 # Read here, after all chunks: a number on the host waits for the device.
                 self.squared_error += sum(float(error) for error, _ in losses)
                 self.squared_sum += sum(float(total) for _, total in losses)
+
+    def close(self) -> None:
+        if self.staging is not None:
+            self.staging.close()
 
     def warn_of_losses(self, placed: Mapping[Key, PlacedTensor]) -> None:
         """Say what a quantized checkpoint lost on its way."""

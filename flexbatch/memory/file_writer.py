@@ -1,17 +1,26 @@
-"""Files of the offload folder, written by a thread beside the loading."""
+"""Files of the offload folder, written by a thread beside the loading, or beside the job."""
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from flexbatch.memory.files import DiskFile, align
 from flexbatch.memory.layer_files import write_layer_file
 from flexbatch.memory.load_buffers import ByteBudget, LoadBuffers
+from flexbatch.memory.load_threads import LoadThreads
 from flexbatch.memory.weight_plan import PlacedTensor
+from flexbatch.policy.units import duration_text, size_text
+
+logger = logging.getLogger("flexbatch")
 
 
 class FileWriter:
@@ -19,54 +28,76 @@ class FileWriter:
     `write_layer_file` does: whole or not at all.
 
     Bytes that wait or are being written are taken from ``budget`` (`reserve`), so that a disk that is slower than the
-    rest holds up the loading instead of filling the host. After the first error nothing more is written, and whoever
-    comes next gets it.
+    rest holds up the loading instead of filling the host. What stays in memory anyway can be written from there
+    (`submit_placed`): then nothing waits for the disk, and one buffer is all that the host holds. After the first error
+    nothing more is written, and whoever comes next gets it.
     """
 
     def __init__(
         self,
-        folder: Callable[[], Path],
+        folder: Path | Future[Path],
+        device: torch.device,
         budget: ByteBudget,
         buffers: LoadBuffers,
         pool: ThreadPoolExecutor,
         written: Callable[[PlacedTensor, DiskFile], None],
     ) -> None:
-        """folder: asked for when there is something to write. ``written`` takes over each file, open. ``pool``: its
+        """folder: waited for when there is something to write. ``written`` takes over each file, open. ``pool``: its
         threads digest and write chunks."""
-        self.folder, self.budget, self.buffers, self.pool, self.written = folder, budget, buffers, pool, written
-        self.error: BaseException | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="flexbatch-files")
+        self.folder, self.buffers, self.pool, self.written = folder, buffers, pool, written
+        self.threads = LoadThreads(device, 1, budget, "flexbatch-files")
+        self.left_bytes = self.placed_bytes = 0
+        """Of what is written from memory: not there yet, and of all of it."""
+        self._lock = threading.Lock()
+
+    @property
+    def error(self) -> BaseException | None:
+        return self.threads.error
 
     def reserve(self, placed: PlacedTensor) -> None:
         """Wait until the bytes of a tensor may be held. Raises the first error of the files so far, OffloadError for
         instance."""
-        self.budget.take(align(placed.num_bytes))
-        if self.error is not None:
-            self.budget.give(align(placed.num_bytes))
-            raise self.error
+        self.threads.reserve(align(placed.num_bytes))
 
     def submit(self, placed: PlacedTensor, buffer: Tensor) -> None:
         """Have the content of a tensor written for which bytes are reserved; its buffer is given back."""
-        self._thread.submit(self._write, placed, buffer)
+        self.threads.submit(partial(self._write, placed, buffer), align(placed.num_bytes))
+
+    def submit_placed(self, placed: PlacedTensor, content: Callable[[], Tensor]) -> None:
+        """Have a tensor written from its tier, where nobody changes it. content: copies it to one of ``buffers``."""
+        with self._lock:
+            self.left_bytes += placed.num_bytes
+            self.placed_bytes += placed.num_bytes
+        self.threads.submit(partial(self._write_placed, placed, content), 0)
 
     def _write(self, placed: PlacedTensor, buffer: Tensor) -> None:
         try:
-            if self.error is None:
-                self.written(placed, write_layer_file(self.folder(), placed, buffer, self.pool))
-        except BaseException as error:
-            self.error = error
+            folder = self.folder.result() if isinstance(self.folder, Future) else self.folder
+            self.written(placed, write_layer_file(folder, placed, buffer, self.pool))
         finally:
             self.buffers.give(buffer)
-            self.budget.give(align(placed.num_bytes))
+
+    def _write_placed(self, placed: PlacedTensor, content: Callable[[], Tensor]) -> None:
+        self._write(placed, content())
+        with self._lock:
+            self.left_bytes -= placed.num_bytes
+
+    def tell_of_end(self) -> None:
+        """Have the log say when all that was submitted from memory is written."""
+        started = time.perf_counter()
+
+        def tell() -> None:
+            seconds = duration_text(time.perf_counter() - started)
+            logger.info(
+                "wrote %s for the next start to the offload folder in %s", size_text(self.placed_bytes), seconds
+            )
+
+        self.threads.submit(tell, 0)
 
     def finish(self) -> None:
         """Wait until all files are written. Raises the first error."""
-        self._thread.submit(lambda: None).result()
-        if self.error is not None:
-            raise self.error
+        self.threads.finish()
 
     def close(self, dropped: bool = False) -> None:
         """Wait for the files that were submitted; ``dropped``: for the one at hand, and leave out the others."""
-        if dropped and self.error is None:
-            self.error = InterruptedError("loading was broken off")
-        self._thread.shutdown(wait=True)
+        self.threads.close(dropped)

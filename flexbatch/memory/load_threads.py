@@ -1,4 +1,4 @@
-"""Threads that convert the pieces of a checkpoint while the next ones are read."""
+"""Threads of a load: they convert the pieces of a checkpoint while the next ones are read, and write files."""
 
 from __future__ import annotations
 
@@ -11,22 +11,27 @@ import torch
 
 from flexbatch.memory.load_buffers import ByteBudget
 
-THREADS = 4
-"""With a GPU: one of them copies while another one's kernels run and a third takes codes back to the host. Without one
-every operation has all cores anyway."""
+THREADS = 8
+"""That convert, with a GPU: each touches the pages of a file and copies them to pinned memory, at 4 to 6 GB/s, while
+the copies to the GPU, kernels and copies back of the others run. Without one every operation has all cores anyway."""
 PIECE_BYTES = 256 << 20
 """Of pieces that wait or are being converted."""
+PART_BYTES = PIECE_BYTES // THREADS
+"""Of a piece that one thread converts: matrices of 100 MB would leave most of the threads without work."""
 
 
 class LoadThreads:
     """Runs jobs, each in a thread and on a CUDA stream of its own where there is a GPU; with no threads at once, in the
-    caller's. After the first error nothing more is run, and whoever comes next gets it."""
+    caller's. Jobs hold bytes of a budget. After the first error nothing more is run, and whoever comes next gets it."""
 
-    def __init__(self, device: torch.device, count: int, most_bytes: int = PIECE_BYTES) -> None:
-        self.device, self.budget = device, ByteBudget(most_bytes)
+    def __init__(
+        self, device: torch.device, count: int, budget: ByteBudget | None = None, name: str = "flexbatch-load"
+    ) -> None:
+        """budget: `PIECE_BYTES` of its own where there is none."""
+        self.device, self.budget = device, budget or ByteBudget(PIECE_BYTES)
         self.error: BaseException | None = None
         self._inference = torch.is_inference_mode_enabled()
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix="flexbatch-load") if count else None
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix=name) if count else None
         self._own = threading.local()
         self.wait_for_device()
 
@@ -36,15 +41,23 @@ class LoadThreads:
             torch.cuda.current_stream(self.device).synchronize()
 
     def run(self, job: Callable[[], None], num_bytes: int) -> None:
-        """Have ``job`` run once no more than `PIECE_BYTES` are held by others, of which it takes ``num_bytes``. Raises
-        the first error of the jobs so far."""
+        """`reserve` and `submit`; without threads just the job."""
         if self._pool is None:
             job()
             return
+        self.reserve(num_bytes)
+        self.submit(job, num_bytes)
+
+    def reserve(self, num_bytes: int) -> None:
+        """Wait until the budget has so many bytes. Raises the first error of the jobs so far."""
         self.budget.take(num_bytes)
         if self.error is not None:
             self.budget.give(num_bytes)
             raise self.error
+
+    def submit(self, job: Callable[[], None], num_bytes: int) -> None:
+        """Have ``job`` run, and the bytes given back that were reserved for it."""
+        assert self._pool is not None
         self._pool.submit(self._work, job, num_bytes)
 
     def _work(self, job: Callable[[], None], num_bytes: int) -> None:
@@ -68,10 +81,14 @@ class LoadThreads:
             yield
 
     def close(self, dropped: bool = False) -> None:
-        """Wait for all jobs, or with ``dropped`` for those that have begun. Raises the first error."""
-        if dropped and self.error is None:
-            self.error = InterruptedError("loading was broken off")
+        """Wait for all jobs, or with ``dropped`` for those that have begun."""
+        if dropped:
+            self.error = self.error or InterruptedError("loading was broken off")
         if self._pool is not None:
             self._pool.shutdown(wait=True)
-        if self.error is not None and not dropped:
+
+    def finish(self) -> None:
+        """Wait for all jobs. Raises the first error."""
+        self.close()
+        if self.error is not None:
             raise self.error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -11,26 +11,31 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
-from flexbatch.memory.conversion import Converter
+from flexbatch.memory.conversion import Converter, parts_of
 from flexbatch.memory.file_writer import FileWriter
 from flexbatch.memory.files import DiskFile, align
 from flexbatch.memory.layer_files import open_layer_file
 from flexbatch.memory.load_buffers import ByteBudget, LoadBuffers
 from flexbatch.memory.load_meter import LoadMeter
-from flexbatch.memory.load_threads import THREADS, LoadThreads
-from flexbatch.memory.tensor_views import TensorView, view_of
+from flexbatch.memory.load_targets import LoadTargets
+from flexbatch.memory.load_threads import PART_BYTES, THREADS, LoadThreads
+from flexbatch.memory.tensor_views import view_of
 from flexbatch.memory.weight_plan import PlacedTensor
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.checkpoint import CheckpointError, Piece, QuantizedPiece
 from flexbatch.policy.limits import DISK_THREADS
+from flexbatch.policy.units import size_text
+
+logger = logging.getLogger("flexbatch")
 
 FILE_BYTES = 1 << 30
 """Of tensors that wait to be written to the offload folder, or are being read from there: at most, and no more than the
 budget of host memory leaves beside the weights, or than a sixteenth of these (one tensor in any case)."""
 FILE_THREADS = 8
 """That read, write and digest chunks of files, where there are as many cores: SHA-256 takes 0.7 s per GiB."""
+
+NEXT_START = "files for the next start"
+"""In the accounts of host memory: the buffer of files that are written beside a job."""
 
 Key = tuple[int, str]
 
@@ -43,6 +48,9 @@ class Loader:
     writes the tensors that are whole. What waits between them is bounded in bytes. ``check_source`` is called before a
     tensor becomes a file, and raises when its pieces are no longer those of the checkpoint that ``folder`` is named
     after. A ``folder`` that is a future holds no files yet.
+
+    Files that only the next start reads may be written ``beside_job``: `load` does not wait for them, `close` does, and
+    until then no tensor may change its place. No tensor may be on the disk tier then.
     """
 
     def __init__(
@@ -52,13 +60,14 @@ class Loader:
         cache_quantized: bool,
         check_source: Callable[[], None] = lambda: None,
         threads: int | None = None,
+        beside_job: bool = False,
     ) -> None:
         """threads: that convert pieces (None: `THREADS` with a GPU; 0: the caller's)."""
+        assert not (beside_job and store.plan.tier_bytes("disk")), "a job needs its files"
         self.store, self.folder, self.check_source = store, folder, check_source
         tensors = store.plan.all_tensors
         self.placed: dict[Key, PlacedTensor] = {(tensor.spec.layer, tensor.spec.role): tensor for tensor in tensors}
         self.cache_quantized = cache_quantized and folder is not None
-        self.building: dict[Key, tuple[Tensor, TensorView]] = {}
         self.rows_written: dict[Key, int] = {}
         self.converter = Converter(store.device, store.dtype)
         self.reused_bytes = self.read_bytes = 0
@@ -70,7 +79,10 @@ class Loader:
         host, whole = store.tiers.cpu, sum(placed.num_bytes for placed in self.placed.values())
         self.budget = ByteBudget(min(FILE_BYTES, whole // 16, max(0, host.budget_bytes - host.total_used_bytes)))
         self.buffers = LoadBuffers(pinned=store.device.type == "cuda")
-        self._lock = threading.Lock()
+        self.targets = LoadTargets(store, self.buffers)
+        self.beside_job = beside_job
+        self.writer: FileWriter | None = None
+        self._lock, self._open = threading.Lock(), contextlib.ExitStack()
 
     def filed(self, placed: PlacedTensor) -> bool:
         """Whether this tensor has a file in the offload folder."""
@@ -80,16 +92,30 @@ class Loader:
         """Read what is not there yet; ``stream(skip)`` yields the pieces of all other tensors. Returns the bytes
         that came from the checkpoint."""
         meter = LoadMeter(sum(placed.num_bytes for placed in self.placed.values()))
-        pool = ThreadPoolExecutor(self.num_file_threads, thread_name_prefix="flexbatch-chunks")
-        with contextlib.closing(meter), contextlib.closing(self.buffers), pool:
-            reused = self.reuse(pool, meter)
-            if len(reused) < len(self.placed):
-                meter.to_file_bytes = sum(
-                    placed.num_bytes for key, placed in self.placed.items() if key not in reused and self.filed(placed)
-                )
-                self.read(stream(reused), pool, meter)
-            meter.check()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.buffers.close)
+            name = "flexbatch-chunks"
+            pool = stack.enter_context(ThreadPoolExecutor(self.num_file_threads, thread_name_prefix=name))
+            stack.callback(self.finish_files)
+            with contextlib.closing(meter), contextlib.closing(self.converter):
+                reused = self.reuse(pool, meter)
+                if len(reused) < len(self.placed):
+                    new = [placed for key, placed in self.placed.items() if key not in reused]
+                    filed = [align(placed.num_bytes) for placed in new if self.filed(placed)]
+                    if not self.beside_job:
+                        meter.to_file_bytes = sum(filed)
+                    elif filed:
+                        self.store.tiers.cpu.reserve(NEXT_START, max(filed))
+                        stack.callback(self.store.tiers.cpu.free, NEXT_START)
+                    self.read(stream(reused), pool, meter)
+                meter.check()
+            self.check_whole(reused)
+            self._open = stack.pop_all()
         self.converter.warn_of_losses(self.placed)
+        return self.read_bytes
+
+    def check_whole(self, reused: set[Key]) -> None:
+        """Raises CheckpointError where a tensor was not delivered in full."""
         missing = [
             key
             for key, placed in self.placed.items()
@@ -99,7 +125,26 @@ class Loader:
             raise CheckpointError(
                 f"incomplete weights: {missing[:5]}{' ...' if len(missing) > 5 else ''} were not delivered in full"
             )
-        return self.read_bytes
+
+    def close(self) -> None:
+        """Wait for the files that are written beside the job; Ctrl-C leaves out those that are not begun. Closing again
+        does nothing."""
+        self._open.close()
+
+    def finish_files(self) -> None:
+        writer, self.writer = self.writer, None
+        if writer is None:
+            return
+        if writer.error is None and writer.left_bytes > FILE_BYTES:
+            left = size_text(writer.left_bytes)
+            logger.info("writing the last %s for the next start to the offload folder; Ctrl-C leaves them out", left)
+        try:
+            writer.finish()
+        except Exception as error:  # the job does not need them
+            logger.warning("not all weights are kept for the next start: %s", error)
+        except BaseException:
+            writer.close(dropped=True)
+            raise
 
     # From files
 
@@ -125,7 +170,7 @@ class Loader:
         except BaseException:
             threads.close(dropped=True)
             raise
-        threads.close()
+        threads.finish()
         self.reused_bytes = sum(self.placed[key].num_bytes for key in found)
         return found
 
@@ -153,15 +198,16 @@ class Loader:
 
     def read(self, pieces: Iterator[Piece | QuantizedPiece], pool: ThreadPoolExecutor, meter: LoadMeter) -> None:
         """Bring all pieces to their tiers, and the tensors that have files into these."""
-        threads = LoadThreads(self.store.device, self.num_threads)
-        writer = (
-            None if self.folder is None else FileWriter(self.path, self.budget, self.buffers, pool, self.written(meter))
-        )
+        threads, writer = LoadThreads(self.store.device, self.num_threads), None
+        if self.folder is not None:
+            files = self.budget, self.buffers, pool
+            writer = FileWriter(self.folder, self.store.device, *files, self.written(meter))
         try:
             for piece in pieces:
-                threads.run(partial(self.write, piece, threads, writer, meter), piece.num_bytes)
-            threads.close()
-            if writer is not None:
+                for part in parts_of(piece, PART_BYTES) if self.num_threads else (piece,):
+                    threads.run(partial(self.write, part, threads, writer, meter), part.num_bytes)
+            threads.finish()
+            if writer is not None and not self.beside_job:
                 writer.finish()
         except BaseException as error:
             # What was whole before a fault of the checkpoint is of use to the next start; Ctrl-C does not wait for it.
@@ -170,13 +216,9 @@ class Loader:
             if writer is not None:
                 writer.close(dropped)
             raise
-        if writer is not None:
-            writer.close()
-
-    def path(self) -> Path:
-        """The folder of the files, once it is known."""
-        assert self.folder is not None
-        return self.folder.result() if isinstance(self.folder, Future) else self.folder
+        if writer is not None and self.beside_job and writer.placed_bytes:
+            writer.tell_of_end()
+            self.writer = writer
 
     def written(self, meter: LoadMeter) -> Callable[[PlacedTensor, DiskFile], None]:
         """What becomes of a file that was written: it stays open where the tensor is placed on disk."""
@@ -186,7 +228,8 @@ class Loader:
                 self.store.files[placed.spec.layer, placed.spec.role] = file
             else:
                 file.close()
-            meter.filed(placed.num_bytes)
+            if not self.beside_job:
+                meter.filed(align(placed.num_bytes))
 
         return keep
 
@@ -198,7 +241,7 @@ class Loader:
         placed = self.placed[key]
         num_rows = placed.spec.shape[0]
         rows = piece.rows or slice(0, num_rows)
-        self.converter.write(piece, self.target(key, placed), rows)
+        self.converter.write(piece, self.targets.of(key, placed), rows)
         threads.wait_for_device()
         count = rows.stop - rows.start
         with self._lock:
@@ -209,33 +252,15 @@ class Loader:
         if complete and writer is not None and self.filed(placed):
             self.file(key, placed, writer)
 
-    def target(self, key: Key, placed: PlacedTensor) -> TensorView:
-        """The view to write into: the tensor on its tier, or a buffer for a tensor that becomes a file."""
-        if placed.tier != "disk":
-            return self.store.views[key]
-        with self._lock:
-            if key not in self.building:
-                buffer = self.buffer_of(placed)
-                self.building[key] = (buffer, view_of(buffer, placed, 0, self.store.dtype))
-            return self.building[key][1]
-
-    def buffer_of(self, placed: PlacedTensor) -> Tensor:
-        """For the content of a tensor: what no number fills is zero, so that equal tensors are equal files."""
-        buffer = self.buffers.take(placed.num_bytes)
-        if placed.quantized:
-            buffer[math.prod(placed.codes_shape) : placed.codes_bytes] = 0
-        return buffer
-
     def file(self, key: Key, placed: PlacedTensor, writer: FileWriter) -> None:
         """Have a complete tensor written to its file."""
+        if self.beside_job:
+            self.check_source()
+            writer.submit_placed(placed, partial(self.targets.content_of, key, placed))
+            return
         writer.reserve(placed)
         try:
-            if placed.tier == "disk":
-                with self._lock:
-                    buffer, _ = self.building.pop(key)
-            else:
-                buffer = self.buffer_of(placed)
-                view_of(buffer, placed, 0, self.store.dtype).copy_codes(self.store.views[key])
+            buffer = self.targets.content_of(key, placed)
             self.check_source()
         except BaseException:
             self.budget.give(align(placed.num_bytes))
@@ -243,11 +268,10 @@ class Loader:
         writer.submit(placed, buffer)
 
     def check(self) -> None:
-        """Invariants: no row is delivered twice; only unfinished tensors of the disk tier are held in memory."""
+        """Invariants: no row is delivered twice, and what was taken is given back."""
         for key, rows in self.rows_written.items():
             assert rows <= self.placed[key].spec.shape[0], (key, rows)
-        for key in self.building:
-            assert self.placed[key].tier == "disk" and key not in self.store.files, key
+        self.targets.check()
         assert self.budget.used_bytes == 0, self.budget.used_bytes
         self.budget.check()
         self.buffers.check()

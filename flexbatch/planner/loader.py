@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from flexbatch.memory.files import prepare_offload_dir
-from flexbatch.memory.loading import Key, Loader
+from flexbatch.memory.loading import FILE_BYTES, Key, Loader
 from flexbatch.memory.moving import move_weights
 from flexbatch.memory.tiers import Pool, Tiers
 from flexbatch.memory.transfer import TransferQueues
@@ -52,6 +52,8 @@ class PlacedModel:
             prepare_offload_dir(deployment.offload_dir)
         self.seconds, self.loaded_bytes, self.reused_bytes = 0.0, 0, 0
         self.weights: WeightStore | None = None
+        self._loader: Loader | None = None
+        """Which may still write files of the weights as they lie."""
         self.speculator: Speculator | None = None
         self._stack, self._loaded = contextlib.ExitStack(), contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
@@ -102,7 +104,8 @@ class PlacedModel:
         started, config = time.perf_counter(), engine_plan.config
         self.weights = WeightStore(engine_plan.weight_plan, self.tiers, self.queues, engine_plan.dtype)
         self._loaded.callback(self.weights.close)
-        loader = make_loader(engine_plan, self.weights, self.keeps_files)
+        self._loader = loader = make_loader(engine_plan, self.weights, self.keeps_files)
+        self._loaded.callback(loader.close)
         size = size_text(sum(map(engine_plan.weight_plan.tier_bytes, TIERS)))
         logger.info("loading %s: %s of weights", config.model, size)
         with torch.inference_mode():
@@ -128,6 +131,8 @@ class PlacedModel:
 
     def _move(self, weights: WeightStore, engine_plan: EnginePlan) -> None:
         started, adapters = time.perf_counter(), engine_plan.deployment.adapters
+        if self._loader is not None:
+            self._loader.close()
         with torch.inference_mode():
             moved = move_weights(weights, engine_plan.weight_plan, partial(adapters.tensor, dtype=engine_plan.dtype))
         seconds = time.perf_counter() - started
@@ -136,7 +141,7 @@ class PlacedModel:
         logger.info("%s in %s: %s", what, duration_text(seconds), shares(engine_plan))
 
     def _unload(self) -> None:
-        self.weights, self.speculator = None, None
+        self.weights, self.speculator, self._loader = None, None, None
         self._loaded.close()
 
     @contextlib.contextmanager
@@ -188,6 +193,7 @@ def make_loader(engine_plan: EnginePlan, weights: WeightStore, keeps_files: bool
     tensors = engine_plan.weight_plan.all_tensors
     if not any(tensor.tier == "disk" or (keeps_files and tensor.quantized) for tensor in tensors):
         return Loader(weights, None, cache_quantized=False)
+    later = writes_beside_job(engine_plan, weights)
     dtype, adapter = str(engine_plan.dtype).removeprefix("torch."), engine_plan.model.adapter
     if adapter is not None:
         dtype = f"{adapter.digest}-{dtype}"
@@ -198,11 +204,13 @@ def make_loader(engine_plan: EnginePlan, weights: WeightStore, keeps_files: bool
     if engine_plan.model.folder is None:
         drawn = f"{torch.__version__} {engine_plan.config.seed} {engine_plan.model.arch}"
         identity = f"dummy-{combined(drawn, ())[:32]}"
-        return Loader(weights, engine_plan.offload_dir / f"{identity}-{dtype}", cache_quantized=keeps_files)
+        return Loader(weights, engine_plan.offload_dir / f"{identity}-{dtype}", keeps_files, beside_job=later)
     known = any(engine_plan.offload_dir.glob(f"*-{dtype}"))
     files = WeightFiles(engine_plan.model.folder, engine_plan.offload_dir / RECORDS, later=not known)
     if known:
-        return Loader(weights, engine_plan.offload_dir / f"{files.identity}-{dtype}", keeps_files, files.check)
+        return Loader(
+            weights, engine_plan.offload_dir / f"{files.identity}-{dtype}", keeps_files, files.check, None, later
+        )
     # There is nothing that could be reused: the checkpoint is digested while it is loaded.
     folder: Future[Path] = Future()
 
@@ -213,4 +221,14 @@ def make_loader(engine_plan: EnginePlan, weights: WeightStore, keeps_files: bool
             folder.set_exception(error)
 
     threading.Thread(target=digest, name="flexbatch-identity", daemon=True).start()
-    return Loader(weights, folder, keeps_files, files.check)
+    return Loader(weights, folder, keeps_files, files.check, None, later)
+
+
+def writes_beside_job(engine_plan: EnginePlan, weights: WeightStore) -> bool:
+    """Whether files for the next start can be written while the job runs: all of it is on a GPU, where it neither needs
+    the disk nor host memory, of which there is some left."""
+    policy, host = engine_plan.policy, weights.tiers.cpu
+    on_gpu = min(split.gpu for split in (policy.weights, policy.cache, policy.activations)) > 1 - 1e-6
+    largest = max(tensor.num_bytes for tensor in engine_plan.weight_plan.all_tensors)
+    enough = host.budget_bytes - host.total_used_bytes >= largest + FILE_BYTES
+    return weights.device.type == "cuda" and on_gpu and enough

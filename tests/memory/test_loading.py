@@ -18,12 +18,14 @@ import torch
 
 from flexbatch.kernels import ops, reference
 from flexbatch.memory import layer_files
+from flexbatch.memory.conversion import parts_of
 from flexbatch.memory.file_writer import FileWriter
 from flexbatch.memory.files import OffloadError
 from flexbatch.memory.layer_files import layer_file, open_layer_file
 from flexbatch.memory.load_buffers import LoadBuffers
 from flexbatch.memory.load_meter import LoadMeter
-from flexbatch.memory.loading import Loader
+from flexbatch.memory.loading import NEXT_START, Loader
+from flexbatch.memory.moving import key_of
 from flexbatch.memory.weight_plan import PlacedTensor, plan_weights
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.checkpoint import CheckpointError
@@ -35,6 +37,7 @@ from tests.tiny_models import make_model
 
 ARCH = tiny_arch(2)
 DISK, CPU, MIXED = Split(0, 0, 1), Split(0, 1, 0), Split(0.4, 0.2, 0.4)
+MIXED_IN_MEMORY = Split(0.6, 0.4)
 
 
 @contextmanager
@@ -352,6 +355,92 @@ def test_an_interrupt_does_not_wait_for_what_is_not_written(tmp_path: Path, monk
             loader.load(interrupted)
         store.close()
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
+
+
+@contextmanager
+def beside_job(tmp_path: Path, folder: Path | Future[Path], bits: int = 4) -> Iterator[tuple[Loader, WeightStore]]:
+    """A loader that has loaded, and may still write files."""
+    with open_tiers(tmp_path) as (tiers, queues):
+        store = WeightStore(plan_weights(ARCH, MIXED_IN_MEMORY, bits, 8, 4), tiers, queues, torch.float32)
+        loader = Loader(store, folder, cache_quantized=True, threads=3, beside_job=True)
+        loader.load(lambda skip: (piece for piece in pieces(ARCH) if (piece.layer, piece.role) not in skip))
+        try:
+            yield loader, store
+        finally:
+            loader.close()
+            loader.close()
+            loader.check()
+            assert NEXT_START not in tiers.cpu.used_bytes
+            store.close()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_files_of_the_next_start_are_written_beside_the_job(tmp_path: Path, bits: int) -> None:
+    """Loading waits neither for the folder's name nor for the disk, and the files are those of any other load."""
+    later: Future[Path] = Future()
+    with beside_job(tmp_path, later, bits) as (loader, store):
+        assert same_weights(store, bits) and not list(tmp_path.rglob("*.bin"))
+        assert store.tiers.cpu.used_bytes[NEXT_START] > 0
+        loader.budget.check()
+        later.set_result(tmp_path / "model")
+    written = {path.relative_to(tmp_path / "model"): path.read_bytes() for path in tmp_path.rglob("*.bin")}
+    (tmp_path / "elsewhere").mkdir()
+    with loaded(tmp_path / "elsewhere" / "model", MIXED_IN_MEMORY, bits):
+        pass
+    folder = tmp_path / "elsewhere" / "model"
+    assert written == {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.bin")} != {}
+    with loaded(tmp_path / "model", MIXED_IN_MEMORY, bits) as (store, read):
+        assert same_weights(store, bits) and not any(t.quantized and key_of(t) in read for t in store.plan.all_tensors)
+    with beside_job(tmp_path, tmp_path / "model", bits) as (loader, store):
+        assert loader.writer is None and same_weights(store, bits), "nothing is left to write"
+
+
+def test_a_disk_that_is_full_ends_no_job_that_does_not_need_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path, tensors, num_bytes: int, pool: ThreadPoolExecutor) -> None:
+        raise OffloadError(28, "No space left on device")
+
+    monkeypatch.setattr(layer_files, "write_atomically", full)
+    with beside_job(tmp_path, tmp_path) as (_, store):
+        assert same_weights(store, 4)
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "not all weights are kept for the next start: [Errno 28] No space left on device"
+    ]
+    with pytest.raises(OffloadError, match="No space left"), loaded(tmp_path, DISK):
+        pass
+
+
+def test_an_interrupt_leaves_files_of_the_next_start_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    later: Future[Path] = Future()
+
+    def interrupted(writer: FileWriter) -> None:
+        later.set_result(tmp_path / "model")
+        raise KeyboardInterrupt
+
+    def slow(path: Path, tensors, num_bytes: int, pool: ThreadPoolExecutor) -> None:
+        time.sleep(0.2)
+        write(path, tensors, num_bytes, pool)
+
+    write = layer_files.write_atomically
+    monkeypatch.setattr(layer_files, "write_atomically", slow)
+    monkeypatch.setattr(FileWriter, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt), beside_job(tmp_path, later):
+        pass
+    assert len(list((tmp_path / "model").rglob("*.bin"))) <= 1
+
+
+@pytest.mark.parametrize("rows", [None, slice(5, 25)])
+def test_large_pieces_are_cut_into_rows(rows: slice | None) -> None:
+    tensor = torch.randn(20, 6)
+    piece = Piece(1, "up.weight", rows, tensor)
+    assert list(parts_of(piece, piece.num_bytes)) == [piece]
+    parts = list(parts_of(piece, 3 * 6 * 4 + 5))
+    assert [len(part.tensor) for part in parts] == [3] * 6 + [2]
+    first = 0 if rows is None else 5
+    assert [part.rows for part in parts][-2:] == [slice(first + 15, first + 18), slice(first + 18, first + 20)]
+    assert torch.equal(torch.cat([part.tensor for part in parts]), tensor)
+    assert len(list(parts_of(piece, 1))) == 20, "a row at least"
 
 
 def test_a_folder_that_is_not_known_yet_is_asked_for_when_there_is_a_file(tmp_path: Path) -> None:
