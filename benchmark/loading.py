@@ -3,18 +3,23 @@
     python -m benchmark.loading --model llama-3-8b --folder /tmp/checkpoints --output loading.json
     python -m benchmark.loading --layers 12 --formats bf16 gptq awq compressed-tensors fp8 gguf-q4_0 ...
 
-Three starts for every format and number of bits: from the checkpoint with an empty offload folder, again with it (what
-it holds is reused), and, first of all, the speed at which the files can be read by this machine's Python, in four
-threads, since they were just written and lie in the page cache. Rates count bytes of the checkpoint. bf16 is opened
-with each of --weight-bits, the other formats with as many bits as they have.
+Two starts for every format and number of bits: from the checkpoint with an empty offload folder, and again with it
+(what it holds is reused). With --cold a third, of a checkpoint that the page cache has let go. Beside them what the
+machine can do: how fast its files are read from the page cache and past it, written to the disk, and copied from pinned
+memory to the GPU. Rates count bytes of the checkpoint. bf16 is opened with each of --weight-bits, the other formats
+with as many bits as they have. What is measured is written to --output at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,8 +27,10 @@ from typing import Any
 import torch
 
 from benchmark.loading_files import BITS, FORMATS, GGUF_TYPES, write_checkpoint
-from benchmark.machine import publish
+from benchmark.machine import machine, publish
 from flexbatch import LLM, SamplingParams
+from flexbatch.memory.disk_cache import aligned_empty
+from flexbatch.memory.files import ALIGNMENT, READ_CHUNK_BYTES, DiskFile, chunks
 from flexbatch.models.resolve import DEMO
 from flexbatch.policy.shapes import SHAPES
 from flexbatch.policy.stdout import run_process
@@ -33,23 +40,69 @@ def weight_files(folder: Path) -> list[Path]:
     return [file for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf")]
 
 
-def read_seconds(folder: Path) -> float:
-    """To read all files in blocks of 16 MiB, four at a time."""
-
-    def read(file: Path) -> None:
-        with file.open("rb", buffering=0) as opened:
-            buffer = bytearray(16 << 20)
-            while opened.readinto(buffer):
-                pass
-
+def over_threads(files: list[Path], read: Callable[[Path], int]) -> float:
+    """GB/s of reading all files, eight at a time."""
     begun = time.perf_counter()
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(read, weight_files(folder)))
-    return time.perf_counter() - begun
+    with ThreadPoolExecutor(8) as pool:
+        num_bytes = sum(pool.map(read, files))
+    return round(num_bytes / (time.perf_counter() - begun) / 1e9, 2)
+
+
+def read_cached(file: Path) -> int:
+    with file.open("rb", buffering=0) as opened:
+        buffer, total = bytearray(16 << 20), 0
+        while count := opened.readinto(buffer):
+            total += count
+    return total
+
+
+def read_directly(file: Path) -> int:
+    """Past the page cache, up to what is a multiple of a block."""
+    opened, total = DiskFile(file), 0
+    buffer = aligned_empty(READ_CHUNK_BYTES)
+    with contextlib.closing(opened):
+        for begin, end in chunks(opened.num_bytes // ALIGNMENT * ALIGNMENT):
+            opened.read(buffer[: end - begin], begin)
+            total += end - begin
+    return total
+
+
+def forget(files: list[Path]) -> None:
+    """Let the page cache go of files."""
+    for file in files:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def speeds(model: Path, folder: Path, device: str) -> dict[str, float]:
+    """GB/s: what loading cannot be faster than."""
+    files = weight_files(model)
+    found = {"read_cached": over_threads(files, read_cached), "read_disk": over_threads(files[:8], read_directly)}
+    content = aligned_empty(READ_CHUNK_BYTES).random_()
+    begun = time.perf_counter()
+    with (
+        contextlib.closing(DiskFile(folder / "written", 128 * READ_CHUNK_BYTES)) as file,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        list(pool.map(lambda part: file.write(content, part * READ_CHUNK_BYTES), range(128)))
+    found["write_disk"] = round(128 * READ_CHUNK_BYTES / (time.perf_counter() - begun) / 1e9, 2)
+    if device == "cuda":
+        source, target = (
+            torch.zeros(1 << 30, dtype=torch.uint8).pin_memory(),
+            torch.empty(1 << 30, dtype=torch.uint8, device="cuda"),
+        )
+        target.copy_(source)
+        begun = time.perf_counter()
+        for _ in range(3):
+            target.copy_(source)
+        found["link"] = round(3 * len(source) / (time.perf_counter() - begun) / 1e9, 2)
+    return found
 
 
 def start(model: Path, offload: Path, weight_bits: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Seconds from `LLM(...)` to weights that are where the plan wants them, and to a first answer."""
+    """Seconds from `LLM(...)` to weights that are where the plan wants them, to a first answer, and from there to the
+    end of an engine whose files are written. ``load_seconds`` are those of the weights alone."""
     prompt, params = [{"prompt_token_ids": list(range(5, 69))}], SamplingParams(max_tokens=1, ignore_eos=True)
     begun = time.perf_counter()
     with LLM(str(model), weight_bits=weight_bits, offload_dir=str(offload), **settings) as llm:
@@ -61,13 +114,15 @@ def start(model: Path, offload: Path, weight_bits: int, settings: dict[str, Any]
     return {
         "ready_seconds": round(ready, 2),
         "first_answer_seconds": round(answered, 2),
+        "closing_seconds": round(time.perf_counter() - begun - answered, 2),
         "load_seconds": round(report["load_seconds"], 2),
         "loaded_bytes": report["loaded_bytes"],
         "reused_bytes": report["reused_bytes"],
     }
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace, found: list[dict[str, Any]], tell: Callable[[], None]) -> None:
+    """Adds rows to ``found``, and tells of each."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings: dict[str, Any] = {} if args.gpu_memory is None else {"gpu_memory": args.gpu_memory}
     if args.percent is not None:
@@ -76,28 +131,44 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         settings["hardware"] = args.hardware
     config = dict(SHAPES[args.model])
     config["num_hidden_layers"] = args.layers or config["num_hidden_layers"]
-    found = []
     for form in args.formats:
         folder = args.folder / f"{args.model}-{form}"
         shutil.rmtree(folder, ignore_errors=True)
+        begun = time.perf_counter()
         model = write_checkpoint(config, form, folder, device)
         size = sum(file.stat().st_size for file in weight_files(folder))
         row = {"model": args.model, "layers": config["num_hidden_layers"], "format": form, "bytes": size}
-        row["read_seconds"] = round(read_seconds(folder), 2)
+        found.append(
+            {**row, "written_seconds": round(time.perf_counter() - begun, 1), **speeds(folder, args.folder, device)}
+        )
+        tell()
         own = {"tokenizer": str(DEMO)} if form in GGUF_TYPES else {}
         for bits in args.weight_bits if form == "bf16" else [BITS.get(form, 4)]:
             offload = args.folder / f"offload-{form}-{bits}"
             shutil.rmtree(offload, ignore_errors=True)
-            for again in (False, True):
+            for kind in ("first", "again", *(["cold"] if args.cold and bits == 16 else [])):
+                if kind == "cold":
+                    forget(weight_files(folder))
                 figures = start(model, offload, bits, settings | own)
-                rate = size / figures["ready_seconds"] / 1e9
+                rate = size / max(figures["load_seconds"], 1e-9) / 1e9
                 found.append(
-                    {**row, "weight_bits": bits, "again": again, **figures, "gigabytes_per_second": round(rate, 2)}
+                    {**row, "weight_bits": bits, "start": kind, **figures, "gigabytes_per_second": round(rate, 2)}
                 )
-                print(found[-1], file=sys.stderr, flush=True)
+                tell()
             shutil.rmtree(offload, ignore_errors=True)
         shutil.rmtree(folder)
-    return found
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    found: list[dict[str, Any]] = []
+
+    def tell() -> None:
+        print(found[-1], file=sys.stderr, flush=True)
+        if args.output is not None:
+            args.output.write_text(json.dumps({"machine": machine(), "starts": found}, indent=1) + "\n")
+
+    measure(args, found, tell)
+    return {"starts": found}
 
 
 def main() -> int:
@@ -110,9 +181,10 @@ def main() -> int:
     parser.add_argument("--gpu-memory", help="the cap of the engine (default: what the GPU has)")
     parser.add_argument("--percent", type=float, nargs=6, help="a placement, instead of the chosen one")
     parser.add_argument("--folder", type=Path, required=True, help="for checkpoints and offload files")
+    parser.add_argument("--cold", action="store_true", help="a third start in 16 bits, with an empty page cache")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    return publish(lambda: {"starts": measure(args)}, args.output)
+    return publish(lambda: run(args), args.output)
 
 
 if __name__ == "__main__":
