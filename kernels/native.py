@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,10 @@ def _openmp_flags() -> tuple[str, ...]:
     return (str(libraries[0]),) if libraries else ("-fopenmp",)
 
 
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 def _compile(compiler: str, sources: list[Path], cache_folder: Path, key: str) -> Path:
     """Path of the library, compiled and put into the cache folder. Raises BuildError, OSError."""
     errors = []
@@ -109,8 +114,9 @@ def _compile(compiler: str, sources: list[Path], cache_folder: Path, key: str) -
                 [compiler, *FLAGS, *compile_flags, *OWN_FLAGS.get(source.name, ()), "-c", str(source), "-o", item]
                 for source, item in zip(sources, objects, strict=True)
             ]
-            commands.append([compiler, "-shared", *objects, *link_flags, "-lm", "-o", f"{folder}/library.so"])
-            results = [subprocess.run(command, capture_output=True, text=True, check=False) for command in commands]
+            with ThreadPoolExecutor(len(commands)) as pool:  # a run waits for it
+                results = list(pool.map(_run, commands))
+            results.append(_run([compiler, "-shared", *objects, *link_flags, "-lm", "-o", f"{folder}/library.so"]))
             if all(result.returncode == 0 for result in results):
                 return native_cache.put(cache_folder, key, Path(folder) / "library.so")
             errors.append("".join(result.stderr for result in results)[:500])
@@ -127,7 +133,7 @@ def build(cache_folder: Path) -> Path:
     if compiler is None:
         raise BuildError("no C compiler (cc, gcc or clang) on the PATH")
     here = Path(__file__).parent
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    version = _run([compiler, "--version"]).stdout
     parts = [
         version,
         f"{FLAGS} {OWN_FLAGS}",

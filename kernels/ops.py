@@ -27,6 +27,11 @@ from flexbatch.kernels import (
 )
 
 
+def load_compiled() -> None:
+    """Compile the CPU's kernels, or load them, before their first use: that takes seconds, once on a machine."""
+    native.library()
+
+
 def _compiled(dtype: torch.dtype) -> bool:
     return dtype in native.DTYPES and native.library() is not None
 

@@ -16,6 +16,7 @@ from flexbatch.execution.layers_ahead import LayersAhead
 from flexbatch.execution.pass_batch import Lead, LogitsChunk, NewestTokens, PassBatch
 from flexbatch.execution.resident import ResidentPass
 from flexbatch.execution.routed_rows import RoutedRows
+from flexbatch.execution.set_up import SetUp
 from flexbatch.execution.tick_halves import TickHalves
 from flexbatch.memory.activations import ActivationStore
 from flexbatch.memory.host_buffers import HostBuffers
@@ -80,12 +81,13 @@ class Executor:
             routed.threads = attention.cpu_threads
         self.halves = TickHalves(arch, self.ends, weights, queues, host_buffers, rotary, attention, routing, routed)
         self.resident_pass = ResidentPass(self.halves, self.logit_rows)
+        self.set_up = SetUp(self.device)
         self.graphs: DecodeGraphs | None = None
         recordable = self.resident and overlap and self.stages is None
         assert recordable or self.ranks is None or not max_graphs, f"{max_graphs} graphs of what is not on this GPU"
         if self.device.type == "cuda" and recordable:
             sizes, group = (cache.layout.page_tokens, arch.max_positions), self.builder.adapters_at_once
-            self.graphs = DecodeGraphs(self.device, *sizes, CudaRecorder(), max_graphs, group, cache.ring)
+            self.graphs = DecodeGraphs(self.device, *sizes, CudaRecorder(self.set_up), max_graphs, group, cache.ring)
 
     @property
     def resident(self) -> bool:

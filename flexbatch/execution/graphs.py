@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flexbatch.execution.adapter_groups import most_tiles
 from flexbatch.execution.inputs import AttentionGroup, CacheGroups, MicroBatchInputs
+from flexbatch.execution.set_up import SetUp
 from flexbatch.models.lora.applied import PassAdapters
 from flexbatch.policy.decode_graphs import CONTEXT_STEP, MAX_GRAPHS, bucket_of
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
@@ -68,11 +69,16 @@ class CudaRecorder:
     recorded: kernels are chosen by the number of tokens, and while it is recorded, none may be loaded.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, set_up: SetUp) -> None:
         self.pool = torch.cuda.graph_pool_handle()
         self.num_graphs = 0
+        self.set_up = set_up
 
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Recorded, Tensor]:
+        with self.set_up.making():
+            return self.recorded(work)
+
+    def recorded(self, work: Callable[[], Tensor]) -> tuple[Recorded, Tensor]:
         work()
         torch.cuda.current_stream().synchronize()
         graph = torch.cuda.CUDAGraph()

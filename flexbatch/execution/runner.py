@@ -14,6 +14,7 @@ from flexbatch.execution.block_sizes import BlockSizes
 from flexbatch.execution.executor import Executor
 from flexbatch.execution.pass_batch import Lead
 from flexbatch.execution.routed_rows import RoutedRows, buffer_tokens
+from flexbatch.execution.set_up import load_kernels
 from flexbatch.memory.activations import ActivationStore
 from flexbatch.memory.cache_orders import CacheOrders
 from flexbatch.memory.host_buffers import HostBuffers
@@ -99,6 +100,7 @@ def open_runner(
 
     One that fails half-way (a disk that is full, a GPU without memory) leaves nothing behind.
     """
+    load_kernels(queues.device, policy)
     dtype, width, page_tokens = layout.dtype, arch.hidden_size, layout.page_tokens
     with tiers.all_or_nothing() as give_back:
         cache = KVCache(layout, sizes.cache, tiers, queues, CacheOrders() if lead is not None else None)

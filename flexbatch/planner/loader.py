@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from flexbatch.execution.set_up import load_kernels
 from flexbatch.memory.files import prepare_offload_dir
 from flexbatch.memory.loading import FILE_BYTES, Key, Loader
 from flexbatch.memory.moving import move_weights
@@ -87,6 +88,7 @@ class PlacedModel:
         policy = engine_plan.policy
         if any(split.disk > 0 for split in (policy.weights, policy.cache, policy.activations)):
             prepare_offload_dir(engine_plan.offload_dir)
+        load_kernels(self.queues.device, policy)
         try:
             if self.weights is None:
                 self._load(engine_plan)

@@ -44,6 +44,8 @@ class Statistics(RunObserver):
     """Sums over the runs of an engine."""
 
     seconds: float = 0.0
+    set_up_seconds: float = 0.0
+    """Of these: compiling kernels and recording graphs."""
     passes: int = 0
     prompt_tokens: int = 0
     prefilled_tokens: int = 0
@@ -81,6 +83,7 @@ class Statistics(RunObserver):
     def describe(self) -> dict[str, Any]:
         return {
             "seconds": self.seconds,
+            "set_up_seconds": self.set_up_seconds,
             "passes": self.passes,
             "requests": self.requests,
             "prompt_tokens": self.prompt_tokens,

@@ -105,8 +105,10 @@ def throughput(report: Mapping[str, Any]) -> str:
         )
     simulated = (report.get("speculation") or {}).get("simulated_acceptance")
     label = "" if simulated is None else f", SIMULATED acceptance {simulated:g}: the tokens mean nothing"
+    set_up = report.get("set_up_seconds", 0.0)
+    made = f", {duration_text(set_up)} of it compiling kernels and recording graphs" if set_up else ""
     text = (
-        f"throughput ({duration_text(seconds)}, and {duration_text(report['load_seconds'])} to "
+        f"throughput ({duration_text(seconds)}{made}, and {duration_text(report['load_seconds'])} to "
         f"load{label})\n{table(['', 'count', 'per second'], rows)}"
     )
     experts = report.get("experts") or {}

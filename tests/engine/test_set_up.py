@@ -1,0 +1,111 @@
+"""What happens at first use is no part of a job: it comes before, or is counted apart."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flexbatch import LLM, SamplingParams
+from flexbatch.config import EngineConfig
+from flexbatch.execution import set_up
+from flexbatch.execution.job import Job
+from flexbatch.execution.passes import Passes
+from flexbatch.execution.set_up import SetUp, load_kernels
+from flexbatch.kernels import native
+from flexbatch.loop import EngineLoop
+from flexbatch.policy.policy import Policy, Split
+
+PROMPTS = [{"prompt_token_ids": [7, 8, 9]}, {"prompt_token_ids": [11, 12]}]
+SHORT = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+ON_CPU = {"device": "cpu", "hardware": "cpu", "gpu_memory": "64MiB", "cpu_memory": "64MiB"}
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C compiler")
+@pytest.mark.parametrize("known", [True, False])
+def test_the_cpus_kernels_are_compiled_before_the_first_pass(known, monkeypatch, caplog):
+    """Whether a job is known when the engine starts, or comes later."""
+    happened: list[str] = []
+    load, run_pass = native._load, EngineLoop.run_pass
+
+    def slow_load(folder):
+        happened.append("kernels")
+        return load(folder)
+
+    def watched(loop):
+        happened.append("pass")
+        return run_pass(loop)
+
+    monkeypatch.setattr(native, "_load", slow_load)
+    monkeypatch.setattr(EngineLoop, "run_pass", watched)
+    monkeypatch.setattr(set_up, "SAID_SECONDS", 0.0)
+    native.library.cache_clear()
+    config, job = EngineConfig(model="demo", **ON_CPU), Job((6, 5), (3, 2))
+    with caplog.at_level("INFO"), LLM.from_config(config, job=job if known else None) as llm:
+        llm.generate(PROMPTS, SHORT)
+    assert happened[0] == "kernels" and happened.count("kernels") == 1 and happened.count("pass") >= 3
+    assert any(message.startswith("compiled the CPU's kernels in ") for message in caplog.messages)
+
+
+def test_kernels_are_loaded_where_a_policy_uses_them(monkeypatch):
+    loaded = []
+    monkeypatch.setattr("flexbatch.kernels.ops.load_compiled", lambda: loaded.append(1))
+    whole = Split(1, 0)
+    plain = Policy(whole, whole, whole, 4, 1)
+    load_kernels(torch.device("cuda"), plain)
+    assert not loaded
+    load_kernels(torch.device("cpu"), plain)
+    load_kernels(torch.device("cuda"), Policy(whole, Split(0, 1), whole, 4, 1, cpu_attention=0.5))
+    load_kernels(torch.device("cuda"), Policy(Split(0, 1), whole, whole, 4, 1, cpu_experts=0.5))
+    assert len(loaded) == 3
+
+
+def test_what_is_made_in_passes_is_not_compared_with_the_prediction(monkeypatch):
+    """A pass that compiles, as Triton's first ones do."""
+    left, turn = [True], Passes.turn
+
+    def compiling(passes):
+        if left:
+            with passes.executor.set_up.making():
+                time.sleep(left.pop() * 0.3)
+        return turn(passes)
+
+    monkeypatch.setattr(Passes, "turn", compiling)
+    with LLM("demo", async_scheduling=False, **ON_CPU) as llm:
+        llm.generate(PROMPTS, SHORT)
+        report = llm.report()
+    assert report["set_up_seconds"] > 0.29
+    assert 0 < report["job"]["measured_seconds"] <= report["seconds"] - report["set_up_seconds"]
+    assert " ms of it compiling kernels and recording graphs, and " in str(report)
+
+
+def test_what_is_compiled_while_something_is_made_counts_once():
+    found = SetUp(torch.device("cuda"))
+    found.compiled(times=SimpleNamespace(total=3_000_000), src=None, cache_hit=False)
+    assert found.take() == 3.0 and found.take() == 0.0
+    with found.making():
+        found.compiled(times=SimpleNamespace(total=3_000_000), src=None, cache_hit=False)
+    assert 0.0 < found.take() < 2.0
+
+
+def test_the_compiler_is_listened_to_during_passes_alone():
+    knobs = pytest.importorskip("triton").knobs
+    found, before = SetUp(torch.device("cuda")), knobs.compilation.listener
+    with pytest.raises(KeyError), found.listening():
+        assert knobs.compilation.listener == found.compiled
+        raise KeyError
+    assert knobs.compilation.listener is before
+    with SetUp(torch.device("cpu")).listening():
+        assert knobs.compilation.listener is before
+
+
+@pytest.mark.gpu
+def test_a_pass_that_records_a_graph_says_so():
+    with LLM("demo", device="cuda", gpu_memory="4GiB", cpu_memory="1GiB") as llm:
+        llm.generate(PROMPTS, SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
+        report = llm.report()
+        assert 0.0 < report["set_up_seconds"] < report["seconds"]
+        llm.generate(PROMPTS, SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
+        assert llm.report()["set_up_seconds"] == report["set_up_seconds"], "everything is there"
