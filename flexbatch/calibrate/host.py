@@ -27,6 +27,7 @@ from flexbatch.calibrate.passes import (
     small_arch,
     with_cpu_attention,
 )
+from flexbatch.calibrate.phases import Phases
 from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.models.specs import weight_specs
 from flexbatch.policy.policy import Policy, Split
@@ -204,7 +205,7 @@ def python_rates(passes: HostPasses, policies: dict[str, Policy], graph: float) 
 
 
 @torch.inference_mode()
-def host_rates(device: torch.device) -> dict[str, float]:
+def host_rates(device: torch.device, phases: Phases | None = None) -> dict[str, float]:
     """What passes of small models tell, as fields of `policy.hardware.Hardware`.
 
     ``pass_seconds``, ``sequence_seconds``, ``launch_seconds``: by least squares over a few shapes. ``graph_seconds``: 0
@@ -214,7 +215,7 @@ def host_rates(device: torch.device) -> dict[str, float]:
     ``cpu_attention_during_h2d``, ``h2d_during_cpu_attention`` and
     ALONE.
     """
-    gpu = device.type == "cuda"
+    gpu, phases = device.type == "cuda", phases or Phases()
     baseline = {"few": resident(8), "many": resident(128)}
     if gpu:
         baseline |= {f"graph of {sequences}": resident(sequences, 1) for sequences in GRAPHED}
@@ -229,8 +230,9 @@ def host_rates(device: torch.device) -> dict[str, float]:
     # There is nothing to share out, and on a busy machine each meeting of two threads costs a time slice.
     torch.set_num_threads(1)
     try:
-        passes = HostPasses(baseline | others, device)
-        coming_and_going = request_seconds(device, passes.seconds["few", FEW])
+        with phases.of("passes of small models"):
+            passes = HostPasses(baseline | others, device)
+            coming_and_going = request_seconds(device, passes.seconds["few", FEW])
     finally:
         torch.set_num_threads(threads)
     rates = {"graph_seconds": max(0.0, graph_seconds(device)) if gpu else 0.0, "request_seconds": coming_and_going}
@@ -247,7 +249,8 @@ def host_rates(device: torch.device) -> dict[str, float]:
     if not gpu:
         return rates | {"cpu_attention_seconds": attention_seconds(device)}
     calls = AttentionCalls.for_memory(host_memory_bytes())
-    beside, alone = (attention_in_passes(device, weights, calls) for weights in (ON_CPU, ON_GPU))
+    with phases.of("attention on the CPU in passes"):
+        beside, alone = (attention_in_passes(device, weights, calls) for weights in (ON_CPU, ON_GPU))
     return rates | {
         "cpu_attention_seconds": beside.call_seconds,
         "cpu_attention_during_h2d": min(beside.rate, alone.rate),

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexbatch.calibrate.experts import expert_curves
+from flexbatch.calibrate.compiling import compile_ahead, small_pass_calls
+from flexbatch.calibrate.experts import expert_curves, repeated
 from flexbatch.calibrate.fits import fit_curve
 from flexbatch.calibrate.host import ALONE, host_rates
 from flexbatch.calibrate.phases import Phases
 from flexbatch.kernels import native, ops, reference
 from flexbatch.memory.host_memory import host_memory_bytes
-from flexbatch.memory.tiers import HostArena
 from flexbatch.policy.curve import Curve
 
 GIB = 2**30
@@ -32,6 +32,7 @@ PAGE_TOKENS, GROUP, HEAD_DIM = 16, 64, 128
 QUERY_HEADS = (1, 4, 8)
 """Query heads of one key-value head: plain, and as Llama-3-8B and 70B share them."""
 CONTEXT = 512
+DRAWN_TOKENS = 8192
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
@@ -63,22 +64,18 @@ def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return pool.repeat(-(-count // len(pool)))[:count].view(shape)
 
 
-def as_in_the_engine(rows: Tensor) -> Tensor:
-    """A copy in host memory of the engine's own kind, huge pages and all."""
-    arena = HostArena(rows.numel() * rows.element_size(), pinned=False)
-    return arena.tensor.view(rows.dtype).view(rows.shape).copy_(rows)
-
-
 def cache_rows(num_tokens: int, kv_heads: int, dtype: torch.dtype, device: torch.device, bits: int = 16) -> Tensor:
-    """Token rows of a cache, in host memory of the engine's own kind where the device is the CPU."""
-    rows = normal((num_tokens, 2, kv_heads, HEAD_DIM), dtype, device)
+    """Token rows of a cache. On the CPU they are in host memory of the engine's own kind, and repeat some thousands:
+    drawing and quantizing all of 2 GiB in new pages took 8 s of a profile, of which 7 measured nothing."""
+    drawn = min(num_tokens, DRAWN_TOKENS) if device.type == "cpu" else num_tokens
+    rows = normal((drawn, 2, kv_heads, HEAD_DIM), dtype, device)
     if bits != 16:
         row_bytes = reference.token_bytes(kv_heads, HEAD_DIM, bits, GROUP, dtype.itemsize)
-        packed = torch.zeros(num_tokens, row_bytes, dtype=torch.uint8, device=device)
-        slots = torch.arange(num_tokens, device=device)
+        packed = torch.zeros(drawn, row_bytes, dtype=torch.uint8, device=device)
+        slots = torch.arange(drawn, device=device)
         ops.append_rows(packed, slots, rows[:, 0].contiguous(), rows[:, 1].contiguous(), bits, GROUP)
         rows = packed
-    return as_in_the_engine(rows) if device.type == "cpu" else rows
+    return repeated(rows, num_tokens) if device.type == "cpu" else rows
 
 
 def attention_call(
@@ -117,6 +114,30 @@ def attention_call(
     return call
 
 
+def compile_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Those of a GPU that are measured below, on small sizes."""
+
+    def attend(heads: int, sequences: int, query_tokens: int, context: int, bits: int = 16) -> Callable[[], object]:
+        def call() -> None:
+            rows = cache_rows(sequences * context, heads, dtype, device, bits)
+            attention_call(rows, query_tokens, context, (heads, heads), dtype, bits)()
+
+        return call
+
+    calls = [
+        attend(32, 128, 1, CONTEXT),
+        attend(32, 128, 1, CONTEXT, bits=4),
+        attend(32, 8, CONTEXT, CONTEXT),
+        attend(32, 8, CONTEXT // 4, CONTEXT // 4),
+        attend(1, 8, 1, PAGE_TOKENS),
+        attend(1, 512, 1, PAGE_TOKENS),
+        attend(1, 8, 4, PAGE_TOKENS),
+        lambda: page_rates(device, 4, 256),
+        *small_pass_calls(device),
+    ]
+    compile_ahead(calls, device)
+
+
 def attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Returns the rates of the compute device: single query tokens over 16-bit and quantized rows, and prompts."""
     gpu = device.type == "cuda"
@@ -139,13 +160,13 @@ def attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     return rates
 
 
-def page_rates(device: torch.device) -> dict[str, Any]:
+def page_rates(device: torch.device, num_pages: int = 1024, width: int = 8192) -> dict[str, Any]:
     """Gather and scatter between pinned host pages and the GPU, and the dequantization of weights."""
     page_bytes = 256 * 1024
-    host = torch.empty(1024, page_bytes, dtype=torch.uint8, pin_memory=True).fill_(1)
+    host = torch.empty(num_pages, page_bytes, dtype=torch.uint8, pin_memory=True).fill_(1)
     ids = torch.randperm(len(host), device=device)[: len(host) // 2]
     staging = torch.empty(len(ids), page_bytes, dtype=torch.uint8, device=device)
-    weight = normal((8192, 8192), torch.bfloat16, device)
+    weight = normal((width, width), torch.bfloat16, device)
     codes, parameters = ops.quantize(weight, 4, GROUP)
     dense = torch.empty_like(weight)
     moved = sum(x.numel() * x.element_size() for x in (weight, codes, parameters))
@@ -225,12 +246,14 @@ def kernel_rates(device: str, phases: Phases | None = None) -> dict[str, Any]:
     dev = torch.empty(0, device=device).device  # with its number
     dtype = torch.bfloat16 if dev.type == "cuda" else torch.float32
     with torch.no_grad():
+        if dev.type == "cuda":
+            with phases.of("the compiler"):
+                compile_kernels(dev, dtype)
         with phases.of("attention"):
             rates = attention_rates(dev, dtype)
         with phases.of("attention on the CPU"):
             rates |= cpu_attention_rates(dev, dtype)
-        with phases.of("passes of small models"):
-            rates |= host_rates(dev)
+        rates |= host_rates(dev, phases)
         if native.library() is not None:
             with phases.of("experts on the CPU"):
                 rates |= expert_curves(dev, dtype)

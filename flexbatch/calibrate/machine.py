@@ -82,14 +82,16 @@ def of_one_gpu(device: torch.device, disk_folder: Path, cache_folder: Path, meas
     expected = IDLE_SECONDS[device.type] * max(1.0, (os.getloadavg()[0] + 1) / (os.cpu_count() or 1))
     if measure and (device.type == "cuda" or expected <= PATIENCE_SECONDS):
         from flexbatch.calibrate.kernels import kernel_rates
+        from flexbatch.calibrate.measure import begin_disk
         from flexbatch.calibrate.phases import Phases
 
         logger.info(
             "measuring this machine's links, processors and disk once, about %s; --hardware %s skips it",
             *(duration_text(expected), shipped_for(device)),
         )
-        phases = Phases()
-        hardware = cached(cache_folder, str(device), disk_folder, kernel_rates(str(device), phases), phases=phases)
+        phases, disk = Phases(), begin_disk(str(device), disk_folder)
+        rates = kernel_rates(str(device), phases)
+        hardware = cached(cache_folder, str(device), disk_folder, rates, phases=phases, disk=disk)
         logger.info("measured %s (%s) -> %s", hardware.name, phases.text, path)
         return hardware
     why = (

@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,38 +36,50 @@ GROUPS = (1, 4, 8)
 
 Request = tuple[int, float]
 """Bytes and seconds."""
+DiskTimes = tuple[list[Request], list[Request], float]
+"""What `measure_disk` gives."""
+
+
+def begin_disk(device: str, folder: Path) -> Future[DiskTimes] | None:
+    """Measure the disk beside what follows on a machine with a GPU, of whose links and cores it takes a fiftieth. None:
+    a CPU does either by itself."""
+    if torch.device(device).type != "cuda":
+        return None
+    pool = ThreadPoolExecutor(1, thread_name_prefix="flexbatch-profile")
+    disk = pool.submit(measure_disk, folder, 1024 * MIB, 8.0)
+    pool.shutdown(wait=False)
+    return disk
 
 
 def measure(
-    device: str, disk_folder: Path, overrides: Mapping[str, Any] | None = None, phases: Phases | None = None
+    device: str,
+    disk_folder: Path,
+    overrides: Mapping[str, Any] | None = None,
+    phases: Phases | None = None,
+    disk: Future[DiskTimes] | None = None,
 ) -> Hardware:
     """Measure everything that the cost model uses. ``overrides``: fields of `Hardware` that the caller measured better;
-    they are not measured here.
+    they are not measured here. disk: what `begin_disk` gave.
 
     Takes about 4 seconds with a GPU and 10 without. Raises OSError when the disk folder cannot be written.
     """
     phases = phases or Phases()
     dev = torch.device(device)
     dtype = torch.bfloat16 if dev.type == "cuda" else torch.float32
-    timer = Timer(dev, 0.2 if dev.type == "cuda" else 0.12)
+    timer = Timer(dev, 0.1 if dev.type == "cuda" else 0.12)
     values: dict = {}
     errors: dict[str, float] = {}
-    # Beside a GPU's links, of which the disk takes a fiftieth; a CPU does either by itself.
-    beside = dev.type == "cuda"
-    disk = ThreadPoolExecutor(1, thread_name_prefix="flexbatch-profile")
-    measured = disk.submit(measure_disk, disk_folder, 1024 * MIB, 8.0) if beside else None
-    with disk, torch.no_grad(), phases.of("links, products" + (" and disk" if beside else "")):
+    disk = disk or begin_disk(device, disk_folder)
+    with torch.no_grad(), phases.of("links and products"):
         measure_links(values, errors, dev, timer)
         _compute(values, errors, dev, dtype, timer)
         if "cpu_attention" not in (overrides or {}):
             _cpu_attention(values, errors, dev, dtype, timer)
         if "launch_seconds" not in (overrides or {}):
             _overheads(values, dev, timer)
-    if measured is None:
-        with phases.of("the disk"):
-            _note_disk(values, errors, *measure_disk(disk_folder, 128 * MIB, seconds=4.0))
-    else:
-        _note_disk(values, errors, *measured.result())
+    with phases.of("the disk"):
+        times = measure_disk(disk_folder, 128 * MIB, seconds=4.0) if disk is None else disk.result()
+    _note_disk(values, errors, *times)
     values |= capacities(dev, disk_folder)
     given = dict(overrides or {})
     source = {

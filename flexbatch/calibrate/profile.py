@@ -64,18 +64,19 @@ def write_profile(options: argparse.Namespace) -> None:
     import torch
 
     from flexbatch.calibrate.interconnect import with_interconnect
-    from flexbatch.calibrate.measure import measure
+    from flexbatch.calibrate.measure import begin_disk, measure
     from flexbatch.calibrate.phases import Phases
     from flexbatch.calibrate.profile_file import write_hardware
 
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     start = time.perf_counter()
-    kernels, phases = {}, Phases(lambda line: print(line, file=sys.stderr, flush=True))
+    kernels, disk = {}, begin_disk(device, options.offload_dir)
+    phases = Phases(lambda line: print(line, file=sys.stderr, flush=True))
     if options.kernels == "engine":
         from flexbatch.calibrate.kernels import kernel_rates
 
         kernels = kernel_rates(device, phases)
-    hardware = measure(device, options.offload_dir, kernels, phases)
+    hardware = measure(device, options.offload_dir, kernels, phases, disk)
     if device == "cuda" and (gpus := torch.cuda.device_count()) > 1:
         hardware = with_interconnect(hardware, gpus)
     write_hardware(hardware, options.output)

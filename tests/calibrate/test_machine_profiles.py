@@ -66,7 +66,7 @@ def measured(monkeypatch):
     """Counts measurements, which take a moment and not seconds."""
     calls = []
 
-    def measure(device, disk_folder, overrides=None, phases=None):
+    def measure(device, disk_folder, overrides=None, phases=None, disk=None):
         calls.append(device)
         with (phases or Phases()).of("the disk"):
             pass
