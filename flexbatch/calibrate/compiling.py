@@ -1,7 +1,7 @@
 """Triton's kernels, compiled in several threads before they are measured.
 
-One after the other, each at its first call, they took 15 to 20 of the 45 s of a profile on an H100's machine of 16
-cores: half a second each, of which the compiler holds the interpreter's lock for little.
+Each takes half a second to two at its first call, in which the compiler holds the interpreter's lock for little, and a
+profile has some twenty of them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def small_pass_calls(device: torch.device) -> list[Callable[[], object]]:
     x = torch.ones(TOKENS, HIDDEN, dtype=torch.bfloat16, device=device)
     residual, weight = torch.ones_like(x), torch.ones_like(x[0])
     heads = [torch.ones(TOKENS, 1, HIDDEN, dtype=x.dtype, device=device) for _ in range(3)]
-    angles = [torch.ones(1024, HIDDEN // 2, device=device) for _ in range(2)]
+    cos, sin = (torch.ones(1024, HIDDEN // 2, dtype=x.dtype, device=device) for _ in range(2))
     places = torch.arange(TOKENS, device=device)
     rows = torch.zeros(TOKENS * PAGE_TOKENS, 2, 1, HIDDEN, dtype=x.dtype, device=device)
     matrix = torch.ones(HIDDEN, HIDDEN, dtype=x.dtype, device=device)
@@ -55,7 +55,7 @@ def small_pass_calls(device: torch.device) -> list[Callable[[], object]]:
     return [
         lambda: ops.rms_norm(x, weight, 1e-5),
         lambda: ops.rms_norm(x, weight, 1e-5, residual=residual),
-        lambda: ops.rotary(heads[0], heads[1], *angles, places, rotary_dim=HIDDEN),
+        lambda: ops.rotary(heads[0], heads[1], cos, sin, places, rotary_dim=HIDDEN),
         lambda: ops.gated_activation(x.repeat(1, 2), "silu"),
         lambda: ops.append_rows(rows, places, heads[1], heads[2]),
         expand,

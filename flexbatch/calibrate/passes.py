@@ -34,7 +34,7 @@ from flexbatch.trace import Tracer
 MIB = 2**20
 
 PROMPT_TOKENS = 4
-WARM_UP, PASSES = 3, 6
+WARM_UP, PASSES = 2, 4
 SHORT_ANSWER, WAVES = 2, 8
 """Tokens of the answers, and blocks, of a job that is all coming and going."""
 ON_GPU, ON_CPU = Split(1, 0), Split(0, 1)

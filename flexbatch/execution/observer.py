@@ -11,7 +11,7 @@ class RunObserver:
     """Is told of every pass and every sequence of a run. Each method may be left as it is."""
 
     def after_pass(self, scheduler: Scheduler, batch: PassBatch, seconds: float) -> None:
-        """A pass was committed, in a turn of the loop that took ``seconds`` beside set-up (`execution.set_up.SetUp`). Where
+        """A pass was committed, in a turn of the loop that took ``seconds`` beside set-up (`execution.set_up`). Where
         passes are composed ahead, the turn composed the one that follows it."""
 
     def after_sequence(self, sequence: Sequence) -> None:
