@@ -44,7 +44,7 @@ def small_pass_calls(device: torch.device) -> list[Callable[[], object]]:
     residual, weight = torch.ones_like(x), torch.ones_like(x[0])
     heads = [torch.ones(TOKENS, 1, HIDDEN, dtype=x.dtype, device=device) for _ in range(3)]
     cos, sin = (torch.ones(1024, HIDDEN // 2, dtype=x.dtype, device=device) for _ in range(2))
-    places = torch.arange(TOKENS, device=device)
+    slots = torch.arange(TOKENS, device=device)
     rows = torch.zeros(TOKENS * PAGE_TOKENS, 2, 1, HIDDEN, dtype=x.dtype, device=device)
     matrix = torch.ones(HIDDEN, HIDDEN, dtype=x.dtype, device=device)
 
@@ -55,8 +55,8 @@ def small_pass_calls(device: torch.device) -> list[Callable[[], object]]:
     return [
         lambda: ops.rms_norm(x, weight, 1e-5),
         lambda: ops.rms_norm(x, weight, 1e-5, residual=residual),
-        lambda: ops.rotary(heads[0], heads[1], cos, sin, places, rotary_dim=HIDDEN),
+        lambda: ops.rotary(heads[0], heads[1], cos, sin, slots, rotary_dim=HIDDEN),
         lambda: ops.gated_activation(x.repeat(1, 2), "silu"),
-        lambda: ops.append_rows(rows, places, heads[1], heads[2]),
+        lambda: ops.append_rows(rows, slots, heads[1], heads[2]),
         expand,
     ]
