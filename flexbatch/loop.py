@@ -223,11 +223,8 @@ class EngineLoop:
         scheduler, passes, runner, started = self.scheduler, self.passes, self.capacity.runner, time.perf_counter()
         assert scheduler is not None and passes is not None and runner is not None
         try:
-            with runner.executor.set_up.listening():
-                batch = passes.turn()
-            if batch is not None:
-                self.statistics.set_up_seconds += (set_up := runner.executor.set_up.take())
-                seconds = max(0.0, time.perf_counter() - started - set_up)
+            if (batch := runner.executor.set_up.heard(passes.turn)) is not None:
+                seconds = self.statistics.beside_set_up(time.perf_counter() - started, runner.executor.set_up)
                 for observer in self.observers:
                     observer.after_pass(scheduler, batch, seconds)
             finished = scheduler.take_finished()

@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 
 from flexbatch.kernels import ops
 from flexbatch.policy.policy import Policy
 from flexbatch.policy.units import duration_text
+
+T = TypeVar("T")
 
 logger = logging.getLogger("flexbatch")
 
@@ -67,6 +69,11 @@ class SetUp:
             yield
         finally:
             knobs.compilation.listener = before
+
+    def heard(self, work: Callable[[], T]) -> T:
+        """The result of ``work``, while it is listened to."""
+        with self.listening():
+            return work()
 
     def compiled(self, *, times: Any, **told: Any) -> None:
         """As a `triton.knobs.CompilationListener`."""

@@ -14,6 +14,7 @@ from flexbatch.execution.pass_batch import PassBatch
 from flexbatch.execution.runner import Runner
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
+from flexbatch.execution.set_up import SetUp
 from flexbatch.memory.tiers import Tiers
 from flexbatch.planner import tables
 from flexbatch.planner.engine_plan import EnginePlan
@@ -54,6 +55,12 @@ class Statistics(RunObserver):
     preemptions: Preemptions = field(default_factory=Preemptions)
     """Sequences that stepped aside for others."""
     moved_bytes: dict[str, int] = field(default_factory=dict)
+
+    def beside_set_up(self, seconds: float, set_up: SetUp) -> float:
+        """What a turn of the loop took but for the set-up in it, which is counted here."""
+        made = set_up.take()
+        self.set_up_seconds += made
+        return max(0.0, seconds - made)
 
     @property
     def generated_tokens_per_second(self) -> float:
