@@ -5,7 +5,7 @@ layers of a public model whose weights, random ones, are in host memory.
 
 Both ways run by turns in one engine on the same prompts, twice each. "differences" says where their tokens part, if
 they do, beside the margins between the two best tokens there, and where either way differs from itself. Milliseconds
-are medians of passes that decode, distinct experts are means of all. "copies" is the kernel alone, on a GPU: how fast
+are means of passes that decode, distinct experts are means of all. "copies" is the kernel alone, on a GPU: how fast
 it brings so many experts of a layer.
 """
 
@@ -15,6 +15,7 @@ import argparse
 import random
 import statistics
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -64,9 +65,11 @@ def counts(llm: ObservedLLM) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Turn:
-    """What one way gave: seconds of a pass that decodes, the load of each pass, distinct experts, and the answers."""
+    """What one way gave: seconds of the mean pass that decodes, and of the job, the load of each pass, distinct
+    experts, and the answers."""
 
     seconds: float
+    job_seconds: float
     loads: list[list[float]]
     distinct: float
     answers: list[Any]
@@ -78,12 +81,13 @@ class Turn:
         assert hits is not None, "a model without experts in host memory"
         hits.max_tokens = most
         reached, passes = counts(llm)
+        began = time.perf_counter()
         answers = llm.generate(prompts, params)
-        log = llm.pass_log
+        job_seconds, log = time.perf_counter() - began, llm.pass_log
         assert log is not None
-        seconds = statistics.median(each["seconds"] for each in log.log if not each["load"][2])
+        seconds = statistics.mean(each["seconds"] for each in log.log if not each["load"][2])
         distinct = (counts(llm)[0] - reached) / (counts(llm)[1] - passes) / llm.arch.num_layers
-        return cls(seconds, [each["load"] for each in log.log], distinct, answers)
+        return cls(seconds, job_seconds, [each["load"] for each in log.log], distinct, answers)
 
 
 def difference(first: Turn, second: Turn) -> dict[str, Any] | None:
@@ -111,6 +115,8 @@ def compared(llm: ObservedLLM, prompts: list[dict[str, Any]], new_tokens: int) -
         "sequences": len(prompts),
         "whole_ms": round(1e3 * min(each.seconds for each in whole), 3),
         "by_hit_ms": round(1e3 * min(each.seconds for each in by_hit), 3),
+        "whole_job_ms": round(1e3 * min(each.job_seconds for each in whole), 1),
+        "by_hit_job_ms": round(1e3 * min(each.job_seconds for each in by_hit), 1),
         "distinct_experts": round(by_hit[0].distinct, 1),
         "differences": {
             "by_hit": difference(whole[0], by_hit[0]),
