@@ -39,7 +39,7 @@ from benchmark.pass_errors import kinds_of_passes
 from flexbatch import SamplingParams
 from flexbatch.config import EngineConfig
 from flexbatch.execution.job import Job
-from flexbatch.planner.monitor import UsageTracer
+from flexbatch.planner.usage import UsageTracer
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.shapes import SHAPES
 from flexbatch.policy.stdout import data_apart, run_process

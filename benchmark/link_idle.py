@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flexbatch.planner.monitor import UsageTracer
+from flexbatch.planner.usage import UsageTracer
 from flexbatch.trace import Span, chrome_events, covered
 
 COMPUTES = re.compile(r"(attention|mlp|experts) (\d+)\.(\d+)")

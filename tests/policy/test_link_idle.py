@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmark.link_idle import Timeline, idle_of
-from flexbatch.planner.monitor import UsageTracer
+from flexbatch.planner.usage import UsageTracer
 from flexbatch.trace import Span
 
 
