@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flexbatch.parallel.mesh import MeshShape
+from flexbatch.policy.limits import MAX_PIECE_TOKENS
 from flexbatch.policy.units import LARGEST_BARE_GIB, parse_size
 from flexbatch.validation.errors import ConfigurationError
 
@@ -105,6 +106,11 @@ class EngineConfig:
         "compose and launch a pass while the one before runs, and read its tokens late: the same tokens, and one pass "
         "more for a sequence that ends by itself (default: where all of a pass lies on one GPU)",
     )
+    piece_tokens: int = option(
+        0,
+        "on a GPU that holds all of a block: tokens of the largest pass with prompts that runs in pieces, a CUDA graph "
+        "between every two attentions; 0: none does",
+    )
     device: str = option("auto", "compute device: auto, cpu, cuda, cuda:N")
     dtype: str = option("auto", "compute dtype: auto, float32, bfloat16, float16")
     hardware: str = option(
@@ -182,6 +188,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 refuse(f"{name}={value} must be at least 1")
+        if not 0 <= self.piece_tokens <= MAX_PIECE_TOKENS:
+            refuse(f"piece_tokens={self.piece_tokens} must be between 0 and {MAX_PIECE_TOKENS}")
         if self.parallel not in (None, "auto"):
             refuse(f"parallel={self.parallel!r} must be auto, or left out")
         if self.parallel and self.mesh_shape.size > 1:

@@ -61,6 +61,7 @@ def machine_bound(
     )
     fixed_costs = (
         "graph_seconds",
+        "piece_seconds",
         "expand_seconds",
         "expand_start_seconds",
         "request_seconds",

@@ -25,6 +25,7 @@ from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import PassLoad
+from flexbatch.policy.piece_graphs import piece_buckets
 from flexbatch.policy.policy import Policy
 from flexbatch.policy.stages import SERIAL, PassStages, Stage
 
@@ -132,6 +133,18 @@ class PassModel:
         """Of a pass that is one graph: its kernels are launched by the GPU."""
         return (self.shape.num_layers + 1) * self.hardware.graph_seconds
 
+    @property
+    def in_pieces(self) -> np.ndarray:
+        """Which passes run in pieces, where everything is on the GPU and they are not one graph each."""
+        buckets = piece_buckets(self.policy, self.hardware.tensor_ranks)
+        tokens = np.asarray(self.load.decode_sequences) + np.asarray(self.load.prompt_tokens)
+        return self.graphs & (self.hardware.piece_seconds > 0) & (tokens <= max(buckets, default=0))
+
+    @property
+    def piece_launch_seconds(self) -> float:
+        """Of a pass in pieces."""
+        return (self.shape.num_layers + 1) * self.hardware.piece_seconds
+
     def launched(self, point: np.ndarray) -> np.ndarray:
         """Seconds of launching in each pass at a placement, composing it included, whatever hides it."""
         return self.host_seconds + self._ticks(point)
@@ -139,7 +152,8 @@ class PassModel:
     def _ticks(self, point: np.ndarray) -> np.ndarray:
         """Seconds of launching the ticks of each pass at a placement."""
         if self.on_gpu(point):
-            return np.where(self.in_graphs, self.graph_launch_seconds, self.tick_seconds)
+            other = np.where(self.in_pieces, self.piece_launch_seconds, self.tick_seconds)
+            return np.where(self.in_graphs, self.graph_launch_seconds, other)
         in_turn = 0.0 if self._launches_ahead else self._extra_launch_seconds(point)
         return self.tick_seconds + self.shape.num_layers * self.batches * np.asarray(in_turn)
 

@@ -3,9 +3,7 @@ launches a pass by one call where there is room for them, and a thousand kernels
 
 from __future__ import annotations
 
-from flexbatch.policy.hardware import Hardware
-from flexbatch.policy.limits import LOGITS_CHUNK_BYTES, MAX_GRAPH_SEQUENCES, PAGE_TOKENS
-from flexbatch.policy.model_shape import ModelShape
+from flexbatch.policy.limits import LOGITS_CHUNK_BYTES, MAX_GRAPH_SEQUENCES
 from flexbatch.policy.policy import Policy
 
 CONTEXT_STEP = 512
@@ -65,13 +63,3 @@ def runs_graphs(policy: Policy, device: str, tensor_ranks: int = 1, stages: int 
     waits for rows, another pass is begun."""
     plain = policy.num_gpu_batches == 1 and policy.overlap
     return device == "cuda" and plain and tensor_ranks <= RECORDED_RANKS and stages == 1
-
-
-def planned_bytes(shape: ModelShape, policy: Policy, hardware: Hardware, longest: float) -> int:
-    """The bytes of the graphs that a plan counts on. longest: tokens of the longest sequence."""
-    if not runs_graphs(policy, hardware.device, hardware.tensor_ranks, shape.stages):
-        return 0
-    sizes = shape.num_layers, shape.hidden_bytes, policy.gpu_batch_size, int(longest), PAGE_TOKENS
-    one = graph_bytes(*sizes, shape.experts is not None)
-    work = shape.peak_workspace_bytes, shape.vocab_size, shape.element_bytes
-    return PLANNED_GRAPHS * one + graph_pool_bytes(policy.gpu_batch_size, *work)

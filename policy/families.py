@@ -60,7 +60,14 @@ def templates(workload: Workload, constraints: Constraints) -> list[Policy]:
     """Bits that the constraints leave open, sizes and splits still to be found."""
     anywhere = Split(1.0, 0.0)
     plain = Policy(
-        anywhere, anywhere, anywhere, 1, 1, prefill_chunk=chunk_of(workload, constraints), overlap=constraints.overlap
+        anywhere,
+        anywhere,
+        anywhere,
+        1,
+        1,
+        prefill_chunk=chunk_of(workload, constraints),
+        overlap=constraints.overlap,
+        piece_tokens=constraints.piece_tokens,
     )
     return [
         dataclasses.replace(plain, weight_bits=weight_bits, cache_bits=cache_bits)

@@ -11,7 +11,6 @@ import numpy as np
 from flexbatch.policy.admission import most_prompt_tokens, off_gpu_sequences, sequences_on
 from flexbatch.policy.affine import RESIDENT, affine, evaluate, point_of
 from flexbatch.policy.balancer import dealt
-from flexbatch.policy.decode_graphs import planned_bytes
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.layer_window import passing_pages
 from flexbatch.policy.limits import (
@@ -28,6 +27,7 @@ from flexbatch.policy.limits import (
 )
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import reserved_tokens
+from flexbatch.policy.piece_graphs import planned_bytes
 from flexbatch.policy.policy import TIERS, Policy, Split
 from flexbatch.policy.workload import Workload
 

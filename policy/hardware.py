@@ -63,6 +63,9 @@ class Hardware:
     """Per tick: what the host needs to launch a tick and no resource hides."""
     graph_seconds: float = 0.0
     """Per layer of a decode pass that is one CUDA graph: its kernels start one after another."""
+    piece_seconds: float = 0.0
+    """Per layer of another pass that lies on the GPU whole and runs in pieces: a graph and attention are launched.
+    0: not measured, and taken for ``launch_seconds``."""
     expand_seconds: float = 0.0
     """Per layer of quantized weights: the expansion of its matrices is launched, once for all micro-batches."""
     expand_start_seconds: float = 1e-4

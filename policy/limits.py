@@ -38,6 +38,9 @@ Llama-3-8B."""
 MAX_GRAPH_SEQUENCES = 1024
 """Sequences of the largest decode pass that is captured as a CUDA graph. Passes of 1,000 sequences of Llama-3-8B took
 an H200 38 ms, and its host 57 ms to launch kernel by kernel."""
+MAX_PIECE_TOKENS = 8192
+"""Tokens of the largest pass with prompts that runs in pieces, whatever the settings say: a GPU computes more of them
+for longer than any host launches."""
 CODED_TOKENS = 0
 """Tokens of a micro-batch that a GPU multiplies with quantized matrices as they are stored, at most: none, until a GPU
 has run the tests of these products. Up to about 64 they should be faster than expanding a layer first."""

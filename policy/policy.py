@@ -64,6 +64,8 @@ class Policy:
     overlap: bool = True
     prefill_budget: int = 0
     """Prompt tokens that one micro-batch brings to one pass, at most; 0: every sequence may bring its chunk."""
+    piece_tokens: int = 0
+    """Tokens of the largest pass with prompts that runs in pieces, where everything is on the GPU; 0: none does."""
 
     @property
     def block_size(self) -> int:
@@ -115,6 +117,7 @@ class Constraints:
     """Bits the user allows: quality is the user's choice."""
     cache_bits: tuple[int, ...] = (16,)
     overlap: bool = True
+    piece_tokens: int = 0
     gpu_memory: int | None = None
     cpu_memory: int | None = None
     disk: int | None = None

@@ -176,6 +176,16 @@ def graph_seconds(device: torch.device) -> float:
     return (replay(MANY) - replay(FEW)) / (MANY - FEW)
 
 
+def piece_seconds(device: torch.device) -> float:
+    """Returns the extra seconds per layer of passes on the GPU that run in pieces."""
+
+    def fastest(num_layers: int) -> float:
+        policy = replace(resident(8, 1), piece_tokens=8)
+        return min(run_passes(small_arch(num_layers, head_dim(device)), policy, device, Tracer()))
+
+    return (fastest(MANY) - fastest(FEW)) / (MANY - FEW)
+
+
 def request_seconds(device: torch.device, pass_seconds: float) -> float:
     """Returns what a sequence costs beside its passes, of ``pass_seconds`` each: in a job of the sizes of "few", of
     which every block lasts two passes; the first, in which kernels are loaded, does not count."""
@@ -208,12 +218,11 @@ def python_rates(passes: HostPasses, policies: dict[str, Policy], graph: float) 
 def host_rates(device: torch.device, phases: Phases | None = None) -> dict[str, float]:
     """What passes of small models tell, as fields of `policy.hardware.Hardware`.
 
-    ``pass_seconds``, ``sequence_seconds``, ``launch_seconds``: by least squares over a few shapes. ``graph_seconds``: 0
-    without a GPU, where there are no graphs. ``exchange_seconds`` and ``synchronize_seconds``: from how passes of one
-    micro-batch grow with the layers; ``staging_seconds``, ``fetch_seconds`` and ``expand_seconds``: from how those of
-    two do. ``request_seconds``: from a job in which all is coming and going. ``cpu_attention_seconds`` and, with a GPU,
-    ``cpu_attention_during_h2d``, ``h2d_during_cpu_attention`` and
-    ALONE.
+    ``pass_seconds``, ``sequence_seconds``, ``launch_seconds``: by least squares over a few shapes. ``graph_seconds``,
+    ``piece_seconds``: 0 without a GPU, where there are no graphs. ``exchange_seconds`` and ``synchronize_seconds``:
+    from how passes of one micro-batch grow with the layers; ``staging_seconds``, ``fetch_seconds`` and
+    ``expand_seconds``: from how those of two do. ``request_seconds``: from a job in which all is coming and going.
+    ``cpu_attention_seconds`` and, with a GPU, ``cpu_attention_during_h2d``, ``h2d_during_cpu_attention`` and ALONE.
     """
     gpu, phases = device.type == "cuda", phases or Phases()
     baseline = {"few": resident(8), "many": resident(128)}
@@ -235,7 +244,9 @@ def host_rates(device: torch.device, phases: Phases | None = None) -> dict[str, 
             coming_and_going = request_seconds(device, passes.seconds["few", FEW])
     finally:
         torch.set_num_threads(threads)
-    rates = {"graph_seconds": max(0.0, graph_seconds(device)) if gpu else 0.0, "request_seconds": coming_and_going}
+    rates = {"graph_seconds": 0.0, "piece_seconds": 0.0, "request_seconds": coming_and_going}
+    if gpu:
+        rates |= {"graph_seconds": max(0.0, graph_seconds(device)), "piece_seconds": max(0.0, piece_seconds(device))}
     rates |= python_rates(passes, baseline, rates["graph_seconds"])
     layer = {name: passes.layer_seconds(name) for name in ("few", *others)}
     differences = {

@@ -26,7 +26,9 @@ from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch
 from flexbatch.models.dummy import dummy
 from flexbatch.models.families import read_arch
+from flexbatch.policy.decode_graphs import MAX_GRAPHS
 from flexbatch.policy.limits import weight_group
+from flexbatch.policy.piece_graphs import piece_buckets
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.request import Request, SamplingParams
 from flexbatch.trace import Tracer
@@ -76,7 +78,7 @@ def with_cpu_attention(sequences: int, num_gpu_batches: int = 1) -> Policy:
 def small_runner(
     arch: Arch, policy: Policy, job: Job, device: torch.device, dtype: torch.dtype, tracer: Tracer
 ) -> Iterator[Runner]:
-    """A runner with random weights."""
+    """A runner with random weights. Of a policy with pieces no pass is one graph."""
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         pinned = device.type == "cuda"
         tiers = Tiers(
@@ -94,7 +96,11 @@ def small_runner(
         stack.callback(weights.close)
         Loader(weights, None, cache_quantized=False).load(lambda skip: dummy(arch, 0, dtype))
         layout = cache_layout(arch, 16, dtype)
-        runner = open_runner(arch, weights, layout, policy, block_sizes(policy, layout, job), tiers, queues)
+        buckets, sizes = piece_buckets(policy), block_sizes(policy, layout, job)
+        graphs = 0 if buckets else MAX_GRAPHS
+        runner = open_runner(
+            arch, weights, layout, policy, sizes, tiers, queues, max_graphs=graphs, piece_buckets=buckets
+        )
         stack.callback(runner.close)
         yield runner
 

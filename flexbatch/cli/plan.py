@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 PLANNED = (
     *("gpu_memory", "cpu_memory", "weight_bits", "cache_bits", "allow_bits", "percent", "gpu_batch_size"),
     *("num_gpu_batches", "cpu_attention", "cpu_experts", "prefill_chunk", "prefill_budget", "overlap", "dtype"),
+    "piece_tokens",
     *("parallel", "data_parallel_size", "pipeline_parallel_size", "tensor_parallel_size"),
 )
 """The engine's settings that change a plan."""

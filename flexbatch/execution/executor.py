@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from flexbatch.execution.input_builder import InputBuilder
 from flexbatch.execution.inputs import MicroBatchInputs
 from flexbatch.execution.layers_ahead import LayersAhead
 from flexbatch.execution.pass_batch import Lead, LogitsChunk, NewestTokens, PassBatch
+from flexbatch.execution.piece_graphs import PieceGraphs
 from flexbatch.execution.resident import ResidentPass
 from flexbatch.execution.routed_rows import RoutedRows
 from flexbatch.execution.set_up import SetUp
@@ -39,9 +40,9 @@ class Executor:
 
     ``overlap=False`` waits for what a tick sends for before it computes, and for everything after it: the same
     ticks, the same tokens. ``logits_chunk_bytes``: float32 logits that are given at one time. ``max_graphs``: of
-    decode passes that are kept. routing: counts the tokens of experts. ``links``: to the ranks that have the rest of
-    the model, None where it is here whole; ``lead``: of rank 0, which decides what a pass is. ``routed``: the way to
-    the CPU's experts.
+    decode passes that are kept; ``piece_buckets``: tokens of other passes that become graphs (`PieceGraphs`). routing:
+    counts the tokens of experts. ``links``: to the ranks that have the rest of the model, None where it is here whole;
+    ``lead``: of rank 0, which decides what a pass is. ``routed``: the way to the CPU's experts.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Executor:
         overlap: bool,
         logits_chunk_bytes: int = LOGITS_CHUNK_BYTES,
         max_graphs: int = MAX_GRAPHS,
+        piece_buckets: Sequence[int] = (),
         adapters: AdapterTables | None = None,
         routing: RoutingCounts | None = None,
         links: RankLinks | None = None,
@@ -83,11 +85,14 @@ class Executor:
         self.resident_pass = ResidentPass(self.halves, self.logit_rows)
         self.set_up = SetUp(self.device)
         self.graphs: DecodeGraphs | None = None
+        self.pieces: PieceGraphs | None = None
         recordable = self.resident and overlap and self.stages is None
         assert recordable or self.ranks is None or not max_graphs, f"{max_graphs} graphs of what is not on this GPU"
         if self.device.type == "cuda" and recordable:
             sizes, group = (cache.layout.page_tokens, arch.max_positions), self.builder.adapters_at_once
             self.graphs = DecodeGraphs(self.device, *sizes, CudaRecorder(self.set_up), max_graphs, group, cache.ring)
+            buckets = piece_buckets if self.ranks is None else ()
+            self.pieces = PieceGraphs(self.halves, self.device, CudaRecorder(self.set_up), buckets, group)
 
     @property
     def resident(self) -> bool:
@@ -101,16 +106,21 @@ class Executor:
 
     def reach(self, longest: int) -> None:
         """Between passes: hold sequences of so many tokens. Graphs read the tables where these were."""
-        if self.rotary.grow_to(longest) and self.graphs is not None:
-            self.graphs.clear()
+        if self.rotary.grow_to(longest):
+            self.clear_graphs()
 
     def check(self) -> None:
-        if self.graphs is not None:
-            self.graphs.check()
+        for each in (self.graphs, self.pieces):
+            if each is not None:
+                each.check()
+
+    def clear_graphs(self) -> None:
+        for each in (self.graphs, self.pieces):
+            if each is not None:
+                each.clear()
 
     def close(self) -> None:
-        if self.graphs is not None:
-            self.graphs.clear()
+        self.clear_graphs()
 
     def run(
         self, batch: PassBatch, newest: NewestTokens | None = None, watch: Watch | None = None
@@ -272,12 +282,13 @@ class Executor:
             self.weights.release(layer, self.queues.mark())
 
     def replay(self, inputs: MicroBatchInputs, greedy: bool) -> Tensor | None:
-        """A decode pass of a block that is on the GPU whole, as one graph: hidden states, or tokens where all are
-        ``greedy``; None when the pass has to run tick by tick."""
+        """A pass of a block that is on the GPU whole, as one graph or as several: hidden states, or tokens where all
+        are ``greedy`` and it decodes; None when the pass has to run tick by tick."""
         assert self.graphs is not None
         resident, draws = self.resident_pass, greedy and self.ranks is None and not inputs.head_adapters
         with self.tracer.compute_span("layers"):
-            return self.graphs.run(inputs, resident.tokens if draws else resident.hidden, draws)
+            result = self.graphs.run(inputs, resident.tokens if draws else resident.hidden, draws)
+            return self.pieces.run(inputs) if result is None and self.pieces is not None else result
 
     def replayed(self, inputs: MicroBatchInputs, result: Tensor) -> Iterator[LogitsChunk]:
         """The rest of a pass that was one graph."""

@@ -12,14 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from flexbatch.execution.adapter_groups import most_tiles
 from flexbatch.execution.inputs import AttentionGroup, CacheGroups, MicroBatchInputs
 from flexbatch.execution.set_up import SetUp
-from flexbatch.models.lora.applied import PassAdapters
+from flexbatch.execution.static_adapters import GroupAdapters, fill_adapters, static_adapters
 from flexbatch.policy.decode_graphs import CONTEXT_STEP, MAX_GRAPHS, bucket_of
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
 
@@ -67,6 +65,9 @@ class CudaRecorder:
     """Records into one memory pool: intermediate results of one graph take the place of another's. The allocator
     gives up a pool with the last graph in it, so the next graph gets a new one. Work is done once before it is
     recorded: kernels are chosen by the number of tokens, and while it is recorded, none may be loaded.
+
+    `torch.cuda.graph` would wait for the device and give all cached memory back to the driver before every graph, of
+    which a pass in pieces has one for every layer; its stream is used, for which the workspaces of cuBLAS are there.
     """
 
     def __init__(self, set_up: SetUp) -> None:
@@ -82,8 +83,12 @@ class CudaRecorder:
         work()
         torch.cuda.current_stream().synchronize()
         graph = torch.cuda.CUDAGraph()
-        with no_collection(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            hidden = work()
+        with no_collection(), torch.cuda.stream(torch.cuda.graph(graph).capture_stream):
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                hidden = work()
+            finally:
+                graph.capture_end()
         self.num_graphs += 1
         return PooledGraph(graph, self), hidden
 
@@ -135,7 +140,7 @@ class DecodeGraphs:
         max_positions: int,
         record: Record,
         most: int = MAX_GRAPHS,
-        group_adapters: Callable[[np.ndarray], PassAdapters | None] = lambda adapter_ids: None,
+        group_adapters: GroupAdapters = lambda adapter_ids: None,
         ring: int = 0,
     ) -> None:
         """ring: pages of a sequence in layers that keep only their window."""
@@ -204,7 +209,7 @@ class DecodeGraphs:
             else CacheGroups(self.static_group(bucket, min(max_context_len, self.ring * self.page_tokens)), None, None),
             logit_rows=(),
             logit_index=torch.arange(bucket, device=self.device),
-            adapters=self.static_adapters(bucket, inputs.adapters),
+            adapters=static_adapters(bucket, inputs.adapters, self.device),
         )
         self.fill(static, inputs)
         graph, result = self.record(lambda: layers(static))
@@ -228,32 +233,10 @@ class DecodeGraphs:
             max_context_len=max_context_len,
         )
 
-    def static_adapters(self, bucket: int, adapters: PassAdapters | None) -> PassAdapters | None:
-        """Room for any adapters that so many sequences may have."""
-        if adapters is None:
-            return None
-        tiles = most_tiles(bucket, adapters.tables.num_adapters)
-        return PassAdapters(
-            adapters.tables,
-            torch.zeros(bucket, dtype=torch.int64, device=self.device),
-            torch.zeros(tiles, 3, dtype=torch.int32, device=self.device),
-            torch.zeros(bucket, dtype=torch.int64, device=self.device),
-        )
-
     def fill(self, static: MicroBatchInputs, inputs: MicroBatchInputs) -> None:
-        """Copy the inputs of a pass into a graph's static tensors. What repeats the first sequence has its adapter: it
-        writes the same keys and values."""
+        """Copy the inputs of a pass into a graph's static tensors."""
         fill(static, inputs)
-        if static.adapters is None:
-            return
-        ids = inputs.adapter_ids
-        groups = self.group_adapters(np.concatenate([ids, np.repeat(ids[:1], len(static.token_ids) - len(ids))]))
-        static.adapters.tiles.zero_()
-        static.adapters.numbers.zero_()
-        if groups is not None:
-            static.adapters.tiles[: len(groups.tiles)].copy_(groups.tiles)
-            static.adapters.order[: len(groups.order)].copy_(groups.order)
-            static.adapters.numbers.copy_(groups.numbers)
+        fill_adapters(static.adapters, inputs.adapter_ids, self.group_adapters)
 
     def evict(self, key: Key) -> None:
         """Let go of a graph. It has to come twice again: passes that go round among more buckets than are kept would

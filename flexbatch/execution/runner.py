@@ -6,7 +6,7 @@ It lives as long as the jobs fit it; a job that needs more makes another one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,13 +90,14 @@ def open_runner(
     queues: TransferQueues,
     logits_chunk_bytes: int = LOGITS_CHUNK_BYTES,
     max_graphs: int = MAX_GRAPHS,
+    piece_buckets: Sequence[int] = (),
     adapters: AdapterSet | None = None,
     routing: RoutingCounts | None = None,
     links: RankLinks | None = None,
     lead: Lead | None = None,
 ) -> Runner:
     """A runner for blocks of these sizes; the caller has checked the budgets. routing: counts the tokens of experts,
-    over this runner and those before it. links, lead: as of an `Executor`.
+    over this runner and those before it. piece_buckets, links, lead: as of an `Executor`.
 
     One that fails half-way (a disk that is full, a GPU without memory) leaves nothing behind.
     """
@@ -131,6 +132,7 @@ def open_runner(
             policy.overlap,
             logits_chunk_bytes,
             max_graphs,
+            piece_buckets,
             AdapterTables(adapters, queues.device) if adapters is not None and adapters.adapters else None,
             routing,
             links,

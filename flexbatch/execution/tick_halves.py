@@ -63,24 +63,8 @@ class TickHalves:
         self, tick: Tick, inputs: MicroBatchInputs, gathered: Handle, buffer: int, watch: Watch | None = None
     ) -> PendingTick:
         """Up to and including attention; the CPU's share is only started."""
-        weights = self.weights.weights(tick.layer, "pre", inputs.num_tokens)
-        hidden = self.ends.given(tick.layer, tick.micro_batch, inputs)
-        if watch is not None and tick.layer == 0:
-            watch(-1, inputs, hidden)
         with self.tracer.compute_span(f"attention {tick.layer}.{tick.micro_batch}"):
-            query, key, value = layers.pre_attention(
-                self.arch,
-                tick.layer,
-                weights,
-                hidden,
-                inputs.positions,
-                self.rotary.tables,
-                inputs.adapters,
-                self.ranks,
-            )
-            pending = PendingTick(
-                tick, inputs, hidden, query.new_empty(*query.shape[:-1], self.arch.value_dim), watch=watch
-            )
+            pending, (query, key, value) = self.project(tick, inputs, watch)
             groups = inputs.groups(self.attention.cache.windowed[tick.layer])
             if groups.cpu is not None:
                 self.attention.start_cpu_attention(pending, groups.cpu, query, key, value)
@@ -89,6 +73,19 @@ class TickHalves:
             if groups.staged is not None:
                 self.attention.attend_staged(pending, groups.staged, gathered, buffer, query, key, value)
         return pending
+
+    def project(
+        self, tick: Tick, inputs: MicroBatchInputs, watch: Watch | None = None
+    ) -> tuple[PendingTick, tuple[Tensor, Tensor, Tensor]]:
+        """Up to attention: queries, keys and values, with room for what attention makes of them."""
+        weights = self.weights.weights(tick.layer, "pre", inputs.num_tokens)
+        hidden = self.ends.given(tick.layer, tick.micro_batch, inputs)
+        if watch is not None and tick.layer == 0:
+            watch(-1, inputs, hidden)
+        given = self.arch, tick.layer, weights, hidden, inputs.positions, self.rotary.tables, inputs.adapters
+        query, key, value = layers.pre_attention(*given, self.ranks)
+        output = query.new_empty(*query.shape[:-1], self.arch.value_dim)
+        return PendingTick(tick, inputs, hidden, output, watch=watch), (query, key, value)
 
     def finish(self, pending: PendingTick, count: int) -> bool:
         """Output projection and MLP; returns whether this is all, or the CPU's experts have only been started."""

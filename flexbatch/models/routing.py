@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from flexbatch.models.arch import Arch
-from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
+from flexbatch.policy.limits import MAX_PIECE_TOKENS
 
 
 class RoutingCounts:
-    """Tokens of every expert in every layer [layers, experts], over all passes and of the present one. A pass that is a
-    CUDA graph has more tokens than are real, the first ones."""
+    """Tokens of every expert in every layer [layers, experts], over all passes and of the present one. A pass of CUDA
+    graphs has more tokens than are real, the first ones."""
 
     def __init__(self, arch: Arch, device: torch.device) -> None:
         assert arch.experts is not None, "a model without experts routes nothing"
@@ -28,16 +28,22 @@ class RoutingCounts:
         self.reached = torch.zeros(arch.num_layers, dtype=torch.int64, device=device)
         """Sum over the passes of the distinct experts that a layer's tokens went to."""
         self.one = torch.ones(1, dtype=torch.int64, device=device)
-        self.real, self.in_graph = torch.zeros(MAX_GRAPH_SEQUENCES, dtype=torch.int64, device=device), False
-        """Of the tokens of a graph 1 where they are real; whether one is being recorded."""
+        self.real, self.in_graph = torch.zeros(MAX_PIECE_TOKENS, dtype=torch.int64, device=device), False
+        """Of the tokens of a graph, or of pieces, 1 where they are real; whether these are being recorded."""
         self.passes = 0
 
     @contextmanager
     def of_graph(self) -> Iterator[None]:
         """What is counted here is recorded, and counted in every replay anew, real tokens only."""
+        with self.of_pieces():
+            self.of_pass.zero_()
+            yield
+
+    @contextmanager
+    def of_pieces(self) -> Iterator[None]:
+        """The same of several graphs in a row: the pass begins with nothing counted, once all of them are recorded."""
         self.in_graph = True
         try:
-            self.of_pass.zero_()
             yield
         finally:
             self.in_graph = False

@@ -116,8 +116,8 @@ class Capacity:
             self.routing = RoutingCounts(engine_plan.arch, self.queues.device)
         policy, leader = engine_plan.policy, self.leader
         logits_bytes = logits_chunk_bytes(engine_plan.arch, policy, sizes.max_query_nodes)
-        graphs = engine_plan.num_graphs(sizes)
-        with self.everywhere(MakeRunner(policy, sizes, logits_bytes, graphs)):
+        graphs = engine_plan.graphs(sizes)
+        with self.everywhere(MakeRunner(policy, sizes, logits_bytes, graphs.decode)):
             self.runner = open_runner(
                 engine_plan.arch,
                 weights,
@@ -127,7 +127,8 @@ class Capacity:
                 self.tiers,
                 self.queues,
                 logits_bytes,
-                graphs,
+                graphs.decode,
+                graphs.buckets,
                 engine_plan.deployment.adapters,
                 self.routing,
                 None if leader is None else leader.links,

@@ -24,10 +24,10 @@ from flexbatch.planner.placements import (
 )
 from flexbatch.planner.problem import Problem, constraints_of
 from flexbatch.policy.candidates import Known
-from flexbatch.policy.decode_graphs import planned_bytes
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import MAX_MICRO_BATCH_TOKENS, PAGE_TOKENS
 from flexbatch.policy.optimizer import choose
+from flexbatch.policy.piece_graphs import planned_bytes
 from flexbatch.policy.plan import DoesNotFit, Plan, price
 from flexbatch.policy.policy import Policy
 from flexbatch.validation.errors import DoesNotFitError

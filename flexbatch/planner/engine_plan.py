@@ -25,6 +25,7 @@ from flexbatch.parallel.channel import RankChannel
 from flexbatch.parallel.links import ONE_ENGINE, EngineGroup
 from flexbatch.parallel.mesh import MeshShape
 from flexbatch.planner import budgets, requirements
+from flexbatch.planner.requirements import Graphs, graph_requirements, graphs_that_fit
 from flexbatch.policy.limits import weight_group
 from flexbatch.policy.plan import Plan
 from flexbatch.policy.policy import TIERS, Policy, Split
@@ -235,15 +236,19 @@ class EnginePlan:
     def requirements(self, sizes: BlockSizes) -> list[MemoryRequirement]:
         """Bytes by tier and purpose of the loaded weights and a block of these sizes."""
         rows = self.deployment.requirements(self.weight_plan, self.policy, sizes)
-        return rows + requirements.graph_requirements(*self._graph_terms(sizes, rows))
+        return rows + graph_requirements(self._graphs_beside(rows, sizes))
+
+    def graphs(self, sizes: BlockSizes) -> Graphs:
+        """CUDA graphs that are kept beside a block of these sizes."""
+        return self._graphs_beside(self.deployment.requirements(self.weight_plan, self.policy, sizes), sizes)
 
     def num_graphs(self, sizes: BlockSizes) -> int:
-        """CUDA graphs that are kept beside a block of these sizes."""
-        rows = self.deployment.requirements(self.weight_plan, self.policy, sizes)
-        return requirements.num_graphs(*self._graph_terms(sizes, rows))
+        """Those of decode passes among them."""
+        return self.graphs(sizes).decode
 
-    def _graph_terms(self, sizes: BlockSizes, rows: list[MemoryRequirement]) -> tuple[Any, ...]:
-        return self.arch, self.policy, self.layout, sizes, rows, self.budgets["gpu"], self.deployment.is_cuda
+    def _graphs_beside(self, rows: list[MemoryRequirement], sizes: BlockSizes) -> Graphs:
+        gpu, cuda = self.budgets["gpu"], self.deployment.is_cuda
+        return graphs_that_fit(self.arch, self.policy, self.layout, sizes, rows, gpu, cuda)
 
     def describe(self) -> dict[str, Any]:
         """Model, machine and policy: the beginning of every report."""

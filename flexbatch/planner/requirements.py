@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
@@ -17,7 +18,7 @@ from flexbatch.memory.tiers import MemoryRequirement
 from flexbatch.memory.weight_plan import WeightPlan
 from flexbatch.models.arch import Arch
 from flexbatch.policy.admission import micro_batch_tokens
-from flexbatch.policy.decode_graphs import MAX_GRAPHS, graph_bytes, graph_pool_bytes, runs_graphs
+from flexbatch.policy.decode_graphs import MAX_GRAPHS, PLANNED_GRAPHS, graph_bytes, graph_pool_bytes, runs_graphs
 from flexbatch.policy.footprint import logits_bytes
 from flexbatch.policy.limits import (
     CPU_ATTENTION_MAX_TREE_TOKENS,
@@ -26,6 +27,7 @@ from flexbatch.policy.limits import (
     expert_buffer_bytes,
     expert_scratch_bytes,
 )
+from flexbatch.policy.piece_graphs import piece_buckets, piece_bytes
 from flexbatch.policy.policy import Policy
 
 
@@ -146,12 +148,16 @@ def one_graph_bytes(arch: Arch, policy: Policy, layout: CacheLayout, sizes: Bloc
     )
 
 
-def pool_bytes(arch: Arch, policy: Policy, layout: CacheLayout) -> int:
-    width = layout.dtype.itemsize
-    return graph_pool_bytes(policy.gpu_batch_size, arch.workspace_elements * width, arch.vocab_size, width)
+@dataclass(frozen=True)
+class Graphs:
+    """CUDA graphs that a block keeps: of decode passes, and the buckets of tokens of passes in pieces."""
+
+    decode: int = 0
+    buckets: tuple[int, ...] = ()
+    num_bytes: int = 0
 
 
-def num_graphs(
+def graphs_that_fit(
     arch: Arch,
     policy: Policy,
     layout: CacheLayout,
@@ -159,27 +165,31 @@ def num_graphs(
     rows: Iterable[MemoryRequirement],
     budget: int,
     cuda: bool,
-) -> int:
-    """Decode graphs that a block keeps: they save launches and are not worth refusing a job, so they take what its
-    ``rows`` leave of the gpu tier's budget."""
+) -> Graphs:
+    """The graphs of a block: they save launches and are not worth refusing a job, so they take what its ``rows`` leave
+    of the gpu tier's budget. First the decode graphs that a plan counts on, then pieces, the smallest passes first,
+    then more decode graphs."""
     resident = all(split.gpu == 1 for split in (policy.weights, policy.cache, policy.activations))
     ranks, stages = 1 if arch.shard is None else arch.shard.ranks, 1 if arch.stage is None else 2
     if not (resident and runs_graphs(policy, "cuda" if cuda else "cpu", ranks, stages)):
-        return 0
-    left = budget - sum(row.num_bytes for row in rows if row.tier == "gpu") - pool_bytes(arch, policy, layout)
-    return max(0, min(MAX_GRAPHS, left // one_graph_bytes(arch, policy, layout, sizes)))
+        return Graphs()
+    width, one = layout.dtype.itemsize, one_graph_bytes(arch, policy, layout, sizes)
+    workspace, buckets = arch.workspace_elements * width, piece_buckets(policy, ranks)
+    pool = graph_pool_bytes(policy.gpu_batch_size, workspace, arch.vocab_size, width)
+    left = budget - sum(row.num_bytes for row in rows if row.tier == "gpu") - pool
+    decode = max(0, min(PLANNED_GRAPHS, left // one))
+
+    def pieces(count: int) -> int:
+        return piece_bytes(arch.num_layers, buckets[:count], workspace, arch.experts is not None)
+
+    spare = left - decode * one if decode == PLANNED_GRAPHS else 0
+    count = next(count for count in range(len(buckets), -1, -1) if pieces(count) <= spare)
+    decode = max(0, min(MAX_GRAPHS, (left - pieces(count)) // one))
+    return Graphs(decode, buckets[:count], pool + decode * one + pieces(count)) if decode else Graphs()
 
 
-def graph_requirements(
-    arch: Arch,
-    policy: Policy,
-    layout: CacheLayout,
-    sizes: BlockSizes,
-    rows: Iterable[MemoryRequirement],
-    budget: int,
-    cuda: bool,
-) -> list[MemoryRequirement]:
-    """The row of the decode graphs, where there are any."""
-    count = num_graphs(arch, policy, layout, sizes, rows, budget, cuda)
-    size = count * one_graph_bytes(arch, policy, layout, sizes) + pool_bytes(arch, policy, layout)
-    return [MemoryRequirement(f"decode graphs ({count})", "gpu", size)] if count else []
+def graph_requirements(graphs: Graphs) -> list[MemoryRequirement]:
+    """The row of the graphs, where there are any."""
+    pieces = f", {len(graphs.buckets)} in pieces" if graphs.buckets else ""
+    row = MemoryRequirement(f"decode graphs ({graphs.decode}{pieces})", "gpu", graphs.num_bytes)
+    return [row] if graphs.decode else []

@@ -38,6 +38,7 @@ def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(host, "run_job", turns)
     monkeypatch.setattr(host, "attention_seconds", lambda device: 4e-4)
     monkeypatch.setattr(host, "graph_seconds", lambda device: 4e-5)
+    monkeypatch.setattr(host, "piece_seconds", lambda device: 7e-5)
     monkeypatch.setattr(host, "attention_in_passes", lambda device, weights, calls: attention[weights.gpu])
     found = host.host_rates(torch.device(device))
     wanted = {
@@ -45,6 +46,7 @@ def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch)
         "sequence_seconds": 1e-5,
         "launch_seconds": 3e-4,
         "graph_seconds": 4e-5 if device == "cuda" else 0.0,
+        "piece_seconds": 7e-5 if device == "cuda" else 0.0,
         "exchange_seconds": 5e-4,
         "synchronize_seconds": 7e-4,
         "staging_seconds": 8e-4,
@@ -107,7 +109,7 @@ def test_costs_of_this_machine() -> None:
         "expand_seconds",
         "request_seconds",
     }
-    assert found.keys() == {*names, "graph_seconds", "cpu_attention_seconds"}
+    assert found.keys() == {*names, "graph_seconds", "piece_seconds", "cpu_attention_seconds"}
     assert all(0 <= seconds < math.inf for seconds in found.values()) and found["cpu_attention_seconds"] > 0
     # Sequences and ticks together cost something: passes of 128 sequences and ten layers take longer than none.
     assert found["sequence_seconds"] + found["launch_seconds"] + found["pass_seconds"] > 0

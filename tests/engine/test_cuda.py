@@ -111,7 +111,7 @@ def test_graphs_take_what_is_planned_for_them(reference, tmp_path):
         assert llm.runner is not None
         graphs = llm.runner.executor.graphs
         assert graphs is not None
-        graphs.clear()
+        llm.runner.executor.clear_graphs()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before = torch.cuda.mem_get_info()[0]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from flexbatch import LLM, LoRARequest, SamplingParams
 from flexbatch.execution.graphs import DecodeGraphs
+from flexbatch.execution.piece_graphs import PieceGraphs
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.kernels import ops, reference
 from flexbatch.policy.limits import weight_group
@@ -185,6 +186,27 @@ def test_decode_graphs(eight, tmp_path):
             assert run(llm, prompts, wanted, names) == []
         llm.runner.check()
         assert sum(graph.replays for graph in record.made) > 10
+
+
+def test_passes_in_pieces(eight, tmp_path):
+    """The same of passes with prompts, of which few come at a time; those that were not used for longest go."""
+    folder, _, folders, prompts, wanted = eight
+    settings = {**MEMORY, **PLACEMENTS["gpu"], "gpu_batch_size": 3}
+    record, kinds = Recorder(), set()
+    with LLM(str(folder / "model"), lora=folders, **settings) as llm:
+        for names in (None, ["a2", None, "a0"], [None], ["a7"], None):
+            llm.prepare(prompts * 9, GREEDY)
+            executor = llm.runner.executor
+            if executor.pieces is None:
+                executor.graphs = DecodeGraphs(torch.device("cpu"), 16, 512, record, 0)
+                group = executor.builder.group_adapters
+                executor.pieces = PieceGraphs(executor.halves, torch.device("cpu"), record, (32, 64, 128), group)
+            assert run(llm, prompts, wanted, names) == []
+            llm.runner.check()
+            kinds |= {adapters for _, adapters in executor.pieces.captured}
+        assert kinds == {True, False} and len(executor.pieces.captured) == 3
+        assert record.kept == 3 * (llm.arch.num_layers + 1) < len(record.made)
+        assert executor.pieces.passes > 20
 
 
 @pytest.mark.parametrize("placement", ["gpu", pytest.param("mixed", marks=pytest.mark.slow)])
