@@ -107,7 +107,7 @@ class EngineConfig:
         "more for a sequence that ends by itself (default: where all of a pass lies on one GPU)",
     )
     piece_tokens: int = option(
-        0,
+        2048,
         "on a GPU that holds all of a block: tokens of the largest pass with prompts that runs in pieces, a CUDA graph "
         "between every two attentions; 0: none does",
     )

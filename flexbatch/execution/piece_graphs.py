@@ -14,7 +14,7 @@ layers of Llama-3-8B and 1,000 sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -62,7 +62,7 @@ class PieceGraphs:
     ) -> None:
         """buckets: numbers of tokens, the least first; none: every pass is launched kernel by kernel."""
         self.halves, self.device, self.record, self.buckets = halves, device, record, tuple(buckets)
-        self.group_adapters = group_adapters
+        self.group_adapters, self.windowed = group_adapters, halves.attention.cache.windowed
         self.seen: set[Key] = set()
         self.captured: dict[Key, Pieces] = {}
         """The ones that were used last at the end."""
@@ -98,20 +98,30 @@ class PieceGraphs:
         fill_adapters(pieces.inputs.adapters, inputs.adapter_ids, self.group_adapters)
         self.token_ids[:count].copy_(inputs.token_ids)
         self.positions[:count].copy_(inputs.positions)
+        attend = [self.attending(inputs, windowed) for windowed in (False, True)]
         for layer, graph in enumerate(pieces.graphs):
             if layer:
-                self.attend(layer - 1, inputs)
+                attend[self.windowed[layer - 1]](layer - 1)
             graph.replay()
         self.passes += 1
         return self.hidden.index_select(0, inputs.logit_index)
 
-    def attend(self, layer: int, inputs: MicroBatchInputs) -> None:
-        """The part of a layer that depends on which tokens belong together."""
-        group = inputs.groups(self.halves.attention.cache.windowed[layer]).gpu
+    def attending(self, inputs: MicroBatchInputs, windowed: bool) -> Callable[[int], None]:
+        """The part of a layer that depends on which tokens belong together. Of the tensors that all layers share the
+        real tokens are cut out once a pass."""
+        attention, group = self.halves.attention, inputs.groups(windowed).gpu
         assert group is not None
-        pending = PendingTick(Tick(layer, 0, None, None, None), inputs, self.attention, self.attention)
-        query, key, value = self.projected[0], self.projected[1], self.projected[-1]
-        self.halves.attention.attend_resident(pending, group, query, key, value)
+        query, key, value, out = (
+            each[group.start : group.end]
+            for each in (self.projected[0], self.projected[1], self.projected[-1], self.attention)
+        )
+
+        def attend(layer: int) -> None:
+            rows = attention.cache.rows("gpu", layer)
+            attention.append(rows, group.slots, key, value)
+            attention.attend(out, layer, query, rows, group)
+
+        return attend
 
     def capture(self, bucket: int, inputs: MicroBatchInputs) -> Pieces:
         """Record the pieces for so many tokens. They run, and no keys and values are stored."""
