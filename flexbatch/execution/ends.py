@@ -12,16 +12,24 @@ from flexbatch.memory.activations import ActivationStore
 from flexbatch.memory.weight_tensors import WeightTensors
 from flexbatch.models.arch import Arch
 from flexbatch.parallel.rank_links import RankLinks
+from flexbatch.trace import Tracer
 
 
 class Ends:
     """Both ends of the layers that are here."""
 
     def __init__(
-        self, arch: Arch, tensors: WeightTensors, activations: ActivationStore, links: RankLinks | None
+        self,
+        arch: Arch,
+        tensors: WeightTensors,
+        activations: ActivationStore,
+        links: RankLinks | None,
+        tracer: Tracer,
     ) -> None:
         self.arch, self.tensors, self.activations = arch, tensors, activations
         self.ranks, self.stages = (None, None) if links is None else (links.tensor, links.stages)
+        if self.ranks is not None:
+            self.ranks.tracer = tracer
 
     @property
     def takes_newest(self) -> bool:

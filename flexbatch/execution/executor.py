@@ -66,11 +66,9 @@ class Executor:
         routed: RoutedRows | None = None,
     ) -> None:
         self.arch, self.lead = arch, lead
-        self.ends = Ends(arch, weights.tensors, activations, links)
+        self.ends = Ends(arch, weights.tensors, activations, links, queues.tracer)
         self.ranks, self.stages = self.ends.ranks, self.ends.stages
         self.layers_ahead = LayersAhead(weights, overlap, self.stages is None)
-        if self.ranks is not None:
-            self.ranks.tracer = queues.tracer
         self.weights, self.cache, self.activations = weights, cache, activations
         self.queues, self.dtype, self.overlap = queues, dtype, overlap
         self.device, self.tracer = queues.device, queues.tracer
