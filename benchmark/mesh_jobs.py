@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmark.part_times import TURN, PartTimes
@@ -102,6 +103,18 @@ RATES += ("cpu_attention_together", "cpu_attention_together_during_h2d", "h2d_to
 """Of the profile that a run was planned with."""
 
 
+def host_pages() -> dict[str, float]:
+    """GiB of this process's memory that is no file's, and of it in huge pages: the larger the cache, the more a CPU
+    that attends to it looks for small ones."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+            name, _, size = line.partition(":")
+            if name in ("Anonymous", "AnonHugePages"):
+                found[name] = int(size.split()[0]) / 2**20
+    return found
+
+
 def measured(case: Case, gpu_gib: float, sizes: dict[str, int], more: dict[str, Any], tell: Tell) -> None:
     """One job on one mesh."""
     from flexbatch import LLM, SamplingParams
@@ -144,6 +157,7 @@ def measured(case: Case, gpu_gib: float, sizes: dict[str, int], more: dict[str, 
             "predicted_job_seconds": report.get("job", {}).get("predicted_seconds"),
             "first_tokens": " ".join(str(answer.token_ids[0]) for answer in answers),
             "answers": " ".join(f"{zlib.crc32(str(answer.token_ids).encode()):x}" for answer in answers),
+            "host_pages_gib": host_pages(),
             "host_ms_a_pass": parts.per_turn(),
             "hardware": {name: whole[name] for name in RATES},
             **{name: report[name] for name in names if name in report},
