@@ -17,16 +17,14 @@ from flexbatch.kernels.coded_linear import CodedLaunch, choose_launch, coded_lin
 from flexbatch.kernels.coded_matrix import CodedMatrix
 
 CODED_LAUNCHES = [  # rows, groups of a step, warps, stages, programs for each multiprocessor
-    *((128, 2, 4, stages, depth) for stages, depth in ((4, 4), (3, 4), (3, 8))),
-    *((128, 2, 2, stages, depth) for stages, depth in ((4, 4), (3, 6))),
-    *((128, 1, 4, stages, depth) for stages, depth in ((4, 5), (6, 5))),
-    (128, 1, 2, 6, 6),
-    *((64, 2, 2, stages, depth) for stages, depth in ((4, 8), (3, 6), (5, 6))),
-    (256, 2, 4, 3, 3),
-    (256, 1, 4, 4, 4),
-    (256, 2, 8, 3, 3),
+    *((128, 2, 4, stages, depth) for stages, depth in ((3, 4), (2, 6), (3, 2))),
+    *((128, 4, 4, stages, depth) for stages, depth in ((2, 4), (3, 4), (2, 2))),
+    *((64, 4, 2, stages, depth) for stages, depth in ((2, 8), (3, 6), (2, 4))),
+    *((64, 2, 2, stages, depth) for stages, depth in ((3, 6), (2, 10))),
+    *((64, per_step, 1, stages, 12) for per_step, stages in ((2, 3), (4, 2))),
+    *((32, per_step, 1, stages, 16) for per_step, stages in ((2, 3), (4, 2), (4, 3))),
 ]
-FEW_LAUNCHES = [CODED_LAUNCHES[i] for i in (0, 3, 5, 8)]
+FEW_LAUNCHES = [CODED_LAUNCHES[i] for i in (0, 3, 6, 9)]
 CODED_SHAPES = {
     "OPT-6.7B, qkv": (12288, 4096, torch.float16),
     "OPT-6.7B, out": (4096, 4096, torch.float16),

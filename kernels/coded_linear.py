@@ -3,6 +3,7 @@ would be expanded to, written and read again."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +25,13 @@ class CodedLaunch:
     tokens: int = 8
     per_step: int = 2
     warps: int = 4
-    stages: int = 4
+    stages: int = 3
     depth: int = 4
 
 
 def choose_launch(tokens: int) -> CodedLaunch:
     block = next(size for size in (8, 16, 32, 64) if tokens <= size or size == 64)
-    return CodedLaunch(tokens=block) if block < 64 else CodedLaunch(tokens=block, per_step=1, depth=2)
+    return CodedLaunch(tokens=block) if block < 64 else CodedLaunch(tokens=block, per_step=1, stages=4, depth=5)
 
 
 def choose_splits(blocks: int, steps: int, multiprocessors: int, depth: int) -> int:
@@ -55,7 +56,7 @@ def coded_linear(
     assert x.stride(1) == 1 and matrix.codes.is_contiguous() and matrix.parameters.is_contiguous()
     launch = launch or choose_launch(tokens)
     blocks = triton.cdiv(rows, launch.rows) * triton.cdiv(tokens, launch.tokens)
-    per_step = launch.per_step if groups % launch.per_step == 0 else 1
+    per_step = math.gcd(groups, launch.per_step)
     splits = splits or choose_splits(blocks, groups // per_step, multiprocessors_of(x.device), launch.depth)
     arranged = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
     sums = torch.empty(groups, tokens, dtype=torch.float32, device=x.device)

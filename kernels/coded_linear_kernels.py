@@ -31,18 +31,34 @@ def arrange_kernel(
 
 
 @triton.jit
+def _halves(x):
+    """[rows, 2 * n] as two [rows, n], in the registers where they are."""
+    return tl.split(tl.permute(x.reshape(x.shape[0], 2, x.shape[1] // 2), (0, 2, 1)))
+
+
+@triton.jit
 def _add_group(
-    acc, code, group, pair_at, x_at, sum_at, num_tokens, lift, dtype: tl.constexpr, BITS: tl.constexpr,
+    acc, code, pair, group, x_at, sum_at, num_tokens, lift, dtype: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
     """acc [rows, tokens] and the products of one group."""
-    pair = tl.load(pair_at + group)
     part = tl.load(x_at + group * GROUP)
     part_sum = tl.load(sum_at + group * num_tokens)
     scale, minimum = scale_and_minimum(pair, dtype)
     scale, minimum = of_numbers(scale, minimum, dtype, BITS)
     products = tl.dot(rows_of_codes(code, lift, dtype, BITS), tl.trans(part), input_precision="ieee")
     return (acc + products * scale[:, None]) + minimum[:, None] * part_sum[None, :]  # two fused operations
+
+
+@triton.jit
+def _add_two(
+    acc, code, pair, group, x_at, sum_at, num_tokens, lift, dtype: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    first, second = _halves(code)
+    pair, next_pair = tl.split(pair)
+    acc = _add_group(acc, first, pair, group, x_at, sum_at, num_tokens, lift, dtype, BITS, GROUP)
+    return _add_group(acc, second, next_pair, group + 1, x_at, sum_at, num_tokens, lift, dtype, BITS, GROUP)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -52,8 +68,8 @@ def coded_linear_kernel(
     PER_STEP: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of rows, SPLITS of the columns, blocks of tokens): out [tokens, rows]. words [rows, groups, words of
-    a group], pairs [rows, groups] of scale and minimum; a step takes PER_STEP groups, one or two. Of the programs of a
-    block the last to arrive, by ``arrivals``, adds up what all of them wrote to partial [splits, tokens, rows], in
+    a group], pairs [rows, groups] of scale and minimum; a step takes PER_STEP groups, 1, 2 or 4, of which there are
+    whole steps. Of the programs of a block the last to arrive, by ``arrivals``, adds up what all of them wrote to partial [splits, tokens, rows], in
     their order."""
     dtype: tl.constexpr = arranged.dtype.element_ty
     WORDS: tl.constexpr = GROUP * BITS // 32
@@ -61,23 +77,29 @@ def coded_linear_kernel(
     token = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
     safe = tl.minimum(row, num_rows - 1).to(tl.int64)
     safe_token = tl.minimum(token, num_tokens - 1)
-    groups = columns // GROUP
+    groups = tl.multiple_of(columns // GROUP, PER_STEP)
     share = tl.cdiv(tl.cdiv(groups, PER_STEP), tl.num_programs(1)) * PER_STEP
     lo = tl.program_id(1) * share
     hi = tl.minimum(lo + share, groups)
     code_at = words + safe[:, None] * (groups * WORDS) + tl.arange(0, PER_STEP * WORDS)[None, :]
     pair_at = pairs + safe * groups
+    if PER_STEP > 1:
+        pair_at = pair_at[:, None] + tl.arange(0, PER_STEP)[None, :]
     x_at = arranged + safe_token.to(tl.int64)[:, None] * columns + tl.arange(0, GROUP)[None, :]
     sum_at = sums + safe_token
     acc = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
     for group in tl.range(lo, hi, PER_STEP, num_stages=STAGES):
         code = tl.load(code_at + group * WORDS)
-        if PER_STEP == 2:
-            code, second = tl.split(tl.permute(code.reshape(BLOCK_R, 2, WORDS), (0, 2, 1)))
-            acc = _add_group(acc, code, group, pair_at, x_at, sum_at, num_tokens, lift, dtype, BITS, GROUP)
-            acc = _add_group(acc, second, group + 1, pair_at, x_at, sum_at, num_tokens, lift, dtype, BITS, GROUP)
+        pair = tl.load(pair_at + group)
+        if PER_STEP == 1:
+            acc = _add_group(acc, code, pair, group, x_at, sum_at, num_tokens, lift, dtype, BITS, GROUP)
+        elif PER_STEP == 2:
+            acc = _add_two(acc, code, pair, group, x_at, sum_at, num_tokens, lift, dtype, BITS, GROUP)
         else:
-            acc = _add_group(acc, code, group, pair_at, x_at, sum_at, num_tokens, lift, dtype, BITS, GROUP)
+            code, next_code = _halves(code)
+            pair, next_pair = _halves(pair)
+            acc = _add_two(acc, code, pair, group, x_at, sum_at, num_tokens, lift, dtype, BITS, GROUP)
+            acc = _add_two(acc, next_code, next_pair, group + 2, x_at, sum_at, num_tokens, lift, dtype, BITS, GROUP)
     inside = (row < num_rows)[:, None] & (token < num_tokens)[None, :]
     at = token.to(tl.int64)[None, :] * num_rows + row[:, None]
     last = True

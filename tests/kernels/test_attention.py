@@ -16,7 +16,7 @@ needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compi
 
 @pytest.fixture(autouse=True)
 def shared_decode(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel of shared heads over codes is tested, though no engine takes it yet."""
+    """The kernel of shared heads over codes takes more than engines give it."""
     if find_spec("triton") is not None:
         monkeypatch.setattr("flexbatch.kernels.attention.MAX_SHARED", 16)
 

@@ -24,17 +24,19 @@ def assert_close(got, wanted):
     torch.testing.assert_close(got.float().cpu(), wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item())
 
 
+@pytest.mark.parametrize("per_step", [1, 2, 4])
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize(
     ("bits", "tokens", "rows", "columns", "group"), [(4, 5, 40, 256, 64), (8, 3, 130, 96, 32), (4, 9, 20, 128, 16)]
 )
-def test_a_few_tokens(bits, tokens, rows, columns, group, splits, device):
+def test_a_few_tokens(bits, tokens, rows, columns, group, splits, per_step, device):
     from flexbatch.kernels import coded_linear
 
+    launch = coded_linear.CodedLaunch(tokens=16, per_step=per_step)
     x, matrix, bias, wanted = case(tokens, rows, columns, bits, group, torch.float16, device)
-    got = coded_linear.coded_linear(x, matrix, bias, splits=splits)
+    got = coded_linear.coded_linear(x, matrix, bias, launch, splits)
     assert_close(got, wanted)
-    assert_close(coded_linear.coded_linear(x, matrix, splits=splits), wanted - bias.float().cpu())
+    assert_close(coded_linear.coded_linear(x, matrix, None, launch, splits), wanted - bias.float().cpu())
 
 
 @pytest.mark.gpu
