@@ -9,7 +9,7 @@ import numpy as np
 
 from flexbatch.policy.affine import affine, total
 from flexbatch.policy.collectives import send_rate, sum_seconds
-from flexbatch.policy.expansion import expanded_bytes
+from flexbatch.policy.expansion import coded_seconds, expanded_bytes, in_codes
 from flexbatch.policy.expert_shape import ExpertShape
 from flexbatch.policy.expert_traffic import NO_EXPERTS, hit_fetch_seconds, product_seconds, routed_traffic, spared_bytes
 from flexbatch.policy.hardware import Hardware
@@ -152,7 +152,7 @@ class PassStages:
         """Seconds, FLOPs and GPU-memory bytes of one layer's kernels, which run one after another."""
         shape, experts = self.shape, self.shape.experts
         routed = experts.count * experts.elements(shape.hidden_size) if experts else 0
-        seconds, flops, moved = self._gemm(shape.block_elements - routed, self.tokens, self._expanded("layer"))
+        seconds, flops, moved = self._gemm(shape.block_elements - routed, self.tokens, "layer")
         if experts is None:
             return self._around(seconds, flops, moved)
         more_seconds, more_flops, more_moved = self._routed_gemm(experts)
@@ -162,7 +162,7 @@ class PassStages:
 
     def _dense_compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The same for one of the layers without experts."""
-        return self._around(*self._gemm(sum(self.shape.dense_tensors), self.tokens, self._expanded("dense")))
+        return self._around(*self._gemm(sum(self.shape.dense_tensors), self.tokens, "dense"))
 
     def _routed_gemm(self, experts: ExpertShape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Every micro-batch multiplies with the experts that its tokens go to, each with the rows that it is given, and
@@ -203,22 +203,29 @@ class PassStages:
     def _head_compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         shape, hardware = self.shape, self.hardware
         rows = self.decode_tokens + self.load.finished_prompts
-        seconds, flops, moved = self._gemm(shape.head_elements, rows, expanded=0.0)
+        seconds, flops, moved = self._gemm(shape.head_elements, rows, "head")
         # Float32 logits are written once and read about twice by sampling.
         logits = 3.0 * 4 * rows * shape.vocab_size
         return affine(seconds + logits / hardware.gpu_bandwidth), affine(flops), affine(moved + logits)
 
-    def _gemm(
-        self, elements: int, tokens: np.ndarray, expanded: float | np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, float | np.ndarray]:
-        """Every micro-batch multiplies with all weights; quantized ones (``expanded`` bytes) are expanded once for
-        all of them."""
-        shape = self.shape
-        plain = shape.weight_bytes(elements, 16)
-        seconds = self.batches * self.hardware.gemm_seconds(elements, tokens / self.batches, shape.element_bytes)
-        start = (self.hardware.device == "cuda") * self.hardware.expand_start_seconds
-        seconds = seconds + start * (np.asarray(expanded) > 0)
-        return seconds + expanded / self.hardware.expand, 2.0 * elements * tokens, self.batches * plain + expanded
+    def _gemm(self, elements: int, tokens: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, float | np.ndarray]:
+        """Every micro-batch multiplies with all weights; quantized ones are expanded once, or read in codes by each."""
+        shape, hardware, each = self.shape, self.hardware, tokens / self.batches
+        expanded = self._expanded(kind)
+        start = (hardware.device == "cuda") * hardware.expand_start_seconds * (np.asarray(expanded) > 0)
+        seconds = self.batches * hardware.gemm_seconds(elements, each, shape.element_bytes) + start
+        seconds, moved = (
+            seconds + expanded / hardware.expand,
+            self.batches * shape.weight_bytes(elements, 16) + expanded,
+        )
+        if kind != "head":
+            stored, coded = (
+                shape.weight_bytes(elements, self.policy.weight_bits),
+                in_codes(hardware, self.policy, tokens),
+            )
+            seconds = np.where(coded, self.batches * coded_seconds(hardware, stored, each), seconds)
+            moved = np.where(coded, self.batches * stored, moved)
+        return seconds, 2.0 * elements * tokens, moved
 
     def _expanded(self, kind: str) -> float | np.ndarray:
         return expanded_bytes(self.shape, self.hardware, self.policy, self.tokens, kind)

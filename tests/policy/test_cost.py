@@ -233,13 +233,13 @@ def test_expansion_is_launched_once_a_layer():
     assert small(launch_seconds=8.0).expansion_launch_seconds == pytest.approx(3.0)
 
 
-def test_a_few_tokens_are_multiplied_with_codes(monkeypatch):
-    """On a GPU: of a micro-batch of 64 tokens nothing is expanded, of 65 all."""
-    monkeypatch.setattr("flexbatch.policy.expansion.CODED_TOKENS", 64)
+def test_a_few_tokens_are_multiplied_with_codes():
+    """On a GPU: of a micro-batch of 64 tokens nothing is expanded, of 65 all. What 4 bits are read at then is half of
+    the memory bandwidth, by each of two micro-batches, and twice as long for 64 tokens as for none."""
     shape = public_shape("opt-6.7b")
 
-    def seconds(hardware: Hardware, tokens: int) -> float:
-        policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), tokens, 2, weight_bits=4)
+    def seconds(hardware: Hardware, tokens: int, bits: int = 4) -> float:
+        policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), tokens, 2, weight_bits=bits)
         model = PassModel(shape, hardware, policy, PassLoad.decode(2 * tokens, 100))
         return float(model.resource_seconds(point_of(policy))["gpu_compute"])
 
@@ -247,6 +247,10 @@ def test_a_few_tokens_are_multiplied_with_codes(monkeypatch):
     expansion = 32 * (shape.block_bytes(4) + shape.block_bytes(16)) / 1e12
     assert seconds(slow, 64) == pytest.approx(seconds(fast, 64))
     assert seconds(slow, 65) - seconds(fast, 65) == pytest.approx(expansion, rel=1e-3)
+    narrow, wide = (dataclasses.replace(fast, gpu_bandwidth=rate) for rate in (1e9, 1e18))
+    reading = seconds(narrow, 64) - seconds(wide, 64) - (seconds(narrow, 64, 16) - seconds(wide, 64, 16))
+    stored = shape.weight_bytes(shape.block_elements, 4)
+    assert reading == pytest.approx(32 * 2 * 2 * stored / 0.5e9, rel=1e-3)
     fast, slow = (dataclasses.replace(hardware, device="cpu") for hardware in (fast, slow))
     assert seconds(slow, 64) - seconds(fast, 64) == pytest.approx(expansion, rel=1e-3)
 
