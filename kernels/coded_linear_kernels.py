@@ -69,8 +69,8 @@ def coded_linear_kernel(
 ):  # fmt: skip
     """Grid (blocks of rows, SPLITS of the columns, blocks of tokens): out [tokens, rows]. words [rows, groups, words of
     a group], pairs [rows, groups] of scale and minimum; a step takes PER_STEP groups, 1, 2 or 4, of which there are
-    whole steps. Of the programs of a block the last to arrive, by ``arrivals``, adds up what all of them wrote to partial [splits, tokens, rows], in
-    their order."""
+    whole steps. Of the programs of a block the last to arrive, by ``arrivals``, adds up what all of them wrote to
+    partial [splits, tokens, rows], in their order."""
     dtype: tl.constexpr = arranged.dtype.element_ty
     WORDS: tl.constexpr = GROUP * BITS // 32
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)

@@ -14,7 +14,7 @@ CODED_RATE = 0.5
 """Of the GPU's memory bandwidth: that at which one token reads matrices in codes. An H100 reads those of a layer of
 OPT-6.7B at 48 and 54 % of its copy rate at 4 and 8 bits."""
 TWICE_TOKENS = 64
-"""Tokens with which this takes twice as long, by the instructions of the products (measured there: 2.3 and 1.8 times)."""
+"""Tokens with which this takes twice as long, by the instructions of the products (there 2.3 and 1.8 times)."""
 
 
 def in_codes(hardware: Hardware, policy: Policy, tokens: np.ndarray) -> np.ndarray:
