@@ -25,7 +25,7 @@ from flexbatch.validation.errors import ConfigurationError
 ALL = Split(1, 0)
 ON_GPU = Policy(ALL, ALL, ALL, 64, 1, prefill_chunk=64, prefill_budget=512, piece_tokens=2048)
 SHAPE, WORKLOAD = public_shape("opt-1.3b"), Workload.uniform(64, 64, 64)
-MACHINE = dataclasses.replace(load_hardware("h200"), gpu_reserved_bytes=0, cpu_reserved_bytes=0)
+MACHINE = dataclasses.replace(load_hardware("h200"), gpu_reserved_bytes=0, cpu_reserved_bytes=0, piece_seconds=0.0)
 
 
 @pytest.mark.parametrize(
