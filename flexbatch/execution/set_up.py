@@ -37,6 +37,15 @@ def load_kernels(device: torch.device, policy: Policy) -> None:
         logger.info("compiled the CPU's kernels in %s; later starts find them", duration_text(seconds))
 
 
+def _knobs() -> Any:
+    """Triton's; None before version 3.4, which had none."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return None
+    return knobs
+
+
 class SetUp:
     """Seconds of passes in which something was made that later ones find there."""
 
@@ -59,11 +68,10 @@ class SetUp:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """What Triton compiles in the body, or finds compiled on the disk, is of this kind."""
-        if self.device.type != "cuda":
+        knobs = _knobs() if self.device.type == "cuda" else None
+        if knobs is None:
             yield
             return
-        from triton import knobs
-
         before, knobs.compilation.listener = knobs.compilation.listener, self.compiled
         try:
             yield

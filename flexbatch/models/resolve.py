@@ -145,9 +145,15 @@ def load_tokenizer(folder: Path | str, **options: Any) -> PreTrainedTokenizerBas
             f"{' and '.join(lacking[1:])}, which "
             f"{'is' if len(lacking) == 2 else 'are'} not installed: pip install 'flexbatch[sentencepiece]'"
         )
-    from transformers import AutoTokenizer
-
     try:
+        if Path(folder) in BUNDLED.values():
+            # Their files name this class. AutoTokenizer would ask all models of transformers for theirs first, which
+            # takes a sixth of the time before the first pass.
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **options)
+        from transformers import AutoTokenizer
+
         options = {"trust_remote_code": False, "local_files_only": True, "config": _bare_config(Path(folder))} | options
         return AutoTokenizer.from_pretrained(str(folder), **options)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file

@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 
+from flexbatch import LLM, SamplingParams
 from flexbatch.calibrate import machine
 from flexbatch.calibrate.cache import cache_path, cached
 from flexbatch.calibrate.machine import known_machine, this_machine
@@ -141,6 +142,28 @@ def test_a_profile_that_cannot_be_kept_is_used_all_the_same(tmp_path, measured, 
     folder.write_text("a file where the folder should be")
     assert cached(folder, "cpu", tmp_path) == load_hardware("cpu") and len(measured) == 1
     assert "cannot be kept" in caplog.text
+
+
+def test_a_start_on_a_known_machine_measures_nothing(tmp_path, measured, monkeypatch):
+    """Neither the machine as a whole nor a part of it, whoever of a run asks for its rates."""
+    monkeypatch.setattr("flexbatch.calibrate.machine.default_profile_dir", lambda: tmp_path)
+    profile(tmp_path, load_hardware("cpu").to_json())
+
+    def refused(*arguments, **options):
+        raise AssertionError("something is measured")
+
+    for name in (
+        "kernels.kernel_rates",
+        "cache.measure",
+        "measure.begin_disk",
+        "measure.measure_disk",
+        "host.host_rates",
+    ):
+        monkeypatch.setattr(f"flexbatch.calibrate.{name}", refused)
+    with LLM("demo", device="cpu", gpu_memory="64MiB", cpu_memory="64MiB", offload_dir=str(tmp_path)) as llm:
+        llm.generate([{"prompt_token_ids": [7, 8]}], SamplingParams(max_tokens=2))
+        assert llm.planner.hardware.h2d == load_hardware("cpu").h2d
+    assert not measured
 
 
 def test_what_is_measured_is_said_while_it_is(tmp_path, measured, caplog):

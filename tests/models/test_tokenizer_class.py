@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from flexbatch.models.resolve import DEMO, load_tokenizer
+from flexbatch.models.resolve import BUNDLED, DEMO, load_tokenizer
 
 TYPES = ("llama", "gpt2", "qwen2", "opt", "mistral", "gemma", "phi3", "no such type", None, 3)
 CLASSES = (
@@ -81,11 +81,18 @@ def test_files_that_lack_something(model, tokenizer, tmp_path):
     same(folder_of(tmp_path / "odd", model, tokenizer))
 
 
+@pytest.mark.parametrize("folder", BUNDLED.values(), ids=BUNDLED)
+def test_tokenizers_of_bundled_models_are_those_that_transformers_chooses(folder):
+    assert same(folder) != "no tokenizer"
+
+
 def test_the_class_of_the_models_configuration_is_not_imported():
     code = (
         "import sys; from flexbatch.models.resolve import DEMO, load_tokenizer; load_tokenizer(DEMO); "
         "import flexbatch.engine; "
-        "print([name for name in ('transformers.models.llama', 'accelerate', 'scipy.optimize') if name in sys.modules])"
+        "heavy = ('transformers.models', 'accelerate', 'scipy.optimize', 'torch._dynamo', 'torch._inductor', 'datasets', "
+        "'pyarrow', 'pandas', 'flexbatch.calibrate.host', 'flexbatch.calibrate.kernels'); "
+        "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]", done.stdout
