@@ -201,3 +201,22 @@ def test_steps_are_no_shorter_than_a_product_of_tensor_cores():
             GatedActivation(),
             launch=SMALL,
         )
+
+
+@pytest.mark.parametrize("form", ["16 bits", "mxfp4"])
+def test_a_token_that_is_no_number_spoils_no_other(form, device):
+    """Though it shares experts, and tiles, with all of them; and one that goes to an expert nobody else has."""
+    gate_up, down = (stack(FORMS[form], rows, 32, torch.float32, seed) for rows, seed in ((64, 1), (32, 2)))
+    x, (chosen, shares) = torch.randn(18, 32), routed("some", 18, 3)
+    tables = [stacks_of(scattered(each, [3, 4], device)) for each in (gate_up, down)]
+    launch = replace(SMALL, step=64) if form == "16 bits" else SMALL
+    found = []
+    for spoilt in (False, True):
+        if spoilt:
+            x[5], x[11] = torch.nan, torch.inf
+            chosen[11, 0] = 0
+        given = (each.to(device) for each in (x, chosen, shares))
+        found.append(expert_products.expert_mlp(*given, *tables, GatedActivation(), launch=launch).cpu())
+    others = [index for index in range(18) if index not in (5, 11)]
+    assert torch.equal(found[0][others], found[1][others]) and found[1][others].isfinite().all()
+    assert not found[1][[5, 11]].isfinite().all(1).any()

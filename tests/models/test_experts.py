@@ -72,6 +72,37 @@ def test_groups_outside_the_best_are_never_chosen_from():
     assert chosen.tolist() == [[0, 1, 2]]
 
 
+ROUTERS = {
+    "softmax": {"normalize": True},
+    "softmax_of_chosen": {},
+    "sigmoid": {},
+    "sigmoid, corrected, in groups": {"scoring": "sigmoid", "correction": True, "groups": 2, "top_groups": 1, "top_k": 2},
+    "sparsemixer": {"top_k": 2, "margin": 0.02},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scoring", ROUTERS)
+def test_scores_that_are_no_numbers_choose_experts_that_there_are(scoring, dtype):
+    """Unlike ones: a kernel finds their matrices by these numbers. The other tokens choose as if alone, and an expert
+    whose score is minus infinity is left out while there are others."""
+    fields = {"count": 6, "top_k": 3, "width": 4, "scoring": scoring.partition(",")[0], **ROUTERS[scoring]}
+    weights = {"router.weight": torch.eye(6, dtype=dtype), "router.correction": torch.zeros(6)}
+    scores = torch.randn(7, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+    alone = route(Experts(**fields), weights, scores)
+    scores[1], scores[3], scores[5] = torch.nan, torch.inf, -torch.inf
+    scores[2, 4] = torch.nan
+    chosen, shares = route(Experts(**fields), weights, scores)
+    assert all(len(set(row)) == len(row) and set(row) <= set(range(6)) for row in chosen.tolist())
+    for before, after in zip(alone, (chosen, shares), strict=True):
+        assert torch.equal(before[[0, 4, 6]], after[[0, 4, 6]])
+    # A product with an identity makes NaN of infinities: here they come as a bias.
+    bias = torch.zeros(6, dtype=dtype)
+    bias[2] = -torch.inf
+    chosen, shares = route(Experts(**fields, router_bias=True), weights | {"router.bias": bias}, scores[[0, 4, 6]])
+    assert (chosen != 2).all() and shares.isfinite().all()
+
+
 def test_routers_that_want_float32_keep_it(tmp_path):
     make_model("glm4_moe", tmp_path, tokenizer=False)
     arch = checkpoint.read_arch(tmp_path)
