@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexbatch.policy.admission import CacheSizes, num_pages
+from flexbatch.policy.in_flight import MicroBatch, Reading
 from flexbatch.policy.limits import PAGE_TOKENS
 from flexbatch.policy.policy import Policy
-from flexbatch.policy.walk import MicroBatch, Reading, Walker
+from flexbatch.policy.walk import Walker
 from flexbatch.policy.workload import RequestLengths
 
 
@@ -105,7 +106,7 @@ class PrefixWalker(Walker):
         return sum(each in self.shared[tier].holders for each in shared)
 
     def admit(self) -> None:
-        self.make_room()
+        self.evict_displaced()
         super().admit()
 
     def count(self, reading: Reading, sign: int) -> None:
@@ -120,9 +121,9 @@ class PrefixWalker(Walker):
         pages.share(shared)
         self.held[reading] = Held(shared, pages.enter(reading.request.beginnings[len(shared) :]))
         reading.uncached -= PAGE_TOKENS * len(shared)
-        self.make_room(reading.tier)
+        self.evict_displaced(reading.tier)
 
-    def make_room(self, *tiers: str) -> None:
+    def evict_displaced(self, *tiers: str) -> None:
         """Evict what the pages that were taken until now leave no room for. Nothing is, as long as all that are
         reserved leave it."""
         for tier in tiers or self.allowed:
@@ -151,7 +152,7 @@ class PrefixWalker(Walker):
     def commit(self, complete: list[Reading]) -> None:
         """Sequences are released in the order of the scheduler: pages are evicted in that order. First go those that
         decode."""
-        self.make_room()
+        self.evict_displaced()
         for each in sorted(self.joining, key=lambda each: each.admitted):
             self.entries[each] = len(self.order)
             self.order.append(each)

@@ -13,6 +13,7 @@ from flexbatch.policy import admission
 from flexbatch.policy.admission import CacheSizes
 from flexbatch.policy.balancer import TierBalancer
 from flexbatch.policy.expected_pages import ExpectedPages
+from flexbatch.policy.in_flight import MicroBatch, Reading
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.policy import TIERS, Policy
 from flexbatch.policy.workload import RequestLengths
@@ -44,33 +45,6 @@ class Walk:
         return (np.arange(len(self.counts)) >= last) & (self.in_flight < self.in_flight.max())
 
 
-class MicroBatch:
-    """The sequences of one micro-batch: prompts that are being read in the order of admission, and how many decode."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.reading: list[Reading] = []
-        """With several tokens to read."""
-        self.single: list[Reading] = []
-        """With one prompt token to read, which rides along as a decode token does."""
-        self.decoding = 0
-
-
-@dataclass(eq=False)
-class Reading:
-    """A sequence whose prompt is being read."""
-
-    request: RequestLengths
-    tier: str
-    micro_batch: MicroBatch
-    uncached: int
-    pages: int
-    """Reserved for it."""
-    admitted: int = 0
-    began: int | None = None
-    """The pass in which its first token came."""
-
-
 class Walker:
     """Block, pools and requests of one walk; `step` is a pass, or a run of alike ones."""
 
@@ -98,6 +72,10 @@ class Walker:
         """Of the whole block: sequences that decode, and the tokens that these attend to."""
         self.allowed = admission.allowed_tiers(policy.cache)
         self.balancer = TierBalancer(policy.cache)
+        self.on_one_tier = len(self.allowed) == 1
+        self.emptiest_first = [(0, index) for index in range(policy.num_gpu_batches)]
+        """Where all are on one tier: a heap of (sequences, micro-batch), which keeps counts that hold no more. A search
+        walks blocks of many micro-batches often."""
         self.free = {tier: sizes.pages(tier) for tier in self.allowed} if sizes else {}
         self.free_windows = sizes.quotas if sizes else {}
         """Of layers that keep only their window."""
@@ -119,6 +97,11 @@ class Walker:
                 self.waiting.popleft()  # refused
                 continue
             pages = self.pages_of(request)
+            if self.on_one_tier and self.is_open(first := self.emptiest(), pages):
+                if not self.has_pages(tier := self.allowed[0], request, pages):
+                    return
+                self.enter(self.waiting.popleft(), tier, [first], pages)
+                continue
             open_batches = {
                 tier: batches
                 for tier in self.allowed
@@ -155,6 +138,18 @@ class Walker:
             self.occupied, self.staged, "gpu" if self.sizes is None else tier, pages, batch_size, staging
         )
 
+    def is_open(self, micro_batch: int, pages: int) -> bool:
+        """Whether a micro-batch of one tier with a free slot has staging for so many pages more."""
+        if self.sizes is None or self.allowed[0] == "gpu":
+            return True
+        return self.staged[micro_batch] + pages <= self.sizes.staging_pages
+
+    def emptiest(self) -> int:
+        """The first of the micro-batches with the fewest sequences."""
+        while (first := self.emptiest_first[0])[0] != self.occupied[first[1]]:
+            heapq.heappop(self.emptiest_first)
+        return first[1]
+
     def enter(self, request: RequestLengths, tier: str, open_batches: list[int], pages: int) -> None:
         batch = self.batches[admission.emptiest(open_batches, self.of_tier[tier], self.occupied)]
         self.num_admitted += 1
@@ -168,6 +163,8 @@ class Walker:
         self.num_running += sign
         self.occupied[index] += sign
         self.of_tier[tier][index] += sign
+        if self.on_one_tier:
+            heapq.heappush(self.emptiest_first, (self.occupied[index], index))
         self.balancer.place(tier, sign)
         if self.sizes is None:
             return
