@@ -241,7 +241,7 @@ class Planner:
         if self.config.percent is not None or kind in self._settled or nothing_travels:
             return None
         problem = self._problem(job, bits=before.policy)
-        if kept is None or could_gain(problem, self.hardware, kept):
+        if kept is None or could_gain(problem, self.hardware, kept, self.search_seconds):
             with contextlib.suppress(DoesNotFitError):
                 choice = self._chosen(problem, job)
                 weight_plan = self.deployment.weight_plan(choice.policy)
