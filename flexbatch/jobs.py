@@ -146,7 +146,7 @@ def describe(loop: EngineLoop) -> dict[str, Any]:
     """What all runs measured, the last job, plan and run beside each other, and what drafts were worth."""
     report: dict[str, Any] = {**loop.statistics.describe(), "answer_lengths": loop.lengths.report()}
     if loop.job_record is not None:
-        report["job"] = loop.job_record.describe(loop.planner.known_hardware)
+        report["job"] = loop.job_record.describe(loop.planner.machine.known)
     if loop.prediction:
         replans = {"replans": list(loop.replans), "num_replans": len(loop.replans)}
         report["prediction"] = {**loop.prediction, **replans}

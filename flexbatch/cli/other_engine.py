@@ -144,7 +144,7 @@ class OtherEngine(LLM):
         """Plan as rank 0 does: by the same rates, and with the bits that it has chosen."""
         planner = self.planner
         if plan.hardware is not None:
-            planner.recalibrate(plan.hardware)
+            planner.machine.recalibrate(plan.hardware)
         if planner.config.allow_bits:
             config = dataclasses.replace(
                 planner.config,

@@ -193,9 +193,9 @@ class PlanMonitor(RunObserver):
         seconds = self.statistics.seconds - self.seconds
         rate = (self.statistics.generated_tokens - self.generated_tokens) / seconds if seconds else 0.0
         self.prediction = self.meter.report(rate)
-        path = self.planner.profile_path
+        path = self.planner.machine.profile_path
         if path is not None and self.meter.passes:
-            self.planner.recalibrate(self.meter.recalibrated(self.planner.hardware))
+            self.planner.machine.recalibrate(self.meter.recalibrated(self.planner.hardware))
             logger.info("recalibrated the machine's profile by %d passes -> %s", self.meter.passes, path)
 
 

@@ -226,7 +226,7 @@ class OtherEngines:
 
 def run_plan(capacity: Capacity, job: Job, exactly: bool) -> messages.RunPlan:
     planner = capacity.planner
-    return messages.RunPlan(job, exactly, planner.known_hardware, planner.engine_plan.policy)
+    return messages.RunPlan(job, exactly, planner.machine.known, planner.engine_plan.policy)
 
 
 def line_of(others: OtherEngines | None, given: WaitingLine | None) -> WaitingLine:

@@ -11,8 +11,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from flexbatch.calibrate import machine
-from flexbatch.calibrate.profile_file import write_hardware
 from flexbatch.config import EngineConfig
 from flexbatch.execution.job import Job
 from flexbatch.memory.tiers import MemoryRequirement, check_budgets
@@ -27,11 +25,11 @@ from flexbatch.planner.deploy import deploy, refuse_adapters
 from flexbatch.planner.engine_plan import EnginePlan, described
 from flexbatch.planner.learned import LEAST_GAIN, faster, is_faster, resized, search_pays
 from flexbatch.planner.placements import baseline_policy, fallbacks, overshoot
+from flexbatch.planner.planned_machine import PlannedMachine
 from flexbatch.planner.problem import Problem
 from flexbatch.planner.relocation import Kind, Relocation, could_gain, fits_while_moving, kind_of
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.policy import Policy
-from flexbatch.policy.shared_host import shared_by
 from flexbatch.text.prompts import PromptEncoder
 from flexbatch.validation.devices import named_machine
 from flexbatch.validation.errors import DoesNotFitError
@@ -43,8 +41,8 @@ ANSWER_SHARES = (1.0, 0.5, 0.25, 0.125, 0.0)
 
 
 class Planner:
-    """Owns the machine's rates and the latest `EnginePlan`. Plans follow the jobs; the weights go where the first
-    one has them, and move only for one that gains by it.
+    """Owns the latest `EnginePlan`, and the machine that it is made for. Plans follow the jobs; the weights go where
+    the first one has them, and move only for one that gains by it.
 
     With ``dry`` nothing is measured, and a named machine (--hardware) with the default device is planned for as it
     is described; ``hardware`` is such a machine that no name stands for. ``model``: the configured one, where it is
@@ -68,10 +66,9 @@ class Planner:
         named = hardware or named_machine(config.hardware)
         elsewhere = named if dry and config.device == "auto" else None
         self.deployment = deploy(config, model, elsewhere, dry, channel, group)
-        model, device = self.deployment.model, self.deployment.device
-        self._hardware, self.offload_dir = named and self._of_a_rank(named), budgets.offload_dir(config)
-        profile = partial(machine.profile_path, config.hardware, device, self.offload_dir)
-        self.profile_path = profile(machine.default_profile_dir()) if config.recalibrate else None
+        model = self.deployment.model
+        self.offload_dir = budgets.offload_dir(config)
+        self.machine = PlannedMachine(config, self.deployment, self.offload_dir, named, dry)
         self.encoder = PromptEncoder(model.tokenizer, max_context=model.arch.context, vocab_size=model.arch.vocab_size)
         self._shortest_refused = sys.maxsize
         """Token rows of the shortest request that no policy was found to hold."""
@@ -118,21 +115,7 @@ class Planner:
     @property
     def hardware(self) -> Hardware:
         """The machine that plans are made for; measured at first use."""
-        if self._hardware is None:
-            key = self.deployment.device, self.offload_dir, machine.default_profile_dir(), not self.dry
-            self._hardware = self._of_a_rank(machine.this_machine(*key, self.deployment.local_ranks))
-        return self._hardware
-
-    def _of_a_rank(self, found: Hardware) -> Hardware:
-        return shared_by(found, self.deployment.local_ranks, self.config.tensor_parallel_size)
-
-    @property
-    def known_hardware(self) -> Hardware | None:
-        """The machine as far as it is known without measuring anything."""
-        if self._hardware is not None:
-            return self._hardware
-        found = machine.known_machine(self.deployment.device, self.offload_dir, machine.default_profile_dir())
-        return found and self._of_a_rank(found)
+        return self.machine.hardware
 
     def adopt(self, loras: AdapterSet) -> None:
         """Plan with more adapters from now on: the next job brings them to their tiers."""
@@ -141,12 +124,6 @@ class Planner:
         self._settled.clear()
         self.placed = self.placed and self.placed.on(self.deployment)
         self._engine_plan = self._engine_plan and self._engine_plan.on(self.deployment)
-
-    def recalibrate(self, hardware: Hardware) -> None:
-        """Plan for the machine as runs have shown it, here and, with --recalibrate, in later processes."""
-        self._hardware = hardware
-        if self.profile_path is not None:
-            write_hardware(hardware, self.profile_path)
 
     def _decide_first(self, job: Job) -> EnginePlan:
         """Before any weights are placed: for this job nothing needs to be searched for once they are."""

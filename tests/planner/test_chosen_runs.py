@@ -98,7 +98,7 @@ def test_small_models_have_no_plan_and_say_nothing(reference, tmp_path):
     with open_tiny(model, tmp_path, gpu_memory="1GiB", cpu_memory="1GiB", hardware="auto") as llm:
         llm.generate(model.prompts[:2], GREEDY)
         assert llm.engine_plan.plan is None and "prediction" not in llm.report() and not tables.prediction(llm.report())
-        assert llm.planner._hardware is None
+        assert llm.planner.machine.found is None
 
 
 def test_a_later_job_is_decided_for_again_around_the_loaded_weights(reference, tmp_path, monkeypatch):
