@@ -165,7 +165,8 @@ class Walker:
         self.of_tier[tier][index] += sign
         if self.on_one_tier:
             heapq.heappush(self.emptiest_first, (self.occupied[index], index))
-        self.balancer.place(tier, sign)
+        else:
+            self.balancer.place(tier, sign)
         if self.sizes is None:
             return
         self.take(reading, *((0, reading.pages) if sign > 0 else (reading.pages, 0)))
