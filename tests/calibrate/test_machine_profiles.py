@@ -146,6 +146,7 @@ def test_a_profile_that_cannot_be_kept_is_used_all_the_same(tmp_path, measured, 
 
 def test_a_start_on_a_known_machine_measures_nothing(tmp_path, measured, monkeypatch):
     """Neither the machine as a whole nor a part of it, whoever of a run asks for its rates."""
+    monkeypatch.setattr("flexbatch.calibrate.machine.this_machine", this_machine)  # others are told of one
     monkeypatch.setattr("flexbatch.calibrate.machine.default_profile_dir", lambda: tmp_path)
     profile(tmp_path, load_hardware("cpu").to_json())
 
