@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from flexbatch.memory import staging
 from flexbatch.memory.staging import SMALL_BYTES, STAGED_BYTES, Staging
+from flexbatch.memory.tiers import HostArena
 
 
 def sources(folder: Path) -> list[Tensor]:
@@ -47,6 +49,30 @@ def test_copies_to_host_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     copied("cpu", tmp_path)
     monkeypatch.setattr(staging, "POPULATE_READ", 12345)  # a system that does not know it
     copied("cpu", tmp_path)
+
+
+def test_parts_go_by_turns_through_two_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As to a GPU, whose events and pinned memory are stood in for."""
+    recorded: list[int] = []
+
+    class Event:
+        def record(self) -> None:
+            recorded.append(id(self))
+
+        def synchronize(self) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(staging, "HostArena", lambda num_bytes, pinned: HostArena(num_bytes, pinned=False))
+    through = Staging(torch.device("cpu"))
+    for source in sources(tmp_path):
+        if source.is_contiguous():
+            target = torch.full(source.shape, 7.0, dtype=torch.bfloat16)
+            through._send(target, source)
+            assert torch.equal(target, source.bfloat16())
+    assert len(set(recorded)) == 2 < len(recorded)
+    assert all(first != second for first, second in pairwise(recorded))
+    through.close()
 
 
 @pytest.mark.gpu
