@@ -5,11 +5,12 @@
     python -m benchmark.gpu_busy --model qwen3-0.6b --lengths 20 60
     python -m benchmark.gpu_busy --model opt-6.7b --prompts 4 --lengths 512 512
 
-Random weights of a public shape, ragged prompts, by default of 20 to 400 tokens. The job runs three times: to warm up,
-timed, and with torch's profiler on some passes in the middle, of the GPU alone: recording the host as well would slow
-it down. ``busy`` is the share of those passes in which at least one kernel or copy ran; ``gaps`` are the waits between
-them, the longest first, each with the kernel before and after it. ``host`` are milliseconds a pass of the parts of a
-turn, of the timed run. Without a GPU the device is the CPU, and ``busy`` is left out.
+Random weights of a public shape, ragged prompts, by default of 20 to 400 tokens. The job runs three times, each with
+prompts of its own: to warm up, timed, and with torch's profiler on some passes in the middle, of the GPU alone:
+recording the host as well would slow it down. ``busy`` is the share of those passes in which at least one kernel or
+copy ran; ``gaps`` are the waits between them, the longest first, each with the kernel before and after it. ``host`` are
+milliseconds a pass of the parts of a turn, of the timed run. Without a GPU the device is the CPU, and ``busy`` is left
+out.
 """
 
 from __future__ import annotations
@@ -131,15 +132,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     dummy = not Path(args.model).is_dir() and args.model != "demo"
     with LLM(args.model, dummy_weights=dummy, **settings) as llm:
         lengths = [chance.randint(*args.lengths) for _ in range(args.prompts)]
-        prompts = [
-            {"prompt_token_ids": [chance.randrange(3, llm.arch.vocab_size) for _ in range(length)]}
-            for length in lengths
-        ]
-        llm.prepare(prompts, params)
-        llm.generate(prompts, params)
+
+        def prompts() -> list[dict[str, list[int]]]:
+            """Others every time: the cache keeps the pages of prompts that it has read, also after their job."""
+            vocab = llm.arch.vocab_size
+            return [{"prompt_token_ids": [chance.randrange(3, vocab) for _ in range(length)]} for length in lengths]
+
+        llm.prepare(prompts(), params)
+        llm.generate(prompts(), params)
+        job = prompts()
         with PartTimes(PARTS) as host:
             begun = time.perf_counter()
-            llm.generate(prompts, params)
+            llm.generate(job, params)
             seconds = time.perf_counter() - begun
         report = {
             "model": args.model,
@@ -156,9 +160,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "host": host.per_turn(),
         }
         if torch.cuda.is_available() and args.passes:
-            needed = host.turns // 3 + args.passes + 2  # nothing is profiled behind them
+            job, needed = prompts(), host.turns // 3 + args.passes + 2  # nothing is profiled behind them
             with Window(host.turns // 3, args.passes) as window:
-                llm.generate(prompts, dataclasses.replace(params, max_tokens=min(args.new_tokens, needed)))
+                llm.generate(job, dataclasses.replace(params, max_tokens=min(args.new_tokens, needed)))
             report["profiled"] = window.report()
     return report
 
