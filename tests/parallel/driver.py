@@ -32,6 +32,7 @@ from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.follower import Follower, follow_launched
 from flexbatch.planner.planner import Planner
 from flexbatch.planner.rank_commands import Leave
+from flexbatch.planner.requirements import Graphs
 from tests.execution.test_answer_lengths import ended
 from tests.execution.test_graphs import FakeGraph, Recorder
 
@@ -152,7 +153,7 @@ def generated(engine: dict[str, Any], channel: RankChannel | None = None) -> dic
 def recording(most: int, made: list[FakeGraph]) -> Iterator[None]:
     """Executors that record decode passes as those on GPUs do, in stand-ins for graphs. Rank 0 has it decided that
     there are so many; the others keep as many as they are told."""
-    begin, count = Executor.__init__, EnginePlan.num_graphs
+    begin, count = Executor.__init__, EnginePlan.graphs
     names = list(inspect.signature(begin).parameters)
 
     def with_graphs(self: Executor, *words: Any, **named: Any) -> None:
@@ -164,11 +165,11 @@ def recording(most: int, made: list[FakeGraph]) -> Iterator[None]:
         self.graphs = DecodeGraphs(self.device, *sizes, record, told["max_graphs"], ring=self.cache.ring)
 
     Executor.__init__ = with_graphs  # type: ignore[method-assign]
-    EnginePlan.num_graphs = lambda self, sizes: most  # type: ignore[method-assign]
+    EnginePlan.graphs = lambda self, sizes: Graphs(most)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Executor.__init__, EnginePlan.num_graphs = begin, count  # type: ignore[method-assign]
+        Executor.__init__, EnginePlan.graphs = begin, count  # type: ignore[method-assign]
 
 
 def failing_at(number: int) -> None:
