@@ -143,7 +143,11 @@ def measured(case: Case, gpu_gib: float, sizes: dict[str, int], more: dict[str, 
         names = ("plan", "prediction", "job", "policy", "percent", "memory", "peak_bytes", "moved_bytes", "passes")
         whole = dataclasses.asdict(llm._capacity.planner.hardware)
         prediction = report.get("prediction", {})
-        predicted = prediction.get("predicted_tokens_per_second")
+        # A plan is for one of several engines, of which all have a like part of the job.
+        engines = sizes.get("data_parallel_size", 1)
+        predicted, bound = (
+            engines * prediction.get(f"{what}_tokens_per_second", 0.0) or None for what in ("predicted", "bound")
+        )
         found = {
             "open_seconds": opened - began,
             "load_seconds": loaded - opened,
@@ -152,7 +156,7 @@ def measured(case: Case, gpu_gib: float, sizes: dict[str, int], more: dict[str, 
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "predicted_tokens_per_second": predicted,
-            "bound_tokens_per_second": prediction.get("bound_tokens_per_second"),
+            "bound_tokens_per_second": bound,
             "measured_over_predicted": tokens / seconds / predicted if predicted else None,
             "predicted_job_seconds": report.get("job", {}).get("predicted_seconds"),
             "first_tokens": " ".join(str(answer.token_ids[0]) for answer in answers),

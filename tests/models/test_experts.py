@@ -76,7 +76,13 @@ ROUTERS = {
     "softmax": {"normalize": True},
     "softmax_of_chosen": {},
     "sigmoid": {},
-    "sigmoid, corrected, in groups": {"scoring": "sigmoid", "correction": True, "groups": 2, "top_groups": 1, "top_k": 2},
+    "sigmoid, corrected, in groups": {
+        "scoring": "sigmoid",
+        "correction": True,
+        "groups": 2,
+        "top_groups": 1,
+        "top_k": 2,
+    },
     "sparsemixer": {"top_k": 2, "margin": 0.02},
 }
 
