@@ -1,4 +1,4 @@
-"""A matrix in codes that few tokens are multiplied with as it is stored."""
+"""A matrix in codes that tokens are multiplied with as it is stored."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexbatch.kernels import reference
+
+BLOCK = 32
+"""Codes that processors unpack together."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,11 @@ class CodedMatrix:
         return F.linear(x, dense, bias)
 
 
-def multiplied(bits: int, group: int, columns: int, element_bytes: int) -> bool:
+def multiplied(bits: int, group: int, columns: int, element_bytes: int, device: str = "cuda") -> bool:
     """Whether `coded_linear` reads such a matrix: rows of whole groups, these of a power of two, with parameters of 16
-    bits."""
-    whole = group & (group - 1) == 0 and columns % group == 0 and 16 <= group <= 256
-    return bits in (4, 8) and whole and element_bytes == 2
+    bits; or `native_coded`, on the "cpu": rows of whole groups, these of whole blocks."""
+    if bits not in (4, 8) or columns % group:
+        return False
+    if device == "cpu":
+        return group % BLOCK == 0
+    return group & (group - 1) == 0 and 16 <= group <= 256 and element_bytes == 2

@@ -36,6 +36,10 @@ SOURCES = (
     "native_append.c",
     "native_experts.c",
     "native_quant.c",
+    "native_coded.h",
+    "native_coded_tiles.h",
+    "native_coded.c",
+    "native_coded_tiles.c",
 )
 # Infinities and NaN keep their meaning (masked scores are -inf): of -ffast-math only the harmless parts.
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
@@ -80,6 +84,26 @@ class _Attention(ctypes.Structure):
         ),
         *((name, ctypes.c_float) for name in ("scale", "soft_cap", "alibi_scale")),
     ]
+
+
+Signatures = dict[str, tuple[type | None, tuple[Any, ...]]]
+_POINTER, _NUMBER, _CACHE = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(Cache)
+CODED: Signatures = {
+    "flexbatch_has_tiles": (_NUMBER, ()),
+    "flexbatch_coded_bytes": (_NUMBER, (_POINTER,)),
+    "flexbatch_coded_linear": (None, (_POINTER,) * 2),
+}
+SIGNATURES: Signatures = {
+    "flexbatch_attention_bytes": (_NUMBER, (ctypes.POINTER(_Attention),)),
+    "flexbatch_paged_attention": (None, (ctypes.POINTER(_Attention), _POINTER)),
+    "flexbatch_experts_bytes": (_NUMBER, (_POINTER,)),
+    "flexbatch_expert_rows": (None, (_POINTER,) * 2),
+    "flexbatch_append_rows": (None, (_CACHE, *(_POINTER,) * 3, *(_NUMBER,) * 4)),
+    "flexbatch_expand_weights": (None, (_CACHE, *(_POINTER,) * 3, *(_NUMBER,) * 2)),
+    "flexbatch_fit_weights": (None, (_CACHE, *(_POINTER,) * 3, _NUMBER, _POINTER, *(_NUMBER,) * 3)),
+    **CODED,
+}
+"""Of every function its result and its arguments."""
 
 
 def _processor() -> str:
@@ -181,25 +205,14 @@ def library(cache_folder: Path | None = None) -> ctypes.CDLL | None:
     except (BuildError, OSError) as error:
         warnings.warn(f"CPU attention runs in plain torch, several times slower: {error}", RuntimeWarning, stacklevel=2)
         return None
-    loaded.flexbatch_attention_bytes.argtypes = [ctypes.POINTER(_Attention)]
-    loaded.flexbatch_attention_bytes.restype = ctypes.c_int64
-    loaded.flexbatch_paged_attention.argtypes = [ctypes.POINTER(_Attention), ctypes.c_void_p]
-    loaded.flexbatch_paged_attention.restype = None
-    loaded.flexbatch_experts_bytes.argtypes = [ctypes.c_void_p]
-    loaded.flexbatch_experts_bytes.restype = ctypes.c_int64
-    loaded.flexbatch_expert_rows.argtypes = [ctypes.c_void_p] * 2
-    loaded.flexbatch_expert_rows.restype = None
-    loaded.flexbatch_append_rows.argtypes = [ctypes.POINTER(Cache), *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 4]
-    loaded.flexbatch_expand_weights.argtypes = [ctypes.POINTER(Cache), *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2]
-    loaded.flexbatch_expand_weights.restype = None
-    loaded.flexbatch_fit_weights.argtypes = [
-        ctypes.POINTER(Cache),
-        *[ctypes.c_void_p] * 3,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-        *[ctypes.c_int64] * 3,
-    ]
-    loaded.flexbatch_fit_weights.restype = None
+    return declared(loaded, SIGNATURES)
+
+
+def declared(loaded: ctypes.CDLL, signatures: Signatures) -> ctypes.CDLL:
+    """The library, its functions' arguments and results made known."""
+    for name, (result, arguments) in signatures.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, list(arguments)
     return loaded
 
 

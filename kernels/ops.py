@@ -21,6 +21,7 @@ from flexbatch.kernels import (
     low_rank_reference,
     mxfp4_reference,
     native,
+    native_coded,
     native_experts,
     native_quant,
     reference,
@@ -131,6 +132,9 @@ def linear(x: Tensor, matrix: Tensor | coded_matrix.CodedMatrix, bias: Tensor | 
         from flexbatch.kernels import coded_linear
 
         return coded_linear.coded_linear(x, matrix, bias)
+    form = matrix.bits, matrix.group, matrix.columns, x.element_size(), "cpu"
+    if _compiled(x.dtype) and coded_matrix.multiplied(*form):
+        return native_coded.linear(x, matrix, bias)
     return matrix.linear(x, bias)
 
 

@@ -1,5 +1,5 @@
-"""What it takes to multiply with quantized weights: they are expanded to 16 bits first, or, for a few tokens on a GPU,
-read as they are."""
+"""What it takes to multiply with quantized weights: they are expanded to 16 bits first, or read as they are, for a few
+tokens on a GPU, and on a processor that was measured at it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,20 @@ TWICE_TOKENS = 64
 
 
 def in_codes(hardware: Hardware, policy: Policy, tokens: np.ndarray) -> np.ndarray:
-    """For passes of so many tokens: whether they are multiplied with weights in codes."""
+    """For passes of so many tokens: whether they are multiplied with weights in codes. What was measured on a processor
+    has in it what is expanded for many tokens."""
+    if hardware.device == "cpu":
+        return np.full(np.shape(tokens), hardware.coded(policy.weight_bits) is not None)
     few = np.asarray(tokens) / policy.num_gpu_batches <= CODED_TOKENS
-    return few & (hardware.device == "cuda" and policy.weight_bits != 16)
+    return few & (policy.weight_bits != 16)
 
 
-def coded_seconds(hardware: Hardware, stored_bytes: float, tokens: np.ndarray) -> np.ndarray:
+def coded_seconds(
+    hardware: Hardware, bits: int, elements: float, stored_bytes: float, tokens: np.ndarray
+) -> np.ndarray:
     """So many ``tokens`` of one micro-batch times matrices in codes."""
+    if hardware.device == "cpu":
+        return hardware.gemm_seconds(elements, tokens, weight_bits=bits)
     return stored_bytes / (CODED_RATE * hardware.gpu_bandwidth) * (1 + np.asarray(tokens) / TWICE_TOKENS)
 
 
@@ -32,8 +39,8 @@ def expanded_bytes(
     shape: ModelShape, hardware: Hardware, policy: Policy, tokens: np.ndarray, kind: str
 ) -> float | np.ndarray:
     """Read and written to expand a layer ("layer", or "dense": one without experts) for passes of so many tokens; 0 for
-    16 bits, for the head, for experts, which are expanded in registers, and for the few tokens that a GPU multiplies
-    with codes."""
+    16 bits, for the head, for experts, which are expanded in registers, and for tokens that are multiplied with
+    codes."""
     bits = policy.weight_bits
     stored = {"layer": shape.block_bytes, "dense": shape.dense_bytes}.get(kind)
     if stored is None or bits == 16:

@@ -125,6 +125,10 @@ class Hardware:
     cpu_experts_8: Curve | None = None
     cpu_experts_4: Curve | None = None
     """The same for 8 and 4 bits, bytes as they are stored. MXFP4 is as fast as other 4 bits, within a tenth."""
+    coded_8: Curve | None = None
+    coded_4: Curve | None = None
+    """FLOP/s of a processor with weights of 8 and 4 bits, against tokens, expansion included where there is any; None:
+    they are expanded, and multiplied as those of 16 bits."""
     gpu_reserved_bytes: int = 0
     """Not for the pools: context, libraries' workspaces, fragmentation."""
     cpu_reserved_bytes: int = 0
@@ -159,14 +163,18 @@ class Hardware:
         """`attention_expand`, or the stand-in where it was not measured."""
         return self.attention_expand or 2 * self.attention_decode
 
-    def gemm_seconds(self, elements: float, tokens: float | np.ndarray, element_bytes: int = 2) -> np.ndarray:
-        """Time to multiply ``tokens`` rows with weights of ``elements``. Time, not rate, is interpolated, so that it
-        never falls with tokens.
+    def coded(self, weight_bits: int) -> Curve | None:
+        """FLOP/s of products with quantized weights against tokens, where they are not expanded for a pass."""
+        return {8: self.coded_8, 4: self.coded_4}.get(weight_bits)
 
-        One token costs a read of the weights; ``tokens`` may be an array.
-        """
-        points = np.asarray(self.gemm.points)
-        seconds = np.maximum.accumulate(2 * points / np.asarray(self.gemm.values))
+    def gemm_seconds(
+        self, elements: float, tokens: float | np.ndarray, element_bytes: int = 2, weight_bits: int = 16
+    ) -> np.ndarray:
+        """Time to multiply ``tokens`` rows with weights of ``elements``. Time, not rate, is interpolated, so that it
+        never falls with tokens. One token costs a read of the weights; ``tokens`` may be an array."""
+        curve = self.coded(weight_bits) or self.gemm
+        points = np.asarray(curve.points)
+        seconds = np.maximum.accumulate(2 * points / np.asarray(curve.values))
         first = min(element_bytes / self.gpu_bandwidth, seconds[0])
         if points[0] > 1:
             points, seconds = np.r_[1.0, points], np.r_[first, seconds]

@@ -219,11 +219,10 @@ class PassStages:
             self.batches * shape.weight_bytes(elements, 16) + expanded,
         )
         if kind != "head":
-            stored, coded = (
-                shape.weight_bytes(elements, self.policy.weight_bits),
-                in_codes(hardware, self.policy, tokens),
-            )
-            seconds = np.where(coded, self.batches * coded_seconds(hardware, stored, each), seconds)
+            bits = self.policy.weight_bits
+            stored, coded = shape.weight_bytes(elements, bits), in_codes(hardware, self.policy, tokens)
+            in_turn = self.batches * coded_seconds(hardware, bits, elements, stored, each)
+            seconds = np.where(coded, in_turn, seconds)
             moved = np.where(coded, self.batches * stored, moved)
         return seconds, 2.0 * elements * tokens, moved
 

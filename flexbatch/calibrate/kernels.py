@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexbatch.calibrate.coded import coded_curves
 from flexbatch.calibrate.compiling import compile_ahead, small_pass_calls
 from flexbatch.calibrate.experts import expert_curves, repeated
 from flexbatch.calibrate.fits import fit_curve
@@ -254,6 +255,9 @@ def kernel_rates(device: str, phases: Phases | None = None) -> dict[str, Any]:
         with phases.of("attention on the CPU"):
             rates |= cpu_attention_rates(dev, dtype)
         rates |= host_rates(dev, phases)
+        if dev.type == "cpu":
+            with phases.of("products with quantized weights"):
+                rates |= coded_curves(dtype)
         if native.library() is not None:
             with phases.of("experts on the CPU"):
                 rates |= expert_curves(dev, dtype)

@@ -53,12 +53,11 @@ class PlacedTensor:
     def quantized(self) -> bool:
         return self.bits != 16
 
-    @property
-    def multiplied(self) -> bool:
-        """Whether a few tokens can be multiplied with the codes."""
+    def multiplied(self, device: str) -> bool:
+        """Whether "cuda" or the "cpu" can multiply tokens with the codes."""
         if self.floats or self.spec.role in ABSORBED_ROLES or self.spec.role.startswith("experts."):
             return False
-        return multiplied(self.bits, self.group, self.spec.shape[1], self.element_bytes)
+        return multiplied(self.bits, self.group, self.spec.shape[1], self.element_bytes, device)
 
     @property
     def codes_shape(self) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexbatch.kernels import native_coded
 from flexbatch.kernels.coded_matrix import CodedMatrix
 from flexbatch.kernels.expert_codes import ExpertStacks
 from flexbatch.memory.cpu_experts import CpuExperts, LeftOut, Ranges, cut
@@ -37,7 +38,8 @@ class WeightStore:
         self.plan, self.tiers, self.queues, self.dtype = plan, tiers, queues, dtype
         self.device = queues.device
         self.staged = self.device.type == "cuda" if staged is None else staged
-        self.coded_tokens = CODED_TOKENS if self.device.type == "cuda" else 0
+        self.coded_tokens = CODED_TOKENS if self.device.type == "cuda" else native_coded.most_tokens(dtype)
+        """Tokens that are multiplied with quantized matrices as they are stored, at most."""
         self.tensors = WeightTensors(plan, tiers, self.device, dtype)
         self.views, self.files, self.cpu_slabs = self.tensors.views, self.tensors.files, self.tensors.cpu_slabs
         self.open_buffers()
@@ -183,7 +185,7 @@ class WeightStore:
 
     def weights(self, layer: int, stage: str, tokens: int) -> dict[str, Any]:
         """Role -> tensor of a layer, ready for the compute stream; quantized ones of ``stage`` ("pre" or "post": up to
-        attention or after it) as they are for a few ``tokens`` on a GPU, else dequantized, once in a pass."""
+        attention or after it) as they are for few enough ``tokens``, else dequantized, once in a pass."""
         if (ready := self.ready.get(layer)) is None:
             ready = self.ready[layer] = self.collect(layer)
         if self.dequantization.lacks(layer, stage):
@@ -197,7 +199,7 @@ class WeightStore:
     def coded(self, layer: int, stage: str) -> dict[str, CodedMatrix]:
         """The quantized matrices of a stage of a layer as they are stored; none unless all can be multiplied so."""
         placed, lease = self.plan.expanded(layer, stage), self.leases.get(layer)
-        fits = all(each.multiplied for each in placed)
+        fits = all(each.multiplied(self.device.type) for each in placed)
         return {each.spec.role: self.compute_view(each, layer, lease).coded for each in placed if fits}
 
     def experts(self, layer: int) -> tuple[ExpertStacks, ExpertStacks] | None:

@@ -124,11 +124,11 @@ def test_embedding_rows_are_gathered_where_the_table_lives(split: Split, tied: b
 def test_a_few_tokens_get_codes(bits: int) -> None:
     """Where they lie, in a slab or not, until more tokens have had the stage expanded. What has rows of no whole groups
     is expanded for one token too, with its stage."""
-    wide = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
-    few = torch.randn(3, 32, generator=torch.Generator().manual_seed(1)).to(torch.float16)
+    wide = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    few = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).to(torch.float16)
     for changes, coded in ((wide, {"pre", "post"}), (wide | {"intermediate_size": 40}, {"pre"})):
         arch = tiny_arch(2, **changes)
-        with open_store(arch, Split(0.4, 0.6), bits, group=16, dtype=torch.float16) as (store, _):
+        with open_store(arch, Split(0.4, 0.6), bits, group=32, dtype=torch.float16) as (store, _):
             store.coded_tokens = 64
             for layer in range(2):
                 store.fetch_rest(layer, 1)
@@ -137,7 +137,7 @@ def test_a_few_tokens_get_codes(bits: int) -> None:
                     assert isinstance(matrix, CodedMatrix) == (stage in coded)
                     assert store.weights(layer, stage, 64)["attn_norm.weight"].dim() == 1
                     dense = store.weights(layer, stage, 65)[role]
-                    assert torch.equal(ops.linear(few, matrix), few @ dense.T)
+                    torch.testing.assert_close(ops.linear(few, matrix), few @ dense.T, rtol=2e-3, atol=1e-2)
                     assert store.weights(layer, stage, 1)[role] is dense
                 store.release(layer, READY)
 

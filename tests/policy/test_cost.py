@@ -255,6 +255,27 @@ def test_a_few_tokens_are_multiplied_with_codes():
     assert seconds(slow, 64) - seconds(fast, 64) == pytest.approx(expansion, rel=1e-3)
 
 
+def test_products_with_codes_cost_what_was_measured():
+    """On a processor with such curves: no expansion, their rates, and the bytes of the codes; the head as before."""
+    shape, curve = public_shape("opt-6.7b"), Curve((1.0, 64.0), (2e10, 4e10))
+    plain = dataclasses.replace(small(expand=1e9), device="cpu")
+    measured = dataclasses.replace(plain, coded_4=curve, gemm=Curve((1.0,), (1e15,)), gpu_bandwidth=1e15)
+
+    def seconds(hardware: Hardware, bits: int, tokens: int = 64) -> dict[str, float]:
+        policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), tokens, 2, weight_bits=bits)
+        model = PassModel(shape, hardware, policy, PassLoad.decode(2 * tokens, 1))
+        return {name: float(value) for name, value in model.resource_seconds(point_of(policy)).items()}
+
+    products = 2 * 32 * shape.block_elements  # of a token of each of the two micro-batches
+    for tokens, rate in ((64, 4e10), (1, 2e10), (128, 4e10)):
+        took = seconds(measured, 4, tokens)["gpu_compute"] - seconds(measured, 16, tokens)["gpu_compute"]
+        assert took == pytest.approx(2 * tokens * products / rate, rel=0.01)
+    assert seconds(measured, 8)["gpu_compute"] > 32 * shape.block_bytes(16) / 1e9, "8 bits were not measured"
+    slow = dataclasses.replace(measured, gpu_bandwidth=1e9)
+    saved = seconds(slow, 16)["gpu_memory"] - seconds(slow, 4)["gpu_memory"]
+    assert saved == pytest.approx(2 * 32 * (shape.block_bytes(16) - shape.block_bytes(4)) / 1e9, rel=0.01)
+
+
 def test_a_sequence_costs_the_host_once_more_when_its_prompt_is_read():
     policy = Policy(Split(0, 1), Split(1, 0), Split(1, 0), 8, 3)
     shape = public_shape("opt-6.7b")
