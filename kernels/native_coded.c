@@ -84,8 +84,10 @@ void few_tokens(const coded_t *c, int bits, int64_t row, int count_rows, int64_t
         for (int r = 0; r < count_rows; r++) m[r] = meaning_of(pairs + (r * groups + g) * 2, bits);
         for (int64_t i = g * c->group; i < (g + 1) * c->group; i += 2 * LANES)
             for (int r = 0; r < count_rows; r++) {
+                const uint8_t *from = codes + r * bytes + i * bits / 8;
                 vec first, second;
-                numbers(codes + r * bytes + i * bits / 8, bits, m[r], &first, &second);
+                __builtin_prefetch(from + count_rows * bytes); /* of the rows that come next */
+                numbers(from, bits, m[r], &first, &second);
                 for (int t = 0; t < tokens; t++) {
                     sum[r][t] += first * load(x + t * c->columns + i);
                     if (tokens == 1) other[r] += second * load(x + i + LANES);

@@ -75,13 +75,15 @@ typedef struct {
     char *to;
 } ahead_t;
 
-/* The next `step` rows. What follows in memory comes nearer. */
+/* The next `step` rows. What follows in the row, and the same piece of the next strip, come nearer. */
 static inline __attribute__((always_inline)) void expand_some(const coded_t *c, int bits, ahead_t *a) {
     const int64_t end = a->next + a->step < ROWS ? a->next + a->step : ROWS;
     for (; a->next < end; a->next++) {
         const uint8_t *codes = c->codes + stored_row(c, a->row + a->next) * row_codes(c)
             + a->block * BLOCK_OF_CODES * bits / 8;
-        __builtin_prefetch(codes + 128, 0, 2);
+        __builtin_prefetch(codes + UNIT, 0, 2);
+        for (int64_t i = 0; i < a->count * BLOCK_OF_CODES * bits / 8; i += 64)
+            __builtin_prefetch(codes + ROWS * row_codes(c) + i, 0, 2);
         for (int64_t b = 0; b < a->count; b++)
             _mm512_store_si512(a->to + (b * ROWS + a->next) * 64,
                 whole_numbers(codes + b * BLOCK_OF_CODES * bits / 8, bits));
