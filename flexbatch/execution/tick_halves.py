@@ -42,8 +42,6 @@ class TickHalves:
         self.host_buffers, self.rotary, self.attention = host_buffers, rotary, attention
         self.routing, self.routed, self.ranks = routing, routed, ends.ranks
         self.tracer: Tracer = queues.tracer
-        if self.ranks is not None:
-            self.ranks.tracer = queues.tracer
 
     def begin_pass(self, tokens: list[int]) -> None:
         """What becomes of the experts in host memory in a pass whose micro-batches have so many tokens: whether the CPU
