@@ -60,8 +60,8 @@ def measure(repeats: int) -> dict[str, Any]:
     for name, words in COMMANDS.items():
         starts = []
         for _ in range(repeats):
-            with tempfile.TemporaryDirectory() as home:
-                starts.append(start(words, {**os.environ, **({"HOME": home} if name == "new" else {})}))
+            with tempfile.TemporaryDirectory() as folder:
+                starts.append(start(words, {**os.environ, **({"HOME": folder} if name == "new" else {})}))
         found[name] = {key: round(min(each[key] for each in starts), 3) for key in ("processor", "wall")}
         print(name, found[name], file=sys.stderr, flush=True)
     return {"load_average": os.getloadavg()[0], "seconds": found}

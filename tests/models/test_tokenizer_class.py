@@ -90,8 +90,8 @@ def test_the_class_of_the_models_configuration_is_not_imported():
     code = (
         "import sys; from flexbatch.models.resolve import DEMO, load_tokenizer; load_tokenizer(DEMO); "
         "import flexbatch.engine; "
-        "heavy = ('transformers.models', 'accelerate', 'scipy.optimize', 'torch._dynamo', 'torch._inductor', 'datasets', "
-        "'pyarrow', 'pandas', 'flexbatch.calibrate.host', 'flexbatch.calibrate.kernels'); "
+        "heavy = ('transformers.models', 'accelerate', 'scipy.optimize', 'torch._dynamo', 'torch._inductor', "
+        "'datasets', 'pyarrow', 'pandas', 'flexbatch.calibrate.host', 'flexbatch.calibrate.kernels'); "
         "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
