@@ -47,8 +47,6 @@ warps 2,300 and 1,270."""
 GROUPED = AttentionLaunch(1, 32, 1, 3)
 """For one query token over quantized heads that up to `MAX_SHARED` query heads share: 80 and 59 % of the copy rate at 8
 and 4 bits on an H100 (64 x 4,096 of Llama-3-8B), where tiles reach 44 and 25."""
-GROUPED_WIDE = AttentionLaunch(1, 64, 1, 2)
-"""The same at 4 bits, for heads of at most 128 elements: 61 instead of 59 %. At 8 bits it has not the registers."""
 GROUPED_DEPTH = 8
 """Programs of it for each multiprocessor."""
 MAX_SHARED = 8
@@ -114,8 +112,7 @@ def paged_attention(
     direct = direct and heads_per_group == 1
     if launch is None:
         tiled = choose_launch(query.dtype, head_dim, chosen.bits, max_rows)
-        shared = GROUPED_WIDE if chosen.bits == 4 and head_dim <= 128 else GROUPED
-        launch = DECODE if direct else shared if grouped else tiled
+        launch = DECODE if direct else GROUPED if grouped else tiled
     direct, grouped = direct and launch.block_m == 1, grouped and launch.block_m == 1
     one_tile, sequences = max_rows <= launch.block_m or grouped, len(page_table)
     tiles = sequences if one_tile else num_tokens * heads_per_group // launch.block_m + sequences

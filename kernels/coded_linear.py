@@ -15,8 +15,6 @@ from flexbatch.kernels.attention import multiprocessors_of
 from flexbatch.kernels.code_tiles import LIFT
 from flexbatch.kernels.coded_matrix import CodedMatrix
 
-MOST_SPLITS = 16
-
 
 @dataclass(frozen=True)
 class CodedLaunch:
@@ -32,14 +30,15 @@ class CodedLaunch:
 
 
 def choose_launch(tokens: int) -> CodedLaunch:
-    block = next(size for size in (8, 16, 32, 64) if tokens <= size or size == 64)
+    """Of those that were tried (`benchmark.kernel_tuning`), by the matrices of OPT-6.7B and Llama-3-8B."""
+    block = next(size for size in (8, 16, 64) if tokens <= size or size == 64)
     return CodedLaunch(tokens=block) if block == 8 else CodedLaunch(64, block, warps=2, depth=6)
 
 
 def choose_splits(blocks: int, steps: int, multiprocessors: int, depth: int) -> int:
     """Splits of the columns that give the chip ``depth`` programs a multiprocessor, each of at least four steps; a
-    power of two, so that shares are even."""
-    wanted = max(1, min(depth * multiprocessors // blocks, steps // 4, MOST_SPLITS))
+    power of two: a kernel is compiled for each."""
+    wanted = max(1, min(depth * multiprocessors // blocks, steps // 4, 16))
     return 1 << (wanted.bit_length() - 1)
 
 
@@ -72,7 +71,7 @@ def coded_linear(
         arranged, sums, matrix.codes.view(torch.int32), matrix.parameters.view(torch.int32).view(rows, groups),
         arranged if bias is None else bias,  # not followed then
         partial, arrivals, out, tokens, rows, columns, LIFT, BIASED=bias is not None, BITS=matrix.bits,
-        GROUP=matrix.group, BLOCK_R=launch.rows, BLOCK_T=launch.tokens, PER_STEP=per_step, SPLIT=splits > 1,
+        GROUP=matrix.group, BLOCK_R=launch.rows, BLOCK_T=launch.tokens, PER_STEP=per_step, SPLITS=splits,
         STAGES=launch.stages, num_warps=launch.warps,
     )  # fmt: skip
     return out

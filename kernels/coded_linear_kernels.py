@@ -65,9 +65,9 @@ def _add_two(
 def coded_linear_kernel(
     arranged, sums, words, pairs, bias, partial, arrivals, out, num_tokens, num_rows, columns, lift,
     BIASED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
-    PER_STEP: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    PER_STEP: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of rows, splits of the columns, blocks of tokens): out [tokens, rows]. words [rows, groups, words of
+    """Grid (blocks of rows, SPLITS of the columns, blocks of tokens): out [tokens, rows]. words [rows, groups, words of
     a group], pairs [rows, groups] of scale and minimum; a step takes PER_STEP groups, 1, 2 or 4, of which there are
     whole steps. Of the programs of a block the last to arrive, by ``arrivals``, adds up what all of them wrote to
     partial [splits, tokens, rows], in their order."""
@@ -103,21 +103,17 @@ def coded_linear_kernel(
     inside = (row < num_rows)[:, None] & (token < num_tokens)[None, :]
     at = token.to(tl.int64)[None, :] * num_rows + row[:, None]
     last = True
-    if SPLIT:
+    if SPLITS > 1:
         size = num_tokens.to(tl.int64) * num_rows
         tl.store(partial + tl.program_id(1) * size + at, acc, mask=inside)
         tl.debug_barrier()  # all threads have written before one of them says so
         arrived = tl.atomic_add(arrivals + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0), 1, sem="acq_rel")
-        last = arrived == tl.num_programs(1) - 1
+        last = arrived == SPLITS - 1
     if last:
-        if SPLIT:
+        if SPLITS > 1:
             acc = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
-            AT_ONCE: tl.constexpr = max(1, 32 // BLOCK_T)
-            for first in range(0, tl.num_programs(1), AT_ONCE):
-                for split in tl.static_range(AT_ONCE):
-                    there = inside & (tl.full([1, 1], first + split, tl.int32) < tl.num_programs(1))
-                    part = partial + (first + split) * size + at
-                    acc += tl.load(part, mask=there, other=0.0, cache_modifier=".cg")
+            for split in tl.static_range(SPLITS):
+                acc += tl.load(partial + split * size + at, mask=inside, other=0.0, cache_modifier=".cg")
         if BIASED:
             acc += tl.load(bias + safe).to(tl.float32)[:, None]
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
