@@ -48,8 +48,8 @@ def start(folder: Path, size: int, engines: list[dict[str, Any]]) -> list[Forked
     return [Forked("tests.parallel.driver", [str(rank), str(size), address, str(file)]) for rank in range(size)]
 
 
-def results(folder: Path, ranks: list[Forked]) -> list[dict[str, Any]]:
-    """What every engine generated, once all ranks have ended well."""
-    said = [rank.communicate(300)[1] for rank in ranks]
+def results(folder: Path, ranks: list[Forked], seconds: float = 300) -> list[dict[str, Any]]:
+    """What every engine generated, once all ranks have ended well, each within so many seconds."""
+    said = [rank.communicate(seconds)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * len(ranks), "\n".join(said)
     return json.loads((folder / f"engines-{len(ranks)}.results").read_text())
