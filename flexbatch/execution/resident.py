@@ -29,7 +29,7 @@ class ResidentPass:
         halves, ranks = self.halves, self.halves.ends.ranks
         tracer, halves.tracer = halves.tracer, Tracer()
         if ranks is not None:
-            ranks.tracer = halves.tracer
+            ranks.tracer, ranks.in_line = halves.tracer, True
         try:
             with self.routing.of_graph() if self.routing is not None else nullcontext():
                 for layer in range(self.arch.num_layers):
@@ -38,7 +38,7 @@ class ResidentPass:
         finally:
             halves.tracer = tracer
             if ranks is not None:
-                ranks.tracer = tracer
+                ranks.tracer, ranks.in_line = tracer, False
 
     def tokens(self, inputs: MicroBatchInputs) -> Tensor:
         """The most likely token of every row, which is what greedy sequences draw that nothing adjusts: 1,000 rows of

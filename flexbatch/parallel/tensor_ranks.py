@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed import AllreduceOptions, BroadcastOptions, GatherOptions
+from torch.distributed import AllreduceOptions, GatherOptions
 
 from flexbatch.parallel.channel import Group, waited
 from flexbatch.parallel.mesh import Mesh
@@ -16,9 +16,9 @@ from flexbatch.trace import Tracer
 class TensorRanks:
     """The ranks that compute each layer together, and which rows of the vocabulary each has.
 
-    On a GPU a collective is queued behind the products that it needs, on the stream that they are on, and the copies
-    that bring the next layer go on beside it. So decode passes can be recorded with their sums: all ranks record the
-    same passes, since what decides that is the pass and how many graphs rank 0 has told them to keep.
+    On a GPU a collective is queued behind the products that it needs, and the copies that bring the next layer go on
+    beside it. Decode passes can be recorded with their sums: all ranks record the same passes, since what decides that
+    is the pass and how many graphs rank 0 has told them to keep.
     """
 
     def __init__(self, mesh: Mesh, group: Group, rank: int, vocabulary: Sequence[tuple[int, int]]) -> None:
@@ -26,21 +26,23 @@ class TensorRanks:
         the executor that runs passes with these ranks."""
         self.tracer = Tracer()
         self.mesh, self.group, self.rank, self.vocabulary = mesh, group, rank, tuple(vocabulary)
-        # On a stream of its own, each collective would cost two events more, and two waits on the GPU.
-        self.summing, self.sending = AllreduceOptions(), BroadcastOptions()
-        self.summing.asyncOp = self.sending.asyncOp = False
+        self.in_line = False
+        """Whether sums are put on the stream that computes, as while passes are recorded, and not on one of their own:
+        each saves two events and two waits of the GPU. No GPU has done so yet."""
 
     def sum(self, x: Tensor) -> Tensor:
         """x, which becomes the sum of what all ranks have. The same on every rank, to the bit."""
         if not x.is_contiguous():
             x = x.contiguous()
         with self.tracer.compute_span("sum", "collectives"):
-            waited(self.group.allreduce([x], self.summing), self.mesh)
+            options = AllreduceOptions()
+            options.asyncOp = not self.in_line
+            waited(self.group.allreduce([x], options), self.mesh)
         return x
 
     def broadcast(self, x: Tensor) -> Tensor:
         """x, which becomes what rank 0 has."""
-        waited(self.group.broadcast([x], self.sending), self.mesh)
+        waited(self.group.broadcast(x, 0), self.mesh)
         return x
 
     def look_up(self, gather: Callable[[Tensor, Tensor], Tensor], ids: Tensor, host_ids: Tensor) -> Tensor:
@@ -57,7 +59,7 @@ class TensorRanks:
         if logits.shape[1] < widest:
             logits = torch.nn.functional.pad(logits, (0, widest - logits.shape[1]))
         options = GatherOptions()
-        options.rootRank, options.asyncOp = 0, False
+        options.rootRank = 0
         parts = [torch.empty_like(logits) for _ in widths] if self.rank == 0 else []
         waited(self.group.gather([parts] if parts else [], [logits.contiguous()], options), self.mesh)
         if not parts:
