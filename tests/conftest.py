@@ -20,6 +20,8 @@ if not Path("/dev/nvidiactl").exists():
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
+import torch
+
 from flexbatch.policy.hardware import load_hardware
 
 with contextlib.suppress(ImportError):  # HELM's environment has no hypothesis
@@ -31,6 +33,12 @@ with contextlib.suppress(ImportError):  # HELM's environment has no hypothesis
     settings.register_profile("same", deadline=None, derandomize=True, max_examples=40)
     settings.register_profile("random", deadline=None, derandomize=False, max_examples=400)
     settings.load_profile("same")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 def pytest_collection_finish() -> None:

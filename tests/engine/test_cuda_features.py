@@ -16,7 +16,7 @@ from tests.engine.test_lora import GREEDY, tokens_of, write_three
 from tests.kernels.test_experts import routed, units
 from tests.tiny_models import greedy_tokens, make_model, random_prompts
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 MEMORY = {"gpu_memory": "2GiB", "cpu_memory": "2GiB", "device": "cuda", "dtype": "float32"}
 PLACEMENTS = {
     "gpu": {"percent": (100, 0, 100, 0, 100, 0), "gpu_batch_size": 18, "num_gpu_batches": 1},

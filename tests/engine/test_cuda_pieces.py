@@ -15,7 +15,7 @@ from tests.engine.test_stepping_aside import forced, requests, told
 from tests.tiny_models import make_model, random_prompts
 
 __all__ = ["forced"]  # a fixture
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 SETTINGS: dict[str, Any] = {
     "gpu_memory": "2GiB", "cpu_memory": "2GiB", "device": "cuda", "dtype": "float32",
     "percent": (100, 0, 100, 0, 100, 0), "gpu_batch_size": 5, "num_gpu_batches": 1,

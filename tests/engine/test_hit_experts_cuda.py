@@ -12,7 +12,7 @@ from flexbatch.memory.weights import WeightStore
 from tests.engine.test_hit_experts import NOTHING, always
 from tests.tiny_models import make_model, random_prompts
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 PLACEMENTS = {"cpu": (0, 100, 0, 100, 100, 0), "mixed": (30, 40, 40, 30, 50, 20)}
 CELLS = [
     # family, tensors, micro-batches, bits, percent of the CPU's experts, overlap

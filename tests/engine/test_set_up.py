@@ -102,7 +102,6 @@ def test_the_compiler_is_listened_to_during_passes_alone():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_pass_that_records_a_graph_says_so():
     with LLM("demo", device="cuda", gpu_memory="4GiB", cpu_memory="1GiB") as llm:
         llm.generate(PROMPTS, SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))

@@ -231,7 +231,6 @@ SHARED = Case((1, 1, 1, 1, 0, 1), (1, 15, 64, 700, 3, 1030), num_kv_heads=4, pag
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("head_dim", "group"), [(128, 64), (64, 32), (64, 64), (256, 128), (32, 16)])
 @pytest.mark.parametrize("shared", [2, 4, 7, 8, 16])
@@ -251,7 +250,6 @@ def test_shared_heads_over_codes(bits, shared, head_dim, group, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_triton_in_a_cuda_graph():
     """A replay sees new lengths and new queries: nothing of the first call is baked in but the bounds."""
     from flexbatch.kernels import attention

@@ -40,7 +40,6 @@ def test_a_few_tokens(bits, tokens, rows, columns, group, splits, per_step, devi
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("group", [16, 32, 64])
 @pytest.mark.parametrize("bits", [4, 8])

@@ -13,7 +13,7 @@ from flexbatch.kernels import expert_products, ops
 from flexbatch.kernels.expert_codes import CodeForm, ExpertCodes, GatedActivation, stacks_of
 from flexbatch.kernels.expert_products import CODED, PLAIN, ExpertLaunch
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 FORMS = {
     "16 bits": CodeForm(),
     "8 bits": CodeForm(8, 64),
