@@ -19,7 +19,7 @@ from flexbatch.policy.units import size_text
 MOVE_GAIN = 0.1
 """Of the job's throughput, that other tiers for the weights must bring: plans are off by some per cent."""
 MOVED_BYTES_PER_SECOND = 0.8e9
-"""At most: 4.2 GiB that changed between host and GPU took 5.3 s on an H100, not the 0.08 of its link, since host memory
+"""At most: 4.2 GiB that changed between host and GPU took 5.3 s on an H200, not the 0.08 of its link, since host memory
 is taken and pinned anew. A job of 1.5 s had its weights moved to save 0.3, and the next one moved them back."""
 ALIKE = 1.25
 """Factor within which jobs are of one kind, in their number of requests and in their mean length."""
