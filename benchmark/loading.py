@@ -29,6 +29,7 @@ import torch
 from benchmark.loading_files import BITS, FORMATS, GGUF_TYPES, write_checkpoint
 from benchmark.machine import machine, publish
 from flexbatch import LLM, SamplingParams
+from flexbatch.memory import loading
 from flexbatch.memory.disk_cache import aligned_empty
 from flexbatch.memory.files import ALIGNMENT, READ_CHUNK_BYTES, DiskFile, chunks
 from flexbatch.models.resolve import DEMO
@@ -165,10 +166,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     def tell() -> None:
         print(found[-1], file=sys.stderr, flush=True)
         if args.output is not None:
-            args.output.write_text(json.dumps({"machine": machine(), "starts": found}, indent=1) + "\n")
+            args.output.write_text(
+                json.dumps({"machine": machine(), "staged": args.staged, "starts": found}, indent=1) + "\n"
+            )
 
     measure(args, found, tell)
-    return {"starts": found}
+    return {"staged": args.staged, "starts": found}
 
 
 def main() -> int:
@@ -181,9 +184,11 @@ def main() -> int:
     parser.add_argument("--gpu-memory", help="the cap of the engine (default: what the GPU has)")
     parser.add_argument("--percent", type=float, nargs=6, help="a placement, instead of the chosen one")
     parser.add_argument("--folder", type=Path, required=True, help="for checkpoints and offload files")
+    parser.add_argument("--staged", action="store_true", help="by way of pinned memory, files beside the job")
     parser.add_argument("--cold", action="store_true", help="a third start in 16 bits, with an empty page cache")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    loading.STAGED = args.staged
     return publish(lambda: run(args), args.output)
 
 

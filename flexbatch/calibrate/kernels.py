@@ -240,14 +240,17 @@ def beside(attend: Callable[[], object], num_bytes: int, rounds: int = 10) -> tu
         return rounds * num_bytes / took, link.result()
 
 
-def kernel_rates(device: str, phases: Phases | None = None) -> dict[str, Any]:
-    """Fields of `policy.hardware.Hardware`, for `calibrate.measure`. Takes about 15 seconds with a GPU, some
-    of it compilation, and 5 without."""
+def kernel_rates(device: str, phases: Phases | None = None, ahead: bool = False) -> dict[str, Any]:
+    """Fields of `policy.hardware.Hardware`, for `calibrate.measure`. ahead: Triton's kernels are compiled in several
+    threads before, which no GPU has run yet (``pytest -m gpu tests/calibrate/test_compiling.py``).
+
+    Takes about 30 seconds with a GPU, some of it compilation, and 5 without.
+    """
     phases = phases or Phases()
     dev = torch.empty(0, device=device).device  # with its number
     dtype = torch.bfloat16 if dev.type == "cuda" else torch.float32
     with torch.no_grad():
-        if dev.type == "cuda":
+        if ahead and dev.type == "cuda":
             with phases.of("the compiler"):
                 compile_kernels(dev, dtype)
         with phases.of("attention"):

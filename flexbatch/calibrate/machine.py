@@ -18,8 +18,9 @@ from flexbatch.validation.errors import ConfigurationError, LostRankError
 
 logger = logging.getLogger("flexbatch")
 
-IDLE_SECONDS = {"cpu": 12.0, "cuda": 20.0}
-"""What a profile takes on an idle machine; it grows with the processes that share the cores."""
+IDLE_SECONDS = {"cpu": 12.0, "cuda": 40.0}
+"""What a profile takes on an idle machine (36 and 45 s with an H200 and an H100); it grows with the processes that
+share the cores."""
 PATIENCE_SECONDS = 20.0
 
 

@@ -21,8 +21,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         "flexbatch profile",
         description="Measure this machine for the policy optimizer: links, kernels, host, disk, and what is between "
-        "its GPUs. Takes about 20 s on an idle CPU machine or with a GPU, half a minute more with several. Every run "
-        "measures by itself at first use; this is for other machines' plans.",
+        "its GPUs. Takes about 20 s on an idle CPU machine, 40 s with a GPU, half a minute more with several. Every "
+        "run measures by itself at first use; this is for other machines' plans.",
         first={
             "--output": "JSON file to write",
             "--device": "auto, cpu, cuda, cuda:N",
@@ -41,6 +41,11 @@ def make_parser() -> argparse.ArgumentParser:
         default=Path.cwd(),
         metavar="FOLDER",
         help="folder on the disk to measure (default: here)",
+    )
+    parser.add_argument(
+        "--compile-ahead",
+        action="store_true",
+        help="on a GPU: compile kernels in several threads before they are measured (tried on none yet)",
     )
     parser.add_argument(
         "--kernels",
@@ -75,7 +80,7 @@ def write_profile(options: argparse.Namespace) -> None:
     if options.kernels == "engine":
         from flexbatch.calibrate.kernels import kernel_rates
 
-        kernels = kernel_rates(device, phases)
+        kernels = kernel_rates(device, phases, options.compile_ahead)
     hardware = measure(device, options.offload_dir, kernels, phases, disk)
     if device == "cuda" and (gpus := torch.cuda.device_count()) > 1:
         hardware = with_interconnect(hardware, gpus)

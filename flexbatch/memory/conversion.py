@@ -43,9 +43,10 @@ def parts_of(piece: Piece | QuantizedPiece, most_bytes: int) -> Iterator[Piece |
 class Converter:
     """Writes pieces into views of tensors, in any thread, and knows what quantized checkpoints lost on the way."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, staged: bool = False) -> None:
+        """staged: tensors go to a GPU by way of `Staging`, not by the driver's own copies from the mapped file."""
         self.device, self.dtype = device, dtype
-        self.staging = Staging(device) if device.type == "cuda" else None
+        self.staging = Staging(device) if staged and device.type == "cuda" else None
         self.rounded: set[Key] = set()
         """Matrices of a quantized checkpoint whose scales lost bits in the compute dtype."""
         self.requantized: set[Key] = set()

@@ -11,12 +11,14 @@ import torch
 
 from flexbatch.memory.load_buffers import ByteBudget
 
-THREADS = 8
-"""That convert, with a GPU: each touches the pages of a file and copies them to pinned memory, at 4 to 6 GB/s, while
-the copies to the GPU, kernels and copies back of the others run. Without one every operation has all cores anyway."""
+THREADS = 4
+"""With a GPU: one of them copies while another one's kernels run and a third takes codes back to the host. Without one
+every operation has all cores anyway."""
+STAGED_THREADS = 8
+"""With `Staging`: each touches the pages of a file and copies them to pinned memory, at 4 to 6 GB/s."""
 PIECE_BYTES = 256 << 20
 """Of pieces that wait or are being converted."""
-PART_BYTES = PIECE_BYTES // THREADS
+PART_BYTES = PIECE_BYTES // STAGED_THREADS
 """Of a piece that one thread converts: matrices of 100 MB would leave most of the threads without work."""
 
 

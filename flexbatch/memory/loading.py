@@ -18,7 +18,7 @@ from flexbatch.memory.layer_files import open_layer_file
 from flexbatch.memory.load_buffers import ByteBudget, LoadBuffers
 from flexbatch.memory.load_meter import LoadMeter
 from flexbatch.memory.load_targets import LoadTargets
-from flexbatch.memory.load_threads import PART_BYTES, THREADS, LoadThreads
+from flexbatch.memory.load_threads import PART_BYTES, STAGED_THREADS, THREADS, LoadThreads
 from flexbatch.memory.tensor_views import view_of
 from flexbatch.memory.weight_plan import PlacedTensor
 from flexbatch.memory.weights import WeightStore
@@ -28,6 +28,10 @@ from flexbatch.policy.units import size_text
 
 logger = logging.getLogger("flexbatch")
 
+STAGED: bool = False
+"""Whether pieces go to a GPU by way of `Staging`, and files for the next start alone are written beside the job. No GPU
+has run either yet: ``pytest -m gpu tests/memory/test_staging.py`` and ``python -m benchmark.loading --staged`` have to,
+before this is on."""
 FILE_BYTES = 1 << 30
 """Of tensors that wait to be written to the offload folder, or are being read from there: at most, and no more than the
 budget of host memory leaves beside the weights, or than a sixteenth of these (one tensor in any case)."""
@@ -69,12 +73,13 @@ class Loader:
         self.placed: dict[Key, PlacedTensor] = {(tensor.spec.layer, tensor.spec.role): tensor for tensor in tensors}
         self.cache_quantized = cache_quantized and folder is not None
         self.rows_written: dict[Key, int] = {}
-        self.converter = Converter(store.device, store.dtype)
+        self.converter = Converter(store.device, store.dtype, STAGED)
         self.reused_bytes = self.read_bytes = 0
         """Bytes of the tensors that came from files of earlier runs, as they are stored; those of the others, as they
         are in the checkpoint."""
         cores = len(os.sched_getaffinity(0))
-        self.num_threads = (min(THREADS, cores) if store.device.type == "cuda" else 0) if threads is None else threads
+        most = (STAGED_THREADS if STAGED else THREADS) if store.device.type == "cuda" else 0
+        self.num_threads = min(most, cores) if threads is None else threads
         self.num_file_threads = max(DISK_THREADS, min(FILE_THREADS, cores))
         host, whole = store.tiers.cpu, sum(placed.num_bytes for placed in self.placed.values())
         self.budget = ByteBudget(min(FILE_BYTES, whole // 16, max(0, host.budget_bytes - host.total_used_bytes)))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from flexbatch.execution.set_up import load_kernels
+from flexbatch.memory import loading
 from flexbatch.memory.files import prepare_offload_dir
 from flexbatch.memory.loading import FILE_BYTES, Key, Loader
 from flexbatch.memory.moving import move_weights
@@ -233,4 +234,4 @@ def writes_beside_job(engine_plan: EnginePlan, weights: WeightStore) -> bool:
     on_gpu = min(split.gpu for split in (policy.weights, policy.cache, policy.activations)) > 1 - 1e-6
     largest = max(tensor.num_bytes for tensor in engine_plan.weight_plan.all_tensors)
     enough = host.budget_bytes - host.total_used_bytes >= largest + FILE_BYTES
-    return weights.device.type == "cuda" and on_gpu and enough
+    return loading.STAGED and weights.device.type == "cuda" and on_gpu and enough
