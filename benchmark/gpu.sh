@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+# What this project measures on a machine with GPUs, in parts with a limit each. Results and logs lie in FOLDER as soon
+# as they are there: a run that is cut keeps what it has.
+#
+#   benchmark/gpu.sh FOLDER                                 every part of one GPU, about 50 minutes
+#   benchmark/gpu.sh FOLDER resident drawn:240              these parts, the second for no more than 240 seconds
+#   CUDA_VISIBLE_DEVICES=0,1 benchmark/gpu.sh FOLDER mesh   two GPUs, about 10 minutes
+#
+# FOLDER/hardware.json is the machine's profile: measured first, unless it is there. Two parts at a time need a GPU, a
+# folder and a share of the cores (taskset) each.
+set -u
+if [ $# -eq 0 ]; then
+    sed -n '2,10s/^# \{0,1\}//p' "$0"
+    exit 2
+fi
+mkdir -p "$1"
+O=$(realpath "$1")
+shift
+cd "$(dirname "$0")/.."
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+HW=$O/hardware.json
+ONE_GPU=(tests:200 codes:60 resident:240 reservation:120 loading:100 drawn:330 experts:200 experts-whole:480 rows:1200)
+
+# A command's output goes to FOLDER/NAME.log and .err; it is ended by TERM, on which benchmarks write what they have.
+step() { # NAME SECONDS COMMAND...
+    local name=$1 seconds=$2 started=$SECONDS
+    shift 2
+    timeout -k 8 "$seconds" "$@" >"$O/$name.log" 2>"$O/$name.err"
+    echo "$name: exit code $?, $((SECONDS - started)) s; $(tail -qn 1 "$O/$name.log" "$O/$name.err" | tr '\n' ' ' | cut -c1-300)"
+}
+
+bench() { # NAME SECONDS MODULE ARGUMENTS...
+    local name=$1 seconds=$2 module=$3
+    shift 3
+    step "$name" "$seconds" python3 -m "benchmark.$module" --hardware "$HW" --output "$O/$name.json" "$@"
+}
+
+tests() {
+    step tests "$1" python3 -m pytest -v --tb=short -n 8 --dist worksteal -m "gpu and not slow" tests/kernels tests/engine tests/memory tests/calibrate
+}
+
+codes() {
+    step codes "$1" python3 -m benchmark.kernel_tuning --sections shared coded --seconds "$(($1 / 2))" --output "$O/codes.jsonl"
+}
+
+# A model that lies on the GPU; at equal memory with fewer bits; all host; a long context; few sequences.
+resident() {
+    local each=$(($1 / 5))
+    bench qwen3-0.6b "$each" gpu_busy --model qwen3-0.6b --lengths 20 60
+    bench llama-3-8b "$each" gpu_busy --model llama-3-8b
+    for bits in "4 4" "4 16" "16 16"; do
+        bench "llama-3-8b-28-${bits/ /-}" "$each" gpu_busy --model llama-3-8b --gpu-memory 28GiB --weight-bits "${bits% *}" --cache-bits "${bits#* }" --prompts 500 --passes 0
+    done
+    bench llama-3-8b-16-4-16 "$each" gpu_busy --model llama-3-8b --gpu-memory 16GiB --weight-bits 4 --prompts 500 --passes 0
+    for bits in 4 16; do
+        bench "opt-6.7b-$bits" "$each" gpu_busy --model opt-6.7b --prompts 4 --lengths 512 512 --weight-bits "$bits"
+    done
+    bench mixed "$each" mixed_passes --model llama-3-8b --prompts 700 --block 400 --max-tokens 200 --piece-tokens 2048 0
+}
+
+reservation() {
+    bench reservation "$1" reservation --model llama-3-8b --dtype bfloat16 --gpu-memory 20GiB --cpu-memory 4GiB --requests 800 --sudden 70
+}
+
+loading() {
+    bench loading "$1" loading --model llama-3-8b --formats bf16 --weight-bits 16 8 4 --cold --folder "$(mktemp -d)"
+}
+
+# The seed has never been used to fit anything.
+drawn() {
+    local runs=(python3 -m benchmark.policy_runs "$O/drawn.jsonl" --hardware "$HW" --seed 5 --count 26)
+    step drawn-plans 90 "${runs[@]}" --plan "$O/drawn-plans.json" --processes "$(nproc)"
+    step drawn "$(($1 - 60))" "${runs[@]}" --plans "$O/drawn-plans.json" --seconds "$(($1 - 80))"
+    step drawn-errors 20 python3 -m benchmark.pass_errors "$O/drawn.jsonl" --hardware "$HW"
+}
+
+experts() {
+    local runs=(python3 -m benchmark.policy_runs "$O/experts.jsonl" --hardware "$HW" --few-layers)
+    step hit-experts 25 python3 -m benchmark.hit_experts --hardware "$HW" --sequences 9 40 --output "$O/hit-experts.json"
+    step gpt-oss-half 80 python3 -m benchmark.expert_runs gpt-oss-120b --share 2 --hardware "$HW" --output "$O/expert-runs.jsonl" --trace "$O/trace"
+    step experts-plans 60 "${runs[@]}" --plan "$O/experts-plans.json" --processes "$(nproc)"
+    step experts "$(($1 - 100))" "${runs[@]}" --plans "$O/experts-plans.json" --seconds "$(($1 - 110))" --limit 30
+}
+
+experts-whole() {
+    for model in qwen3-30b-a3b gpt-oss-120b glm-4.5-air deepseek-v2-lite; do
+        step "$model" "$(($1 / 3))" python3 -m benchmark.expert_runs "$model" --hardware "$HW" --output "$O/expert-runs.jsonl" --trace "$O/trace"
+    done
+}
+
+rows() {
+    local each=$(($1 / 4)) row
+    for row in "opt-30b-16-16 92" "opt-30b-4-4 448" "llama-3-70b-4-16 384" "opt-30b-16-4 300"; do
+        step "row-${row% *}" "$each" python3 -m benchmark.suite --scenarios "${row% *}" --chosen --num-prompts "${row#* }" \
+            --set 'cpu_memory="118GiB"' "hardware=\"$HW\"" --output "$O/row-${row% *}.json"
+    done
+}
+
+# Layers of a model in as large a share of memory, so that they load in seconds.
+mesh() {
+    local shapes=(--check-model= --of-gpus 2 --hardware "$O/hardware-all.json" --hardware-of-one "$O/hardware-one.json")
+    local job=(--prompts 251 --prompt-tokens 256)
+    local opt=(--models opt-30b --layers 24 --cpu-gib 128 "${job[@]}" --new-tokens 13 "${shapes[@]}")
+    local large=(--models llama-3-70b --layers 20 --gpu-gib 16 --cpu-gib 64 "${job[@]}" --new-tokens 17 --gib-of 1=8.2 tp2=7.15 pp2=8.9 dp2=8.2 "${shapes[@]}")
+    local small=(--models llama-3-8b --gpu-gib 60 --prompts 509 --prompt-tokens 256 --new-tokens 61 "${shapes[@]}")
+    local opt16=("${opt[@]}" --gpu-gib 16 --gib-of 1=10.8 tp2=10 pp2=10.65 dp2=10.8)
+    local opt24=("${opt[@]}" --gpu-gib 24 --gib-of 1=14.3 tp2=13.15 pp2=13.15 dp2=14.3)
+    step mesh-profile 80 python3 -m benchmark.mesh_profile "$HW" --whole "$O/hardware-all.json" --one "$O/hardware-one.json" --gpus 2
+    step mesh-tests 80 python3 -m pytest -q -m gpu tests/parallel/test_cuda.py
+    step mesh "$(($1 - 100))" python3 -m benchmark.parallel --output "$O/mesh.json" --total "$(($1 - 110))" \
+        "${opt16[@]}" --meshes tp2 1 --limit 70 \
+        --then "${small[@]}" --meshes tp2 1 dp2 --limit 45 --then "${small[@]}" --meshes tp2 --limit 45 --graphs-of-ranks 2 \
+        --then "${large[@]}" --meshes tp2 1 --limit 60 --then "${opt24[@]}" --meshes tp2 1 --limit 60 \
+        --then "${opt16[@]}" --meshes pp2 dp2 --limit 60 --then "${large[@]}" --meshes dp2 pp2 --limit 60
+}
+
+if [ ! -s "$HW" ]; then
+    visible=${CUDA_VISIBLE_DEVICES:-0}
+    CUDA_VISIBLE_DEVICES=${visible%%,*} step profile 90 python3 -m flexbatch profile --output "$HW"
+fi
+[ $# -gt 0 ] || set -- "${ONE_GPU[@]}"
+for part in "$@"; do
+    default=$(printf '%s\n' "${ONE_GPU[@]}" mesh:500 | sed -n "s/^${part%:*}://p")
+    if [ -z "$default" ]; then
+        echo "no part ${part%:*}; there are ${ONE_GPU[*]} mesh:500" >&2
+        exit 2
+    fi
+    "${part%:*}" "$([ "$part" = "${part#*:}" ] && echo "$default" || echo "${part#*:}")"
+done
