@@ -24,8 +24,8 @@ NAMES = {
     MODEL: "model lora lora_default lora_column tokenizer max_model_len path dtype device dummy_weights",
     PLACEMENT: "percent gpu_batch_size num_gpu_batches cpu_attention cpu_cache_compute cpu_experts prefill_chunk "
     "prefill_budget overlap async_scheduling piece_tokens hardware recalibrate",
-    MEMORY: "gpu_memory cpu_memory offload_dir weight_bits cache_bits allow_bits compress_weight compress_cache "
-    "pin_weight",
+    MEMORY: "gpu_memory cpu_memory offload_dir weight_bits cache_bits allow_bits reserve compress_weight "
+    "compress_cache pin_weight",
     SPECULATION: "draft tree draft_sampling simulate_acceptance compare_plain",
     CLUSTER: "parallel gpus data_parallel_size pipeline_parallel_size tensor_parallel_size shard ray ray_actors "
     "ray_address ray_cpus",

@@ -46,6 +46,11 @@ def test_every_flag_of_sampling_input_and_engine_is_one_of_all_three_commands() 
                 assert field.default == {**InputConfig.__dataclass_fields__, **same}[field.name].default, field.name
 
 
+def test_every_flag_of_the_engine_stands_in_a_group_with_others() -> None:
+    for name, make in PARSERS.items():
+        assert "engine" not in {group.title for group in make()._action_groups}, name
+
+
 def test_what_a_request_may_say_a_flag_may_say() -> None:
     """But for what has a place of its own, and what only transformers' file names."""
     elsewhere = {"seed", "truncate_prompt_tokens", "prompt_logprobs_start", "detokenize", "logit_bias"}
