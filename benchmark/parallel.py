@@ -93,6 +93,7 @@ class Run:
         command = [sys.executable, "-m", "benchmark.parallel", "--run"]
         with self.file.open("w") as out:
             self.process = subprocess.Popen(command, stdin=-1, stdout=out, text=True, start_new_session=True)
+        self.ended = False
 
     def result(self, words: dict[str, Any], limit: float) -> dict[str, Any]:
         """What it told last; what went wrong is in it."""
@@ -113,6 +114,10 @@ class Run:
         return {**(json.loads(told[-1]) if told else {}), **found}
 
     def end(self) -> None:
+        """Again this does nothing."""
+        if self.ended:
+            return
+        self.ended = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -214,8 +219,15 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def run_all(parts: Sequence[argparse.Namespace], folder: Path) -> dict[str, Any]:
-    """The result of every run by its name; what is known is in the output after every run."""
+def run_all(parts: Sequence[argparse.Namespace], folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """The result of every run by its name; what is known is in the output after every run. stack: ends the runs that
+    are left where this is broken off; each holds the memory of a whole engine, in a session of its own."""
+
+    def started(number: int) -> Run:
+        run = Run(folder, number)
+        stack.callback(run.end)
+        return run
+
     arguments = parts[0]
     path: Path = arguments.output
     kept = json.loads(path.read_text()) if path.exists() else {"results": {}}
@@ -224,10 +236,10 @@ def run_all(parts: Sequence[argparse.Namespace], folder: Path) -> dict[str, Any]
     wanted = {name: words for k, each in enumerate(parts) for name, words in runs(each, made(folder / str(k))).items()}
     todo = {name: words for name, words in wanted.items() if name not in results}
     end = time.monotonic() + arguments.total
-    following = Run(folder, 0) if todo else None
+    following = started(0) if todo else None
     for number, (name, words) in enumerate(todo.items(), 1):
         assert following is not None
-        run, following = following, Run(folder, number) if number < len(todo) else None
+        run, following = following, started(number) if number < len(todo) else None
         limit = min(words["limit"], end - time.monotonic())
         if limit < 2 * LAST_SECONDS:
             run.end()
@@ -256,7 +268,9 @@ def main() -> int:
             return serve_run(data)
         if arguments.output is None:
             parser().error("--output is needed")
-        results = run_all(parts, Path(folder))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # which `timeout` sends
+        with contextlib.ExitStack() as stack:
+            results = run_all(parts, Path(folder), stack)
         print(json.dumps(summary(results), indent=1), file=data)
     return 1 if any("error" in result for result in results.values()) else 0
 
