@@ -300,7 +300,7 @@ SETTINGS = {
     **dict.fromkeys(
         (
             *("gpu_batch_size", "num_gpu_batches", "prefill_chunk", "prefill_budget", "max_model_len", "weight_bits"),
-            *("cache_bits", "seed"),
+            *("cache_bits", "piece_tokens", "seed"),
         ),
         (1.5, "4", True, 16.0, [4], object, math.nan),
     ),
