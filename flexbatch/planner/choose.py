@@ -235,8 +235,17 @@ def priced(problem: Problem, hardware: Hardware, policy: Policy, searched_plan: 
     budgets = problem.budgets
     machine = hardware.with_memory(budgets["gpu"], budgets["cpu"], budgets["disk"])
     passes = problem.known.passes(problem.workload, policy, window=problem.shape.layer_window)
-    plan = price(problem.shape, machine, problem.workload, policy, passes)
+    counted = price(problem.shape, machine, problem.workload, with_budget(policy), passes)
+    plan = dataclasses.replace(counted, policy=policy)
     return plan if searched_plan is None else with_search(plan, searched_plan)
+
+
+def with_budget(policy: Policy) -> Policy:
+    """The policy with the prompt tokens that its passes have where it names none: for the optimizer a block without
+    a budget reads all its prompts in one pass, for the engine no more of them than `micro_batch_tokens` counts."""
+    if policy.prefill_budget or policy.prompt_tokens_per_micro_batch <= MAX_MICRO_BATCH_TOKENS:
+        return policy
+    return dataclasses.replace(policy, prefill_budget=max(MAX_MICRO_BATCH_TOKENS, policy.chunk))
 
 
 def with_search(plan: Plan, searched_plan: Plan) -> Plan:

@@ -14,7 +14,7 @@ from flexbatch.execution.observer import RunObserver
 from flexbatch.execution.pass_batch import PassBatch
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
-from flexbatch.planner.choose import without_reserves
+from flexbatch.planner.choose import with_budget, without_reserves
 from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.problem import model_shape, workload_of
 from flexbatch.policy.hardware import Hardware
@@ -94,7 +94,7 @@ class Forecast:
             model.prequantized,
             found.deployment.adapters,
         )
-        plan = price(shape, without_reserves(hardware), workload, found.policy, passes)
+        plan = price(shape, without_reserves(hardware), workload, with_budget(found.policy), passes)
         return {**facts, "predicted_seconds": plan.seconds, "tail_seconds": plan.tail_seconds}
 
 

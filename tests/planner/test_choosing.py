@@ -137,6 +137,13 @@ def test_small_jobs_are_not_searched_for():
     assert choice.policy.block_size == 37 and choice.policy.weights == choice.policy.cache == Split(1, 0)
 
 
+def test_a_block_without_a_budget_is_planned_with_the_prompts_that_its_passes_have():
+    """1,009 prompts of 200 tokens are not read in one pass, whose workspace would take 30 GiB and leave no graphs."""
+    found = plan("llama-3.1-8b", Job((200,) * 1009, (100,) * 1009), hardware="h100", gpu_memory="77GiB")["plan"]
+    assert not found.missing and found.policy.prefill_budget == 0 and found.policy.gpu_batch_size == 1009
+    assert found.memory["gpu"]["workspace"] < 2 * 2**30 and found.memory["gpu"]["decode graphs"]
+
+
 def test_disk_only_when_memory_is_short_and_more_sequences_when_it_grows():
     fixed = {"hardware": "cpu", "device": "cpu", "num_gpu_batches": 2, "prefill_budget": 512}
     job = Job((160,) * 128, (128,) * 128)
