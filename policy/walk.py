@@ -113,8 +113,11 @@ class Walker:
             self.enter(self.waiting.popleft(), tier, open_batches[tier], pages)
 
     def pages_of(self, request: RequestLengths) -> int:
-        """Pages to reserve for a sequence that is about to run."""
-        return request.pages if self.expected is None else self.expected.of_one(request.prompt, self.num_running + 1)
+        """Pages to reserve for a sequence that is about to run: for a likely answer, whatever its own is, but no more
+        than there are, which hold it alone."""
+        if self.expected is None:
+            return request.pages
+        return min(self.largest, self.expected.of_one(request.prompt, self.num_running + 1))
 
     def estimate(self) -> None:
         """Reserve anew for all that run, where that is for likely answers."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -143,3 +145,12 @@ def test_loads_add_and_scale():
         4,
     )
     assert total.prompt_pairs == 2 * 2 * sum(range(11, 61))
+
+
+def test_a_likely_answer_never_asks_for_more_pages_than_a_block_of_one_has():
+    """The longest prompt has a short answer: with a likely one it would take a page more than the pools were made for,
+    and no request was admitted any more."""
+    given = Workload.from_lengths(np.array([56, 67, 50]), np.array([64, 42, 64]))
+    policy = Policy(Split(0, 0, 1), Split(0, 1, 0), Split(1, 0, 0), 1, 1, prefill_chunk=80, prefill_budget=32)
+    found = passes_of(dataclasses.replace(given, grows=True), policy)
+    assert found.counts.sum() >= 64 + 42 + 64
