@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import time
@@ -22,6 +23,9 @@ from flexbatch.policy.units import duration_text, size_text
 
 logger = logging.getLogger("flexbatch")
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk on which no more can be written."""
+
 
 class FileWriter:
     """Writes tensors to their files one after another, in the order in which they are submitted, each as
@@ -30,7 +34,8 @@ class FileWriter:
     Bytes that wait or are being written are taken from ``budget`` (`reserve`), so that a disk that is slower than the
     rest holds up the loading instead of filling the host. What stays in memory anyway can be written from there
     (`submit_placed`): then nothing waits for the disk, and one buffer is all that the host holds. After the first error
-    nothing more is written, and whoever comes next gets it.
+    nothing more is written, and whoever comes next gets it. A full disk is one for the tensors of the disk tier alone:
+    files that only the next start reads are left out, and the log says so.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class FileWriter:
         self.threads = LoadThreads(device, 1, budget, "flexbatch-files")
         self.left_bytes = self.placed_bytes = 0
         """Of what is written from memory: not there yet, and of all of it."""
+        self.full = False
         self._lock = threading.Lock()
 
     @property
@@ -73,7 +79,13 @@ class FileWriter:
     def _write(self, placed: PlacedTensor, buffer: Tensor) -> None:
         try:
             folder = self.folder.result() if isinstance(self.folder, Future) else self.folder
-            self.written(placed, write_layer_file(folder, placed, buffer, self.pool))
+            if placed.tier == "disk" or not self.full:
+                self.written(placed, write_layer_file(folder, placed, buffer, self.pool))
+        except OSError as error:
+            if placed.tier == "disk" or error.errno not in FULL:
+                raise
+            self.full = True
+            logger.warning("not all weights are kept for the next start: %s", error)
         finally:
             self.buffers.give(buffer)
 
@@ -87,10 +99,9 @@ class FileWriter:
         started = time.perf_counter()
 
         def tell() -> None:
-            seconds = duration_text(time.perf_counter() - started)
-            logger.info(
-                "wrote %s for the next start to the offload folder in %s", size_text(self.placed_bytes), seconds
-            )
+            if not self.full:
+                size, seconds = size_text(self.placed_bytes), duration_text(time.perf_counter() - started)
+                logger.info("wrote %s for the next start to the offload folder in %s", size, seconds)
 
         self.threads.submit(tell, 0)
 

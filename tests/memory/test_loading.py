@@ -402,11 +402,16 @@ def test_a_disk_that_is_full_ends_no_job_that_does_not_need_it(
         raise OffloadError(28, "No space left on device")
 
     monkeypatch.setattr(layer_files, "write_atomically", full)
+    told = "not all weights are kept for the next start: [Errno 28] No space left on device"
     with beside_job(tmp_path, tmp_path) as (_, store):
         assert same_weights(store, 4)
-    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
-        "not all weights are kept for the next start: [Errno 28] No space left on device"
-    ]
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [told]
+    for threads in (0, 3):
+        caplog.clear()
+        with loaded(tmp_path, MIXED_IN_MEMORY, 4, threads=threads) as (store, read):
+            assert same_weights(store, 4) and len(read) == len(store.plan.all_tensors)
+        assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [told]
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     with pytest.raises(OffloadError, match="No space left"), loaded(tmp_path, DISK):
         pass
 
