@@ -4,6 +4,7 @@ one that gains by it."""
 from __future__ import annotations
 
 import logging
+import math
 
 import pytest
 
@@ -106,8 +107,16 @@ def test_weights_move_for_a_job_that_gains_by_it(reference, tmp_path, caplog, mo
         llm.tiers.check()
 
 
-def test_weights_stay_for_a_job_that_saves_less_than_moving_them_takes(reference, tmp_path, caplog):
+@pytest.mark.parametrize(("search_seconds", "rate"), [(0.0, 1e4), (1e9, math.inf)], ids=["moving", "searching"])
+def test_weights_stay_for_a_job_that_saves_less_than_it_takes(
+    reference, tmp_path, caplog, monkeypatch, search_seconds, rate
+):
     """A job of 1.5 s had 4.2 GiB moved to save 0.3; that took 5.3, and the next job searched and moved them back."""
+    from flexbatch.planner import planner, relocation
+
+    could_gain = planner.could_gain
+    monkeypatch.setattr(planner, "could_gain", lambda *given: could_gain(*given[:-1], search_seconds))
+    monkeypatch.setattr(relocation, "MOVED_BYTES_PER_SECOND", rate)
     model = reference("llama")
     caplog.set_level(logging.INFO, "flexbatch")
     with open_tiny(model, tmp_path, gpu_memory="1700KiB", cpu_memory="4MiB") as llm:
