@@ -24,6 +24,14 @@ from tests.tiny_models import make_model, random_prompts
 keys = st.tuples(
     st.integers(1, MAX_GRAPH_SEQUENCES).map(bucket_of), st.sampled_from([512, 1024, 2048]), st.booleans(), st.booleans()
 )
+SETTINGS: dict[str, Any] = {
+    "percent": (100, 0, 100, 0, 100, 0),
+    "gpu_batch_size": 6,
+    "num_gpu_batches": 1,
+    "gpu_memory": "1GiB",
+    "device": "cpu",
+}
+"""A block that would be a GPU's whole."""
 
 
 @given(st.integers(1, MAX_GRAPH_SEQUENCES))
@@ -137,23 +145,16 @@ def test_graphs_come_and_go_without_a_trace_in_the_tokens(most: int, family: str
     """Blocks that shrink, a second job that is longer: its rotary tables are elsewhere, and no graph may read the
     old ones. Layers with a window have pages of their own."""
     make_model(family, tmp_path, max_position_embeddings=4096)
-    settings: dict[str, Any] = {
-        "percent": (100, 0, 100, 0, 100, 0),
-        "gpu_batch_size": 6,
-        "num_gpu_batches": 1,
-        "gpu_memory": "1GiB",
-        "device": "cpu",
-    }
     params = [SamplingParams(max_tokens=4 + 3 * i, temperature=0, ignore_eos=True) for i in range(6)]
     jobs = [
         random_prompts([5, 9, 3, 30, 17, 8], seed=1),
         random_prompts([5, 9, 3, 30, 17, 8], seed=2),
         random_prompts([5, 900, 3], seed=3),
     ]
-    with LLM(str(tmp_path), **settings) as llm:
+    with LLM(str(tmp_path), **SETTINGS) as llm:
         plain = [[c.token_ids for c in llm.generate(job, params[: len(job)])] for job in jobs]
     record = Recorder()
-    with LLM(str(tmp_path), **settings) as llm:
+    with LLM(str(tmp_path), **SETTINGS) as llm:
         for job, wanted in zip(jobs, plain, strict=True):
             llm.prepare(job, params[: len(job)])
             assert llm.runner is not None
@@ -191,14 +192,7 @@ def test_graphs_draw_the_tokens_of_greedy_passes(kind: str, ahead: bool, tmp_pat
     """The same completions as without graphs. Passes of greedy sequences alone have no logits outside of a graph, nor
     has the rest of a job once the one with something else has left."""
     make_model("llama", tmp_path)
-    settings: dict[str, Any] = {
-        "percent": (100, 0, 100, 0, 100, 0),
-        "gpu_batch_size": 6,
-        "num_gpu_batches": 1,
-        "gpu_memory": "1GiB",
-        "device": "cpu",
-        "async_scheduling": ahead,
-    }
+    settings = SETTINGS | {"async_scheduling": ahead}
     job, params, record = random_prompts([5, 9, 3, 30, 17, 8], seed=1), job_of(kind), Recorder()
     with LLM(str(tmp_path), **settings) as llm:
         plain = [(c.token_ids, ranked(c)) for c in llm.generate(job, params)]

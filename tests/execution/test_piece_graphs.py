@@ -19,18 +19,13 @@ from flexbatch.execution.piece_graphs import PieceGraphs
 from flexbatch.kernels import native_quant
 from flexbatch.models.routing import RoutingCounts
 from flexbatch.policy.piece_graphs import BUCKETS
+from tests.execution import test_graphs
 from tests.execution.recorded_ops import OpsRecorder
 from tests.execution.test_graphs import FakeGraph, Recorder
 from tests.tiny_models import make_model, random_prompts
 
 CPU = torch.device("cpu")
-SETTINGS: dict[str, Any] = {
-    "percent": (100, 0, 100, 0, 100, 0),
-    "gpu_batch_size": 5,
-    "num_gpu_batches": 1,
-    "gpu_memory": "1GiB",
-    "device": "cpu",
-}
+SETTINGS = test_graphs.SETTINGS | {"gpu_batch_size": 5}
 LENGTHS = [5, 9, 3, 30, 17, 8, 40, 2, 11, 6, 21, 4, 13]
 
 
