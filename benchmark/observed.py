@@ -76,7 +76,7 @@ class ObservedLLM(LLM):
     def num_graphs(self) -> int:
         """Decode graphs that the block of the last job had memory for."""
         runner = self._loop.capacity.runner
-        return 0 if runner is None else self.engine_plan.num_graphs(runner.sizes)
+        return 0 if runner is None else self.engine_plan.graphs(runner.sizes).decode
 
     def __enter__(self) -> ObservedLLM:
         return self

@@ -42,6 +42,10 @@ class JobPasses:
     tail: np.ndarray
     """Which rows come after the last admission, with fewer sequences than the block held."""
 
+    @classmethod
+    def of_walk(cls, walked: Walk, generated: float) -> JobPasses:
+        return cls(walked.load, walked.counts, generated, walked.in_flight, walked.tail)
+
     @property
     def tail_passes(self) -> float:
         return float(self.counts[self.tail].sum())
@@ -83,14 +87,13 @@ def passes_of(
     else:
         walked, counts = long_job(workload, policy)
         return JobPasses(walked.load, counts, tokens, walked.in_flight, walked.tail)
-    return JobPasses(walked.load, walked.counts, tokens, walked.in_flight, walked.tail)
+    return JobPasses.of_walk(walked, tokens)
 
 
 def passes_with_prefixes(requests: Sequence[RequestLengths], policy: Policy, sizes: CacheSizes) -> JobPasses:
     """The passes of a whole job whose requests know how their prompts begin, in pools that a block has."""
-    found = all_passes(PrefixWalker(requests, policy, sizes, micro_batch_tokens(policy)))
-    tokens = float(sum(request.output for request in requests))
-    return JobPasses(found.load, found.counts, tokens, found.in_flight, found.tail)
+    walked = all_passes(PrefixWalker(requests, policy, sizes, micro_batch_tokens(policy)))
+    return JobPasses.of_walk(walked, float(sum(request.output for request in requests)))
 
 
 def pools(workload: Workload, policy: Policy, likely: bool, window: LayerWindow | None = None) -> CacheSizes:

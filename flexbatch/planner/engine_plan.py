@@ -242,10 +242,6 @@ class EnginePlan:
         """CUDA graphs that are kept beside a block of these sizes."""
         return self._graphs_beside(self.deployment.requirements(self.weight_plan, self.policy, sizes), sizes)
 
-    def num_graphs(self, sizes: BlockSizes) -> int:
-        """Those of decode passes among them."""
-        return self.graphs(sizes).decode
-
     def _graphs_beside(self, rows: list[MemoryRequirement], sizes: BlockSizes) -> Graphs:
         gpu, cuda = self.budgets["gpu"], self.deployment.is_cuda
         return graphs_that_fit(self.arch, self.policy, self.layout, sizes, rows, gpu, cuda)

@@ -79,7 +79,7 @@ def test_the_planner_keeps_memory_for_graphs(gib, count):
     )
     found = Planner(config, job, dry=True).engine_plan
     assert all(split.gpu == 1 for split in (found.policy.weights, found.policy.cache, found.policy.activations))
-    assert found.num_graphs(found.sizes(job)) >= PLANNED_GRAPHS and has_graphs(found.plan.memory)
+    assert found.graphs(found.sizes(job)).decode >= PLANNED_GRAPHS and has_graphs(found.plan.memory)
 
 
 def test_a_job_that_leaves_none_runs_all_the_same():
@@ -92,5 +92,5 @@ def test_a_job_that_leaves_none_runs_all_the_same():
     assert rows[-1].what.startswith("decode graphs")
     bare = sum(row.num_bytes for row in rows[:-1])
     poor = Planner(EngineConfig(**settings, gpu_memory=bare), job, dry=True).engine_plan
-    assert poor.policy.gpu_batch_size == 3 and poor.num_graphs(poor.sizes(job)) == 0
+    assert poor.policy.gpu_batch_size == 3 and poor.graphs(poor.sizes(job)).decode == 0
     assert not has_graphs(poor.plan.memory)
