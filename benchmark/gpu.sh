@@ -2,7 +2,7 @@
 # What this project measures on a machine with GPUs, in parts with a limit each. Results and logs lie in FOLDER as soon
 # as they are there: a run that is cut keeps what it has.
 #
-#   benchmark/gpu.sh FOLDER                                 every part of one GPU, about 50 minutes
+#   benchmark/gpu.sh FOLDER                                 every part of one GPU, about 60 minutes
 #   benchmark/gpu.sh FOLDER resident drawn:240              these parts, the second for no more than 240 seconds
 #   CUDA_VISIBLE_DEVICES=0,1 benchmark/gpu.sh FOLDER mesh   two GPUs, about 10 minutes
 #
@@ -19,7 +19,7 @@ shift
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 HW=$O/hardware.json
-ONE_GPU=(tests:200 codes:60 resident:240 reservation:120 loading:100 drawn:330 experts:200 experts-whole:480 rows:1200)
+ONE_GPU=(tests:200 codes:60 resident:240 reservation:120 loading:100 drawn:330 experts:200 experts-whole:480 users:260 rows-16:460 rows-4:520 row-70b:300)
 
 # A command's output goes to FOLDER/NAME.log and .err; it is ended by TERM, on which benchmarks write what they have.
 step() { # NAME SECONDS COMMAND...
@@ -88,12 +88,32 @@ experts-whole() {
     done
 }
 
-rows() {
-    local each=$(($1 / 4)) row
-    for row in "opt-30b-16-16 92" "opt-30b-4-4 448" "llama-3-70b-4-16 384" "opt-30b-16-4 300"; do
-        step "row-${row% *}" "$each" python3 -m benchmark.suite --scenarios "${row% *}" --chosen --num-prompts "${row#* }" \
-            --set 'cpu_memory="118GiB"' "hardware=\"$HW\"" --output "$O/row-${row% *}.json"
-    done
+# A published row, placed by hand and as the engine chooses, in one run.
+row() { # SCENARIO PROMPTS HOST_GIB SECONDS
+    step "row-$1" "$4" python3 -m benchmark.suite --scenarios "$1" --chosen --num-prompts "$2" \
+        --set "cpu_memory=\"$3GiB\"" "hardware=\"$HW\"" --output "$O/row-$1.json"
+}
+
+rows-16() {
+    row opt-30b-16-16 92 118 "$(($1 / 2))"
+    row opt-30b-16-4 300 118 "$(($1 / 2))"
+}
+
+rows-4() {
+    row llama-3-70b-4-16 384 118 "$(($1 * 3 / 5))"
+    row opt-30b-4-4 448 118 "$(($1 * 2 / 5))"
+}
+
+row-70b() { # chosen in any case
+    row llama-3-70b-4-4 701 110 "$1"
+}
+
+# Jobs that plans were once wrong about.
+users() {
+    local runs=(python3 -m benchmark.policy_runs "$O/users.jsonl" --hardware "$HW" --users)
+    step users-plans 60 "${runs[@]}" --plan "$O/users-plans.json" --processes 4
+    step users "$(($1 - 20))" "${runs[@]}" --plans "$O/users-plans.json" --seconds "$(($1 - 40))"
+    step users-errors 20 python3 -m benchmark.pass_errors "$O/users.jsonl" --hardware "$HW"
 }
 
 # Layers of a model in as large a share of memory, so that they load in seconds.

@@ -6,6 +6,7 @@
     python -m benchmark.policy_runs drawn.jsonl --seed 1 --count 20
     python -m benchmark.policy_runs experts.jsonl --hardware h100 --experts
     python -m benchmark.policy_runs layers.jsonl --hardware h100 --few-layers
+    python -m benchmark.policy_runs users.jsonl --hardware h100 --users
 
 Settings whose names are in the file already are left out, so that a run that was cut goes on where it stopped. A
 child process runs them; after an error of the GPU, which no later setting would survive, another child goes on with
@@ -37,7 +38,7 @@ from benchmark.drawn_settings import draw
 from benchmark.machine import machine
 from benchmark.observed import chosen_here, measure, open_engine
 from benchmark.policy_neighbors import run_neighborhood
-from benchmark.policy_settings import EXPERTS, FEW_LAYERS, NEIGHBORHOODS, SETTINGS, Setting
+from benchmark.policy_settings import EXPERTS, FEW_LAYERS, NEIGHBORHOODS, SETTINGS, USERS, Setting
 
 NOT_SETTINGS = ("predicted_tokens_per_second", "predicted_seconds")
 """Of what --plan writes: what was predicted, and not a setting of `LLM`."""
@@ -86,6 +87,8 @@ def table_of(arguments: argparse.Namespace) -> dict[str, Setting]:
         return draw(arguments.seed, arguments.count)
     if arguments.few_layers:
         return FEW_LAYERS
+    if arguments.users:
+        return USERS
     return NEIGHBORHOODS if arguments.neighbors else EXPERTS if arguments.experts else SETTINGS
 
 
@@ -210,6 +213,7 @@ def main() -> int:
         "--neighbors", action="store_true", help="compare the chosen policy with its neighbors in the shorter jobs"
     )
     parser.add_argument("--experts", action="store_true", help="mixtures of experts in the place of dense models")
+    parser.add_argument("--users", action="store_true", help="jobs that plans were once wrong about")
     parser.add_argument("--few-layers", action="store_true", help="mixtures of experts of which a few layers are run")
     parser.add_argument("--seed", type=int, help="draw the settings by this seed (benchmark.drawn_settings)")
     parser.add_argument("--count", type=int, default=20, help="how many are drawn (default: 20)")
