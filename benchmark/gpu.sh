@@ -19,7 +19,7 @@ shift
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 HW=$O/hardware.json
-ONE_GPU=(tests:200 codes:60 resident:240 reservation:120 loading:100 drawn:330 experts:200 experts-whole:480 users:260 rows-16:460 rows-4:520 row-70b:300)
+ONE_GPU=(tests:200 codes:60 resident:240 reservation:170 loading:100 drawn:330 experts:200 experts-whole:480 users:260 rows-16:460 rows-4:520 row-70b:300)
 
 # A command's output goes to FOLDER/NAME.log and .err; it is ended by TERM, on which benchmarks write what they have.
 step() { # NAME SECONDS COMMAND...
@@ -59,7 +59,7 @@ resident() {
 }
 
 reservation() {
-    bench reservation "$1" reservation --model llama-3-8b --dtype bfloat16 --gpu-memory 20GiB --cpu-memory 4GiB --requests 800 --sudden 70
+    bench reservation "$1" reservation --model llama-3-8b --dtype bfloat16 --gpu-memory 20GiB --cpu-memory 4GiB --requests 2003 --sudden 67
 }
 
 loading() {
