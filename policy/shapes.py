@@ -22,6 +22,7 @@ def _opt(hidden: int, layers: int, heads: int, **changes: Any) -> dict[str, Any]
     }
     return {
         "model_type": "opt",
+        "dtype": "float16",
         "vocab_size": 50272,
         "max_position_embeddings": 2048,
         "eos_token_id": 2,
@@ -32,8 +33,7 @@ def _opt(hidden: int, layers: int, heads: int, **changes: Any) -> dict[str, Any]
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **changes: Any) -> dict[str, Any]:
-    """Touvron et al. 2023, "Llama 2"; Grattafiori et al. 2024, "The Llama 3 herd of models", table 3; Jiang et al.
-    2023, "Mistral 7B", table 1."""
+    """Touvron et al. 2023, "Llama 2"; Grattafiori et al. 2024, "The Llama 3 herd of models", table 3."""
     sizes = {
         "hidden_size": hidden,
         "intermediate_size": inner,
@@ -43,6 +43,7 @@ def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **ch
     }
     llama2 = {
         "model_type": "llama",
+        "dtype": "float16",
         "vocab_size": 32000,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
@@ -57,6 +58,7 @@ def _falcon(hidden: int, layers: int, heads: int, **changes: Any) -> dict[str, A
     sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
     return {
         "model_type": "falcon",
+        "dtype": "bfloat16",
         "vocab_size": 65024,
         "max_position_embeddings": 2048,
         "eos_token_id": 11,
@@ -67,6 +69,7 @@ def _falcon(hidden: int, layers: int, heads: int, **changes: Any) -> dict[str, A
 
 
 LLAMA3 = {
+    "dtype": "bfloat16",
     "vocab_size": 128256,
     "max_position_embeddings": 8192,
     "rope_theta": 500000.0,
@@ -90,6 +93,7 @@ NEW_FALCON = {"new_decoder_architecture": True, "num_kv_heads": 8}
 LLAMA31 = {**LLAMA3, "max_position_embeddings": 131072, "rope_scaling": LLAMA31_ROPE}
 QWEN25 = {
     "model_type": "qwen2",
+    "dtype": "bfloat16",
     "vocab_size": 152064,
     "max_position_embeddings": 32768,
     "rms_norm_eps": 1e-6,
@@ -100,6 +104,13 @@ QWEN25 = {
 """Qwen Team 2024, "Qwen2.5 technical report", and the authors' config.json."""
 QWEN3 = {**QWEN25, "model_type": "qwen3", "vocab_size": 151936, "max_position_embeddings": 40960, "head_dim": 128}
 """Qwen Team 2025, "Qwen3 technical report", table 1, and the authors' config.json."""
+MISTRAL = {
+    "model_type": "mistral",
+    "dtype": "bfloat16",
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+}
+"""Jiang et al. 2023, "Mistral 7B", table 1, and the authors' config.json."""
 MIXTRAL = {
     "model_type": "mixtral",
     "dtype": "bfloat16",
@@ -119,7 +130,7 @@ def _qwen3_moe(hidden: int, inner: int, width: int, layers: int, heads: int, kv_
         "moe_intermediate_size": width,
         "norm_topk_prob": True,
     }
-    changes = {**QWEN3, "model_type": "qwen3_moe", "dtype": "bfloat16", **experts}
+    changes = {**QWEN3, "model_type": "qwen3_moe", **experts}
     return _llama(hidden, inner, layers, heads, kv_heads, **changes)
 
 
@@ -152,14 +163,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-8b": _llama(4096, 12288, 36, 32, 8, **QWEN3),
     "qwen3-14b": _llama(5120, 17408, 40, 40, 8, **QWEN3),
     "qwen3-32b": _llama(5120, 25600, 64, 64, 8, **QWEN3),
-    "mistral-7b": _llama(
-        4096, 14336, 32, 32, 8, model_type="mistral", max_position_embeddings=32768, sliding_window=4096
-    ),
+    "mistral-7b": _llama(4096, 14336, 32, 32, 8, **MISTRAL),
     "falcon-7b": _falcon(4544, 32, 71),
     "falcon-40b": _falcon(8192, 60, 128, **NEW_FALCON),
     "falcon-180b": _falcon(14848, 80, 232, **NEW_FALCON),
     "starcoder": {
         "model_type": "gpt_bigcode",
+        "dtype": "float16",
         "vocab_size": 49152,
         "n_embd": 6144,
         "n_inner": 24576,
@@ -181,8 +191,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt-oss-120b": _llama(2880, 2880, 36, 64, 8, **GPT_OSS, num_local_experts=128),
     **EXPERT_SHAPES,
 }
-"""By name: entries of config.json as the authors published them. Models with experts are in the 16 bits that grouped
-matrix products exist for, the others in float16."""
+"""By name: entries of config.json as the authors published them, the type of their weights among them: a GPU computes
+in it."""
 
 
 VARIANTS = re.compile(r"-(instruct|chat|base|hf|it)(?=-|$)|^meta-(?=llama)|-v0\.[12](?=-|$)")

@@ -43,8 +43,7 @@ def describe(name: str) -> Description:
     elif path.is_file():
         file = path
     elif shape is not None:
-        config = {"dtype": "float16"} | SHAPES[shape]
-        return Description(shape, None, config, families.read_arch(config))
+        return Description(shape, None, SHAPES[shape], families.read_arch(SHAPES[shape]))
     else:
         file = _fetched(name)
     config = _read(file)

@@ -17,7 +17,7 @@ PART = re.compile(r"(.+)-(\d+)-layers")
 
 def shape(name: str) -> Arch:
     """Arch of a public shape (`config_of`)."""
-    return read_arch({"dtype": "float16"} | config_of(name))
+    return read_arch(config_of(name))
 
 
 def config_of(name: str) -> dict[str, Any]:

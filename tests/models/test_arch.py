@@ -205,6 +205,13 @@ def test_public_shapes_have_their_published_size(name, billions):
 
 
 @pytest.mark.parametrize("name", SHAPES)
+def test_shapes_have_the_type_of_their_checkpoints(name):
+    """A GPU computes in it: what is measured with random weights is what the real ones would take."""
+    older = name.startswith(("opt-", "llama-2-", "starcoder"))
+    assert SHAPES[name]["dtype"] == shape(name).dtype == ("float16" if older else "bfloat16")
+
+
+@pytest.mark.parametrize("name", SHAPES)
 def test_public_shapes_equal_transformers_parameter_counts(name):
     """Independent of our table of roles: the same configuration built by transformers without memory."""
     config = dict(SHAPES[name])
