@@ -6,11 +6,12 @@
     python -m benchmark.gpu_busy --model opt-6.7b --prompts 4 --lengths 512 512
 
 Random weights of a public shape, ragged prompts, by default of 20 to 400 tokens. The job runs three times, each with
-prompts of its own: to warm up, timed, and with torch's profiler on some passes in the middle, of the GPU alone:
-recording the host as well would slow it down. ``busy`` is the share of those passes in which at least one kernel or
-copy ran; ``gaps`` are the waits between them, the longest first, each with the kernel before and after it. ``host`` are
-milliseconds a pass of the parts of a turn, of the timed run. Without a GPU the device is the CPU, and ``busy`` is left
-out.
+prompts of its own: to warm up, timed, and with torch's profiler on some passes in the middle and on some that read
+prompts, of the GPU alone: recording the host as well would slow it down. ``busy`` is the share of those passes in which
+at least one kernel or copy ran; ``gaps`` are the waits between them, the longest first, each with the kernel before and
+after it. Of the timed run are ``kinds``, the passes by how they were launched, ``host``, milliseconds a pass of the
+parts of a turn, and ``card``, its clock and power. Without a GPU the device is the CPU, and ``card`` and what is
+profiled are left out.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmark.card_state import CardState
 from benchmark.machine import publish
 from benchmark.part_times import Parts, PartTimes
+from benchmark.pass_times import PassTimes
 from flexbatch import LLM, SamplingParams
 from flexbatch.execution.passes import Passes
 from flexbatch.execution.sampler import SampledPass
@@ -60,11 +63,12 @@ class Window:
     def __init__(self, first: int, count: int) -> None:
         self.first, self.count, self.turn = first, count, 0
         self.profiler = profile(activities=[ProfilerActivity.CUDA])
-        self.original: Callable[[Passes], Any] = Passes.turn
 
     def __enter__(self) -> Window:
+        self.original: Callable[[Passes], Any] = Passes.turn
+
         def turn(passes: Passes) -> Any:
-            if self.turn == self.first:
+            if self.count and self.turn == self.first:
                 torch.cuda.synchronize()
                 self.profiler.start()
             done = self.original(passes)
@@ -88,7 +92,9 @@ class Window:
             for event in self.profiler.events()
             if event.device_type == torch.autograd.DeviceType.CUDA
         )
-        return {"passes": min(self.count, self.turn - self.first), **busy(spans)}
+        passes = min(self.count, self.turn - self.first)
+        extent_us = max(end for _, end, _ in spans) - spans[0][0] if spans else 0.0
+        return {"passes": passes, "mean_pass_ms": round(extent_us / 1e3 / max(1, passes), 3), **busy(spans)}
 
 
 def busy(spans: list[tuple[float, float, str]]) -> dict[str, Any]:
@@ -141,12 +147,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         llm.prepare(prompts(), params)
         llm.generate(prompts(), params)
         job = prompts()
-        with PartTimes(PARTS) as host:
+        with CardState() as card, PassTimes() as passes, PartTimes(PARTS) as host:
             begun = time.perf_counter()
             llm.generate(job, params)
             seconds = time.perf_counter() - begun
         report = {
             "model": args.model,
+            "dtype": str(llm.engine_plan.dtype).removeprefix("torch."),
             "weight_bits": args.weight_bits,
             "cache_bits": args.cache_bits,
             "gpu_memory": args.gpu_memory,
@@ -157,13 +164,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "seconds": round(seconds, 3),
             "tokens_per_second": round(args.prompts * args.new_tokens / seconds, 1),
             "passes": host.turns,
+            "kinds": passes.report(),
             "host": host.per_turn(),
         }
+        if torch.cuda.is_available():
+            report["card"] = card.report()
         if torch.cuda.is_available() and args.passes:
             job, needed = prompts(), host.turns // 3 + args.passes + 2  # nothing is profiled behind them
-            with Window(host.turns // 3, args.passes) as window:
+            reading = Window(*passes.with_prompts(args.passes // 4))
+            with reading, Window(host.turns // 3, args.passes) as window:
                 llm.generate(job, dataclasses.replace(params, max_tokens=min(args.new_tokens, needed)))
             report["profiled"] = window.report()
+            if reading.count:
+                report["profiled_with_prompts"] = reading.report()
     return report
 
 
