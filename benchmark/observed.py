@@ -8,6 +8,7 @@ import time
 from typing import Any, cast
 
 from benchmark.policy_settings import Setting
+from benchmark.set_up import made_between
 from flexbatch import LLM, SamplingParams
 from flexbatch.config import EngineConfig
 from flexbatch.execution.job import Job
@@ -166,7 +167,7 @@ def measure(llm: ObservedLLM, setting: Setting) -> dict[str, Any]:
             llm.generate([max(setting.prompts(llm.arch.vocab_size, f"chunk {size}"), key=len)[:size]], shortly)
     if all(split.gpu == 1 for split in (llm.policy.weights, llm.policy.cache, llm.policy.activations)):
         llm.generate(warm_up, params)
-    started = time.perf_counter()
+    before, started = llm.report(), time.perf_counter()
     completions = llm.generate(prompts, params)
     seconds = time.perf_counter() - started
     generated = sum(len(completion.token_ids) for completion in completions)
@@ -190,5 +191,6 @@ def measure(llm: ObservedLLM, setting: Setting) -> dict[str, Any]:
         "predicted_then": log.plan.predicted_tokens_per_second,
         "load_seconds": llm.report()["load_seconds"],
         "graphs": llm.num_graphs,
+        "set_up": made_between(before, llm.report()),
         "passes": log.log,
     }

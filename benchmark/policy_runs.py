@@ -39,6 +39,7 @@ from benchmark.machine import machine
 from benchmark.observed import chosen_here, measure, open_engine
 from benchmark.policy_neighbors import run_neighborhood
 from benchmark.policy_settings import EXPERTS, FEW_LAYERS, NEIGHBORHOODS, SETTINGS, USERS, Setting
+from benchmark.set_up import as_words
 
 NOT_SETTINGS = ("predicted_tokens_per_second", "predicted_seconds")
 """Of what --plan writes: what was predicted, and not a setting of `LLM`."""
@@ -126,7 +127,8 @@ def run_here(names: list[str], arguments: argparse.Namespace) -> int:
             record = {"error": f"{type(error).__name__}: {error}"[:2000]}
         append(arguments.runs, {"name": name, "total_seconds": time.perf_counter() - started, **record})
         measured = (
-            f"{record['tokens_per_second']:.1f} tok/s, predicted {record['predicted_then']:.1f}"
+            f"{record['tokens_per_second']:.1f} tok/s, predicted {record['predicted_then']:.1f}, "
+            f"{record['seconds']:.2f} s, set-up: {as_words(record['set_up'])}"
             if "tokens_per_second" in record
             else "done"
         )

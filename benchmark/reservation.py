@@ -30,6 +30,7 @@ from typing import Any, cast
 import numpy as np
 
 from benchmark.machine import publish
+from benchmark.set_up import as_words, made_between
 from flexbatch import LLM, SamplingParams
 from flexbatch.execution.pass_batch import NOTHING_DECODED, DecodedTokens, PassBatch
 from flexbatch.execution.sampler import SampledTokens
@@ -114,6 +115,7 @@ def run_job(llm: EndingLLM, prompts: Sequence[Prompt], answers: Sequence[int], m
         "passes": report["passes"] - before["passes"],
         "seconds": seconds,
         "seconds_in_passes": in_passes,
+        "set_up": made_between(before, report),
         "processor_seconds": processor,
         "tokens_per_second": sum(lengths) / seconds,
         "sequences_per_pass": sum(lengths) / (report["passes"] - before["passes"]),
@@ -138,7 +140,7 @@ def compared(name: str, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     found = {"job": name, **ratios, "answers_alike": alike, **runs}
     counts = ", ".join(
         f"{reserve}: {run['passes']} passes, {run['seconds']:.4g} s, {run['preemptions']['total']} preemptions, "
-        f"{len(run['replans'])} re-plans"
+        f"{len(run['replans'])} re-plans, set-up: {as_words(run['set_up'])}"
         for reserve, run in runs.items()
     )
     words = ", ".join(f"{what.replace('_', ' ')} {ratio:.3g}" for what, ratio in ratios.items())

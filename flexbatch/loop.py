@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from flexbatch.execution.answer_lengths import ENOUGH, REMEMBERED, AnswerLengths
+from flexbatch.execution.answer_lengths import AnswerLengths
 from flexbatch.execution.diagnosis import explain_faults
 from flexbatch.execution.job import Job
 from flexbatch.execution.masks import MaskWorkers
@@ -62,8 +62,6 @@ class EngineLoop:
         self.failures = FailureLog()
         self.lengths = AnswerLengths(planner.config.reserve)
         """Of all runs: what a job teaches is believed of the next one."""
-        self.next_lengths_plan = ENOUGH
-        """Answers at which they are compared with the plan: twice as many each time."""
         self.next_plan: EnginePlan | None = None
         """For those that wait, as soon as the block in flight has run empty."""
         self.masks = MaskWorkers()
@@ -102,9 +100,9 @@ class EngineLoop:
         """A pass, of a new run where there is none or a request has outgrown it. complete: nothing more will come."""
         if self.draining and not self.drop_what_waits():
             return []
-        if self.scheduler is not None and self.lengths.num_seen >= self.next_lengths_plan:
-            self.next_lengths_plan = self.lengths.num_seen + min(self.lengths.num_seen, REMEMBERED)
-            self.plan_for_lengths(complete)
+        if self.scheduler is not None and self.lengths.comparison_due():
+            with self.statistics.replanning():
+                self.plan_for_lengths(complete)
         if self.scheduler is None or (self.scheduler.outgrown and not self.running):
             self.begin_for_waiting(complete)
         return self.run_pass()

@@ -116,6 +116,8 @@ class AnswerLengths:
         self.sources: dict[Hashable, Seen] = {}
         self.num_seen = self.stale = 0
         """Answers seen, and answers and passes since the last estimate."""
+        self.next_comparison = ENOUGH
+        """Answers at which they are compared with the plan: twice as many each time."""
 
     @property
     def learns(self) -> bool:
@@ -134,6 +136,13 @@ class AnswerLengths:
             seen.ended.append(sequence.output.finish.reason == "stop")
             self.num_seen += 1
             self.stale += 1
+
+    def comparison_due(self) -> bool:
+        """Whether the plan is to be compared with them now; not again before as many more were seen."""
+        if self.num_seen < self.next_comparison:
+            return False
+        self.next_comparison = self.num_seen + min(self.num_seen, REMEMBERED)
+        return True
 
     def update(self, started: Collection[Sequence]) -> None:
         """A pass goes by: make the estimates anew now and then, with the answers of ``started`` sequences, which

@@ -17,7 +17,7 @@ from flexbatch.execution.pass_batch import Lead, LogitsChunk, NewestTokens, Pass
 from flexbatch.execution.piece_graphs import PieceGraphs
 from flexbatch.execution.resident import ResidentPass
 from flexbatch.execution.routed_rows import RoutedRows
-from flexbatch.execution.set_up import SetUp
+from flexbatch.execution.set_up import DECODE_GRAPHS, PIECE_GRAPHS, SetUp
 from flexbatch.execution.tick_halves import TickHalves
 from flexbatch.memory.activations import ActivationStore
 from flexbatch.memory.host_buffers import HostBuffers
@@ -88,9 +88,10 @@ class Executor:
         assert recordable or self.ranks is None or not max_graphs, f"{max_graphs} graphs of what is not on this GPU"
         if self.device.type == "cuda" and recordable:
             sizes, group = (cache.layout.page_tokens, arch.max_positions), self.builder.adapters_at_once
-            self.graphs = DecodeGraphs(self.device, *sizes, CudaRecorder(self.set_up), max_graphs, group, cache.ring)
+            decode, pieces = (CudaRecorder(self.set_up, kind) for kind in (DECODE_GRAPHS, PIECE_GRAPHS))
+            self.graphs = DecodeGraphs(self.device, *sizes, decode, max_graphs, group, cache.ring)
             buckets = piece_buckets if self.ranks is None else ()
-            self.pieces = PieceGraphs(self.halves, self.device, CudaRecorder(self.set_up), buckets, group)
+            self.pieces = PieceGraphs(self.halves, self.device, pieces, buckets, group)
 
     @property
     def resident(self) -> bool:

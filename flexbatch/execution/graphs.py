@@ -70,13 +70,14 @@ class CudaRecorder:
     which a pass in pieces has one for every layer; its stream is used, for which the workspaces of cuBLAS are there.
     """
 
-    def __init__(self, set_up: SetUp) -> None:
+    def __init__(self, set_up: SetUp, kind: str) -> None:
+        """kind: of set-up, that a graph is."""
         self.pool = torch.cuda.graph_pool_handle()
         self.num_graphs = 0
-        self.set_up = set_up
+        self.set_up, self.kind = set_up, kind
 
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Recorded, Tensor]:
-        with self.set_up.making():
+        with self.set_up.making(self.kind):
             return self.recorded(work)
 
     def recorded(self, work: Callable[[], Tensor]) -> tuple[Recorded, Tensor]:

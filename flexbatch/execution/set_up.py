@@ -10,6 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -46,28 +47,53 @@ def _knobs() -> Any:
     return knobs
 
 
+COMPILED, LOADED, DECODE_GRAPHS, PIECE_GRAPHS, REPLANS = (
+    *("compiled_kernels", "loaded_kernels", "decode_graphs", "piece_graphs", "replans"),
+)
+"""Kinds of set-up: kernels that Triton compiled, or found compiled on the disk; graphs that were recorded, of whole
+decode passes and of the pieces between two attentions; and how often a plan was compared with the lengths of answers,
+which may end with another block."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """How often something was made, and the seconds that it took."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Made) -> Made:
+        return Made(self.count + other.count, self.seconds + other.seconds)
+
+
 class SetUp:
-    """Seconds of passes in which something was made that later ones find there."""
+    """Seconds of passes in which something was made that later ones find there, by kind."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.seconds = 0.0
+        self.made: dict[str, Made] = {}
         """Since the last `take`."""
-        self._making = False
+
+    @property
+    def seconds(self) -> float:
+        return sum(each.seconds for each in self.made.values())
+
+    def add(self, kind: str, seconds: float) -> None:
+        self.made[kind] = self.made.get(kind, Made()) + Made(1, max(0.0, seconds))
 
     @contextlib.contextmanager
-    def making(self) -> Iterator[None]:
-        """The body is of this kind, whatever it compiles on the way."""
-        started, self._making = time.perf_counter(), True
+    def making(self, kind: str) -> Iterator[None]:
+        """The body makes one of a kind. What it makes on the way, as a graph's first run compiles kernels, is counted
+        as what that is, and once."""
+        started, before = time.perf_counter(), self.seconds
         try:
             yield
         finally:
-            self._making = False
-            self.seconds += time.perf_counter() - started
+            self.add(kind, time.perf_counter() - started - (self.seconds - before))
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """What Triton compiles in the body, or finds compiled on the disk, is of this kind."""
+        """What Triton compiles in the body, or finds compiled on the disk, is counted."""
         knobs = _knobs() if self.device.type == "cuda" else None
         if knobs is None:
             yield
@@ -83,11 +109,10 @@ class SetUp:
         with self.listening():
             return work()
 
-    def compiled(self, *, times: Any, **told: Any) -> None:
+    def compiled(self, *, times: Any, cache_hit: bool = False, **told: Any) -> None:
         """As a `triton.knobs.CompilationListener`."""
-        if not self._making:
-            self.seconds += getattr(times, "total", 0) / 1e6
+        self.add(LOADED if cache_hit else COMPILED, getattr(times, "total", 0) / 1e6)
 
-    def take(self) -> float:
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
+    def take(self) -> dict[str, Made]:
+        made, self.made = self.made, {}
+        return made

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Sequenced
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,7 +16,7 @@ from flexbatch.execution.pass_batch import PassBatch
 from flexbatch.execution.runner import Runner
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
-from flexbatch.execution.set_up import SetUp
+from flexbatch.execution.set_up import REPLANS, Made, SetUp
 from flexbatch.memory.tiers import Tiers
 from flexbatch.planner import tables
 from flexbatch.planner.engine_plan import EnginePlan
@@ -45,8 +47,8 @@ class Statistics(RunObserver):
     """Sums over the runs of an engine."""
 
     seconds: float = 0.0
-    set_up_seconds: float = 0.0
-    """Of these: compiling kernels and recording graphs."""
+    set_up: dict[str, Made] = field(default_factory=dict)
+    """Of these: what was made that later passes find there, by kind."""
     passes: int = 0
     prompt_tokens: int = 0
     prefilled_tokens: int = 0
@@ -58,9 +60,25 @@ class Statistics(RunObserver):
 
     def beside_set_up(self, seconds: float, set_up: SetUp) -> float:
         """What a turn of the loop took but for the set-up in it, which is counted here."""
-        made = set_up.take()
-        self.set_up_seconds += made
-        return max(0.0, seconds - made)
+        before = self.set_up_seconds
+        for kind, made in set_up.take().items():
+            self.set_up[kind] = self.set_up.get(kind, Made()) + made
+        return max(0.0, seconds - (self.set_up_seconds - before))
+
+    @contextlib.contextmanager
+    def replanning(self) -> Iterator[None]:
+        """Between passes: the body compares the plan with what was learned of the job, and may make another block."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - started
+            self.seconds += seconds
+            self.set_up[REPLANS] = self.set_up.get(REPLANS, Made()) + Made(1, seconds)
+
+    @property
+    def set_up_seconds(self) -> float:
+        return sum(made.seconds for made in self.set_up.values())
 
     @property
     def generated_tokens_per_second(self) -> float:
@@ -68,8 +86,8 @@ class Statistics(RunObserver):
 
     @property
     def pass_seconds(self) -> float:
-        """Of the average pass."""
-        return self.seconds / self.passes if self.passes else 0.0
+        """Of the average pass, beside set-up."""
+        return (self.seconds - self.set_up_seconds) / self.passes if self.passes else 0.0
 
     @property
     def total_tokens_per_second(self) -> float:
@@ -91,6 +109,7 @@ class Statistics(RunObserver):
         return {
             "seconds": self.seconds,
             "set_up_seconds": self.set_up_seconds,
+            "set_up": {kind: asdict(made) for kind, made in self.set_up.items()},
             "passes": self.passes,
             "requests": self.requests,
             "prompt_tokens": self.prompt_tokens,

@@ -10,6 +10,8 @@ from flexbatch.trace import RESOURCES
 
 TIERS = ("gpu", "cpu", "disk")
 EMPTY = ("", "", "")
+TOLD_SET_UP = 0.05
+"""Share of a run from which on the report says what was set up."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -106,11 +108,17 @@ def throughput(report: Mapping[str, Any]) -> str:
     simulated = (report.get("speculation") or {}).get("simulated_acceptance")
     label = "" if simulated is None else f", SIMULATED acceptance {simulated:g}: the tokens mean nothing"
     set_up = report.get("set_up_seconds", 0.0)
-    made = f", {duration_text(set_up)} of it compiling kernels and recording graphs" if set_up else ""
+    made = f", {duration_text(set_up)} of it setting up" if set_up else ""
     text = (
         f"throughput ({duration_text(seconds)}{made}, and {duration_text(report['load_seconds'])} to "
         f"load{label})\n{table(['', 'count', 'per second'], rows)}"
     )
+    if set_up > TOLD_SET_UP * seconds:
+        parts = (
+            f"{each['count']:,} {kind.replace('_', ' ')} in {duration_text(each['seconds'])}"
+            for kind, each in report["set_up"].items()
+        )
+        text += f"\n  set-up: {', '.join(parts)}"
     experts = report.get("experts") or {}
     if experts:
         text += (

@@ -94,7 +94,7 @@ def teach(llm: LLM, length: int = 3) -> None:
         lengths.observe(ended(i, length))
     lengths.stale = 100
     lengths.update([])
-    llm._loop.next_lengths_plan = 10**9
+    llm._loop.lengths.next_comparison = 10**9
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def replanned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def advanced(loop: EngineLoop, complete: bool) -> Any:
         if loop.lengths.learns:
-            loop.next_lengths_plan = min(loop.next_lengths_plan, loop.lengths.num_seen + 1)
+            loop.lengths.next_comparison = min(loop.lengths.next_comparison, loop.lengths.num_seen + 1)
         finished = advance(loop, complete)
         assert finished or loop.running, "nothing runs, and nobody is told that requests are left"
         return finished

@@ -47,7 +47,7 @@ def stepping_aside(llm: LLM, counted: list[int]) -> Iterator[None]:
         lengths.observe(ended(i, 3))
     lengths.stale = 100
     lengths.update([])
-    llm._loop.next_lengths_plan = 10**9
+    llm._loop.lengths.next_comparison = 10**9
 
     def disturbed(scheduler: Scheduler, *part: int) -> Any:
         if scheduler.settled and len(scheduler.running) > 1 and chance.random() < 0.4:
