@@ -8,33 +8,31 @@ from collections.abc import Sequence
 import numpy as np
 
 from flexbatch.policy.limits import LOOKAHEAD_TOKENS, PAGE_TOKENS, RESERVED_DEVIATIONS
-
-AHEAD = np.unique(np.concatenate([[0], np.geomspace(8, 2**31, 120)]).astype(np.int64))
-"""Passes to come at which the pages of all sequences are estimated."""
+from flexbatch.policy.survival import PASSES_AHEAD, Survival
 
 
 class ExpectedPages:
     """What is reserved for sequences in flight: what all of them together are expected to have when that is the most,
     with a margin, each its share."""
 
-    def __init__(self, answers: Sequence[int] | np.ndarray, page_tokens: int = PAGE_TOKENS) -> None:
+    def __init__(
+        self, answers: Sequence[int] | np.ndarray, page_tokens: int = PAGE_TOKENS, limit: float | None = None
+    ) -> None:
+        """limit: the tokens that an answer may reach, which those that are seen need not come near (default: the most
+        of them)."""
         self.page_tokens = page_tokens
-        self.answers = np.sort(np.asarray(answers))
-        self.limit = int(self.answers[-1])
-
-    def survival(self, generated: np.ndarray) -> np.ndarray:
-        """The share of answers that go on after so many tokens."""
-        longer = len(self.answers) - np.searchsorted(self.answers, generated, side="right")
-        return np.maximum(longer, 0.5) / len(self.answers)
+        lengths = np.asarray(answers, dtype=float)
+        self.limit = int(max(lengths.max(), limit or 0))
+        self.survival = Survival.of(lengths, lengths < self.limit)
 
     def occupied(self, rows: np.ndarray, generated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and variance of the token rows of each sequence after some passes: [times, sequences]."""
         left = np.maximum(0, self.limit - generated)
-        ahead = AHEAD[: 1 + np.searchsorted(AHEAD, left.max())]
+        ahead = PASSES_AHEAD[: 1 + np.searchsorted(PASSES_AHEAD, left.max())]
         grown = np.minimum(ahead[:, None], left)
         # Those that reach the limit have all of its rows until then, and end there.
         reached = np.minimum(generated + grown, self.limit - 1)
-        alive = np.minimum(1.0, self.survival(reached) / self.survival(generated))
+        alive = self.survival.at(reached) / self.survival.at(generated)
         alive[1:][ahead[:-1, None] >= left] = 0
         later = rows + grown
         return later * alive, later**2 * alive * (1 - alive)

@@ -79,7 +79,7 @@ def passes_of(
     if exact and workload.in_order is not None:
         # Estimating anew in every pass takes ten times as long as the rest of the walk: not for long jobs in a search.
         likely = workload.grows and (sizes is not None or workload.num_sequences <= WALKED)
-        expected = ExpectedPages(workload.in_order[1]) if likely else None
+        expected = ExpectedPages(workload.in_order[1], limit=workload.most_output) if likely else None
         found = sizes or pools(workload, policy, likely, window)
         walked = walk(workload.requests, policy, found, micro_batch_tokens(policy), expected)
     elif workload.num_sequences <= min(4 * WALKED, max(WALKED, FEW_BLOCKS * policy.block_size)):

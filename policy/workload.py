@@ -69,6 +69,8 @@ class Workload:
     longest sequences, which the mean of many hides."""
     most_prompt: float | None = field(default=None, compare=False)
     """Tokens of the longest prompt, where the job is known."""
+    most_output: float | None = field(default=None, compare=False)
+    """Tokens that an answer may reach, where answers are expected to be shorter: what has outlived them is taken to."""
 
     MAX_PAIRS = 256
     MAX_IN_ORDER = 16_384

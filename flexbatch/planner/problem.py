@@ -195,7 +195,8 @@ def workload_of(job: Job) -> Workload:
     """Lengths as the cost model counts them: the last generated token needs no row of the cache."""
     expected, prompt = np.asarray(job.expected_tokens), np.asarray(job.prompt_tokens)
     workload = Workload.from_lengths(np.maximum(1, prompt), np.maximum(1, expected - prompt + 1))
-    return dataclasses.replace(workload, grows=bool(job.likely_tokens))
+    most = float((np.asarray(job.cache_tokens) - prompt).max() + 1) if job.likely_tokens else None
+    return dataclasses.replace(workload, grows=bool(job.likely_tokens), most_output=most)
 
 
 def constraints_of(problem: Problem, capacity: dict[str, int], block: tuple[int, int] | None = None) -> Constraints:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.execution.answer_lengths import EDGES, ENOUGH, NOTHING_SEEN, AnswerLengths, Likely, Survival
+from flexbatch.execution.answer_lengths import ENOUGH, AnswerLengths, Likely
 from flexbatch.execution.job import Job
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.scheduler import Scheduler
@@ -21,6 +21,7 @@ from flexbatch.policy.admission import CacheSizes, num_pages
 from flexbatch.policy.expected_pages import ExpectedPages
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.policy.step_aside import StepAsideCosts
+from flexbatch.policy.survival import EDGES, NOTHING_SEEN, Survival
 from flexbatch.policy.walk import walk
 from flexbatch.policy.workload import RequestLengths
 from tests.execution.rigs import EOS, PAGE_TOKENS, open_cache, waiting
@@ -273,7 +274,7 @@ def test_passes_are_predicted_where_pages_are_reserved_for_likely_answers(seeds:
         requests = [RequestLengths(PROMPT, length, num_pages(PROMPT + length - 1, PAGE_TOKENS)) for length in lengths]
         likely, own = (
             walk(requests, policy, sizes, 64 + BUDGET, expected).passes
-            for expected in (ExpectedPages([min(MOST, each) for each in seen], PAGE_TOKENS), None)
+            for expected in (ExpectedPages([min(MOST, each) for each in seen], PAGE_TOKENS, MOST), None)
         )
         errors.append(likely / measured - 1)
         worse += abs(likely - measured) > abs(own - measured)

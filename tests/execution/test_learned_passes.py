@@ -15,6 +15,7 @@ import pytest
 from flexbatch.execution.answer_lengths import AnswerLengths
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.scheduler import Scheduler
+from flexbatch.execution.sequence import Sequence
 from flexbatch.policy.admission import CacheSizes, num_pages
 from flexbatch.policy.expected_pages import ExpectedPages
 from flexbatch.policy.policy import Policy, Split
@@ -77,16 +78,25 @@ class Half:
     def token_limit(self) -> int:
         return self.policy.gpu_batch_size + self.policy.prompt_tokens_per_micro_batch
 
+    @property
+    def fresh(self) -> list[Sequence]:
+        return [
+            waiting(i, (2,) * prompt, 10**6, max_tokens=self.most)
+            for i, prompt in enumerate(self.prompts[self.count :])
+        ]
+
     def predicted(self) -> float:
         """Passes, by the distribution of the answers that were seen."""
-        prompts = self.prompts[self.count :]
-        fresh = [waiting(i, (2,) * prompt, 10**6, max_tokens=self.most) for i, prompt in enumerate(prompts)]
-        drawn = self.learned().draw([(each.request, self.most) for each in fresh])
+        return self.walked(self.learned().draw([(each.request, self.most) for each in self.fresh]))
+
+    def walked(self, answers: list[int]) -> float:
+        """Passes of the other half, had it these answers, by their distribution."""
         requests = [
             RequestLengths(prompt, answer, num_pages(prompt + answer - 1, PAGE_TOKENS))
-            for prompt, answer in zip(prompts, drawn, strict=True)
+            for prompt, answer in zip(self.prompts[self.count :], answers, strict=True)
         ]
-        return walk(requests, self.policy, self.sizes, self.token_limit, ExpectedPages(drawn, PAGE_TOKENS)).passes
+        expected = ExpectedPages(answers, PAGE_TOKENS, self.most)
+        return walk(requests, self.policy, self.sizes, self.token_limit, expected).passes
 
     def run(self, folder: Path) -> int:
         """Passes of the other half."""
@@ -127,6 +137,15 @@ def test_passes_of_one_half_are_predicted_by_the_answers_of_the_other(seeds, cou
     assert statistics.mean(map(abs, errors)) <= 0.05, told
     assert abs(statistics.mean(errors)) <= 0.03, told
     assert all(abs(error) <= 0.05 + 3 * job.noise for error, job in zip(errors, jobs, strict=True)), told
+
+
+@pytest.mark.parametrize("seeds", [(1, 3, 51), pytest.param(range(60), marks=pytest.mark.slow)], ids=["3", "60"])
+def test_passes_are_as_many_as_those_of_a_walk_over_the_answers_that_come(seeds, tmp_path):
+    """What chance leaves is the walk's own error: of a plan that took the longest answer seen for the most that one
+    may reach, passes were 8 % too few where memory is short (51)."""
+    jobs = [Half.drawn(seed, 700) for seed in seeds]
+    errors = [job.walked(job.answers[job.count :]) / job.run(tmp_path / str(i)) - 1 for i, job in enumerate(jobs)]
+    assert statistics.mean(map(abs, errors)) <= 0.01 and max(map(abs, errors)) <= 0.05, errors
 
 
 def test_those_that_reach_their_limit_hold_no_pages_beyond_it():
