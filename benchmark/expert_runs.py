@@ -3,9 +3,10 @@
     python -m benchmark.expert_runs qwen3-30b-a3b mixtral-8x7b --hardware machine.json --output runs.jsonl
     python -m benchmark.expert_runs gpt-oss-120b --share 4
 
-``--share N`` runs one N-th of the layers in one N-th of the memory, where the whole does not fit the time: a layer's
-bytes and products are those of the model, and tokens per second are N times those of the whole but for the embedding,
-the head and what a pass costs at all. Such rows say so. Every job is prompts of random tokens, all different, 512 each
+``--share N`` runs one N-th of the layers by the plan of all of them, where the whole does not fit the time: the same
+block, the same shares of a layer and of its cache on each tier, so that a layer's bytes and products are those of the
+model, and a pass takes one N-th but for the embedding, the head and what it costs at all. Such rows say so, and
+divide. Every job is prompts of random tokens, all different, 512 each
 and 128 new ones, of a prime number that all but fills the block; a block of short prompts warms up.
 
 Each row has the passes by their kind, predicted and measured, and how busy the resources were. While a job runs a line
@@ -26,7 +27,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,19 +35,18 @@ import numpy as np
 
 from benchmark.link_idle import Timeline, idle_of
 from benchmark.machine import machine
-from benchmark.observed import ObservedLLM, ObservedLoop, PassLog, Unchanging
+from benchmark.observed import ObservedLLM, ObservedLoop, PassLog, Unchanging, fixed_by
 from benchmark.pass_errors import kinds_of_passes
-from flexbatch import SamplingParams
+from flexbatch import LLM, SamplingParams
 from flexbatch.config import EngineConfig
 from flexbatch.execution.job import Job
 from flexbatch.planner.usage import UsageTracer
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.shapes import SHAPES
 from flexbatch.policy.stdout import data_apart, run_process
-from flexbatch.policy.units import GIB
 
-WORKSPACE_GIB = 1.5
-"""Of the GPU, whatever the number of layers."""
+PART_GIB = 8
+"""Of the host, besides a part's share: reserves, staging and scratch are those of all layers."""
 EVERY_SECONDS = 10.0
 """Between two lines on the progress of a job."""
 TIMELINE_AFTER, TIMELINE_PASSES = 3, 6
@@ -66,11 +66,11 @@ class Run:
 
 
 RUNS = {
-    "qwen3-30b-a3b": Run(1249),
-    "mixtral-8x7b": Run(587),
+    "qwen3-30b-a3b": Run(1303),
+    "mixtral-8x7b": Run(547),
     "gpt-oss-120b": Run(2477, weight_bits=4),
-    "glm-4.5-air": Run(577, weight_bits=4),
-    "qwen3-235b-a22b": Run(509, weight_bits=4, cache_bits=4),
+    "glm-4.5-air": Run(653, weight_bits=4),
+    "qwen3-235b-a22b": Run(373, weight_bits=4, cache_bits=4),
     "deepseek-v2-lite": Run(499, memory=None),
     "gpt-oss-20b": Run(499, weight_bits=4, memory=None),
     "olmoe-1b-7b": Run(499, memory=None),
@@ -149,32 +149,32 @@ def line_of(plan: Any, passes: list[dict[str, Any]]) -> str:
     )
 
 
-def settings_of(run: Run, config: dict[str, Any], share: int) -> dict[str, Any]:
+def settings_of(run: Run, share: int) -> dict[str, Any]:
+    """Memory. What a part of the layers needs of the GPU's for slabs and workspace is as much as all need, and its plan
+    is that of all."""
     if run.memory is None:
         return {}
-    tables = (1 if config.get("tie_word_embeddings") else 2) * config["vocab_size"] * config["hidden_size"] * 2
-    fixed = tables / GIB + WORKSPACE_GIB
     gpu, cpu = run.memory
-    return {"gpu_memory": f"{fixed + (gpu - fixed) / share:.3f}GiB", "cpu_memory": f"{cpu / share:.3f}GiB"}
+    return {"gpu_memory": f"{gpu}GiB", "cpu_memory": f"{cpu / share + (PART_GIB if share > 1 else 0):.3f}GiB"}
 
 
 def opened(name: str, args: argparse.Namespace) -> ToldLLM:
     """The engine, planned for the job and loaded."""
-    run, config = RUNS[name], dict(SHAPES[name])
-    if args.share > 1:
-        SHAPES[f"{name}-cut"] = {**config, "num_hidden_layers": -(-config["num_hidden_layers"] // args.share)}
-    engine_config = EngineConfig(
-        model=f"{name}-cut" if args.share > 1 else name,
-        dummy_weights=True,
-        weight_bits=run.weight_bits,
-        cache_bits=run.cache_bits,
-        hardware=args.hardware,
-        **settings_of(run, config, args.share),
-    )
-    count, rows = args.prompts or run.prompts, args.prompt_tokens + args.new_tokens - 1
-    planner = Unchanging(engine_config, Job((rows,) * count, (args.prompt_tokens,) * count))
-    plan = planner.engine_plan.plan
+    run, count, rows = RUNS[name], args.prompts or RUNS[name].prompts, args.prompt_tokens + args.new_tokens - 1
+    job = Job((rows,) * count, (args.prompt_tokens,) * count)
+    bits = {"weight_bits": run.weight_bits, "cache_bits": run.cache_bits}
+    whole = EngineConfig(model=name, dummy_weights=True, hardware=args.hardware, **{**bits, **settings_of(run, 1)})
+    if args.share == 1:
+        planner = Unchanging(whole, job)
+    else:
+        told = LLM.plan(whole, job)["plan"]
+        say(f"{name}: all layers {told.predicted_tokens_per_second:.1f} tok/s, limited by {told.limiting_row}")
+        kept = -(-SHAPES[name]["num_hidden_layers"] // args.share)
+        SHAPES[f"{name}-cut"] = {**SHAPES[name], "num_hidden_layers": kept}
+        fixed = {**fixed_by(told.policy), **settings_of(run, args.share), "async_scheduling": whole.async_scheduling}
+        planner = Unchanging(replace(whole, model=f"{name}-cut", **fixed), job)
     say(f"{name}: planned {planner.engine_plan.policy}")
+    plan = planner.engine_plan.plan
     if plan is not None:
         rate, seconds = plan.predicted_tokens_per_second, plan.seconds or 0.0
         say(f"{name}: {rate:.1f} tok/s, {seconds:.0f} s, {plan.passes:.0f} passes, limited by {plan.limiting_row}")
@@ -215,7 +215,7 @@ def measure(name: str, args: argparse.Namespace, write: Callable[[dict[str, Any]
         kept = llm.arch.num_layers
         if args.trace is not None:
             args.trace.mkdir(parents=True, exist_ok=True)
-            timeline.write(args.trace / f"{name}.json")
+            timeline.write(args.trace / f"{name}{f'-{args.share}' if args.share > 1 else ''}.json")
         row = {
             "model": name,
             "layers": kept,
@@ -267,7 +267,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", choices=sorted(RUNS))
     parser.add_argument("--hardware", default="auto", help="the profile that plans are made by")
-    parser.add_argument("--share", type=int, default=1, metavar="N", help="run one N-th of the layers and the memory")
+    parser.add_argument("--share", type=int, default=1, metavar="N", help="run one N-th of the layers, as all would be")
     parser.add_argument("--prompts", type=int, help="instead of the run's own number")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=128)

@@ -19,7 +19,7 @@ shift
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 HW=$O/hardware.json
-ONE_GPU=(tests:200 codes:60 resident:240 reservation:170 loading:100 drawn:330 experts:200 experts-whole:480 users:260 rows-16:460 rows-4:520 row-70b:300)
+ONE_GPU=(tests:200 codes:60 resident:240 reservation:170 loading:100 drawn:330 users:260 experts:200 experts-whole:590 experts-parts:530 rows-16:460 rows-4:520 row-70b:300)
 
 # A command's output goes to FOLDER/NAME.log and .err; it is ended by TERM, on which benchmarks write what they have.
 step() { # NAME SECONDS COMMAND...
@@ -74,18 +74,34 @@ drawn() {
     step drawn-errors 20 python3 -m benchmark.pass_errors "$O/drawn.jsonl" --hardware "$HW"
 }
 
+# Models of a few layers: predicted against measured. Experts that are hit.
 experts() {
-    local runs=(python3 -m benchmark.policy_runs "$O/experts.jsonl" --hardware "$HW" --few-layers)
+    local end=$((SECONDS + $1)) runs=(python3 -m benchmark.policy_runs "$O/experts.jsonl" --hardware "$HW" --few-layers)
+    step experts-plans 50 "${runs[@]}" --plan "$O/experts-plans.json" --processes 6
+    step experts "$((end - SECONDS - 40))" "${runs[@]}" --plans "$O/experts-plans.json" --seconds "$((end - SECONDS - 52))" --limit 30
+    step experts-errors 10 python3 -m benchmark.pass_errors "$O/experts.jsonl" --hardware "$HW"
     step hit-experts 25 python3 -m benchmark.hit_experts --hardware "$HW" --sequences 9 40 --output "$O/hit-experts.json"
-    step gpt-oss-half 80 python3 -m benchmark.expert_runs gpt-oss-120b --share 2 --hardware "$HW" --output "$O/expert-runs.jsonl" --trace "$O/trace"
-    step experts-plans 60 "${runs[@]}" --plan "$O/experts-plans.json" --processes "$(nproc)"
-    step experts "$(($1 - 100))" "${runs[@]}" --plans "$O/experts-plans.json" --seconds "$(($1 - 110))" --limit 30
+}
+
+# Jobs of public models in 24 GiB and 116 GiB, one block each. "MODEL/4": a fourth of the layers in a fourth of the
+# memory, in a fourth of the time. With the seconds that each needs; what finds less than a part of them is left out.
+expert-jobs() { # SECONDS MODEL[/SHARE]:SECONDS...
+    local end=$((SECONDS + $1)) job name share seconds left
+    for job in "${@:2}"; do
+        seconds=${job#*:} name=${job%:*} left=$((end - SECONDS))
+        share=$([ "$name" = "${name#*/}" ] && echo 1 || echo "${name#*/}")
+        [ "$left" -ge "$((seconds * 2 / 3))" ] || continue
+        step "${name/\//-}" "$((left < seconds ? left : seconds))" python3 -m benchmark.expert_runs "${name%/*}" \
+            --share "$share" --hardware "$HW" --output "$O/expert-runs.jsonl" --trace "$O/trace"
+    done
 }
 
 experts-whole() {
-    for model in qwen3-30b-a3b gpt-oss-120b glm-4.5-air deepseek-v2-lite; do
-        step "$model" "$(($1 / 3))" python3 -m benchmark.expert_runs "$model" --hardware "$HW" --output "$O/expert-runs.jsonl" --trace "$O/trace"
-    done
+    expert-jobs "$1" qwen3-30b-a3b:310 deepseek-v2-lite:70 glm-4.5-air/4:100 gpt-oss-120b/4:105
+}
+
+experts-parts() {
+    expert-jobs "$1" glm-4.5-air/4:100 gpt-oss-120b/4:105 mixtral-8x7b/4:95 qwen3-235b-a22b/4:130 qwen3-30b-a3b/4:95
 }
 
 # A published row, placed by hand and as the engine chooses, in one run.

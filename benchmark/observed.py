@@ -112,6 +112,7 @@ def fixed_by(policy: Policy) -> dict[str, Any]:
         "gpu_batch_size": policy.gpu_batch_size,
         "num_gpu_batches": policy.num_gpu_batches,
         "cpu_attention": policy.cpu_attention,
+        "cpu_experts": 100 * policy.cpu_experts,
         "prefill_chunk": policy.prefill_chunk,
         "prefill_budget": budget,
         "weight_bits": policy.weight_bits,

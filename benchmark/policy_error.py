@@ -38,9 +38,9 @@ def plan_of(run: dict, hardware: Hardware) -> Plan:
     """What the cost model says of a run's setting."""
     shape = ModelShape.from_dict(run["shape"]) if "shape" in run else public_shape(run["model"])
     splits = [Split.from_percent(*run["percent"][i : i + 2]) for i in (0, 2, 4)]
-    policy = Policy(
-        *splits, run["gpu_batch_size"], run["num_gpu_batches"], **{name: run[name] for name in OPTIONAL if name in run}
-    )
+    options = {name: run[name] for name in OPTIONAL if name in run}
+    options["cpu_experts"] = run.get("cpu_experts", 0.0) / 100
+    policy = Policy(*splits, run["gpu_batch_size"], run["num_gpu_batches"], **options)
     workload = Workload.from_lengths(run["prompt_lens"], run["output_lens"])
     # Budgets of a run are for its pools alone.
     machine = without_reserves(hardware).with_memory(run.get("gpu_memory"), run.get("cpu_memory"))

@@ -12,8 +12,8 @@ from benchmark import expert_runs
 from flexbatch.policy.shapes import SHAPES
 
 
-@pytest.mark.parametrize("passes", [None, 7], ids=["whole", "stopped"])
-def test_a_row_tells_the_passes_of_a_job_also_of_one_that_sigterm_ends(monkeypatch, tmp_path, passes):
+@pytest.fixture
+def tiny(monkeypatch):
     sizes = {
         **{"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
         **{"head_dim": 16, "vocab_size": 500, "moe_intermediate_size": 32, "intermediate_size": 64},
@@ -21,10 +21,33 @@ def test_a_row_tells_the_passes_of_a_job_also_of_one_that_sigterm_ends(monkeypat
     }
     monkeypatch.setitem(SHAPES, "tiny", SHAPES["qwen3-30b-a3b"] | sizes)
     monkeypatch.setitem(expert_runs.RUNS, "tiny", expert_runs.Run(5, memory=(0.01, 0.06)))
-    monkeypatch.setattr(expert_runs, "WORKSPACE_GIB", 0.001)
-    options = {"hardware": "cpu", "prompt-tokens": 40, "new-tokens": 12, "output": tmp_path / "runs.jsonl"}
-    arguments = [f"--{name}={value}" for name, value in options.items()]
-    monkeypatch.setattr("sys.argv", ["expert_runs", "tiny", *arguments])
+
+
+def arguments_of(monkeypatch, folder, **more):
+    options = {"hardware": "cpu", "prompt-tokens": 40, "new-tokens": 12, "output": folder / "runs.jsonl"} | more
+    monkeypatch.setattr("sys.argv", ["expert_runs", "tiny", *(f"--{name}={value}" for name, value in options.items())])
+
+
+def test_a_part_of_the_layers_runs_by_the_plan_of_all(monkeypatch, tmp_path, tiny):
+    monkeypatch.setattr(expert_runs, "PART_GIB", 0.06)
+    monkeypatch.setitem(SHAPES, "tiny-cut", {})  # that of the run goes with the test
+    for share in (1, 3):
+        arguments_of(monkeypatch, tmp_path, share=share)
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            assert expert_runs.main() == 0
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    whole, part = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+    assert (whole["layers"], part["layers"], part["of_layers"]) == (3, 1, 3)
+    plan = ("block", "micro_batches", "percent", "cpu_attention", "cpu_experts", "prefill_chunk")
+    assert {key: part[key] for key in plan} == {key: whole[key] for key in plan}
+    assert part["tokens_per_second_of_all_layers"] == pytest.approx(part["tokens_per_second"] / 3, rel=0.01)
+
+
+@pytest.mark.parametrize("passes", [None, 7], ids=["whole", "stopped"])
+def test_a_row_tells_the_passes_of_a_job_also_of_one_that_sigterm_ends(monkeypatch, tmp_path, tiny, passes):
+    arguments_of(monkeypatch, tmp_path)
     recorded, logs = expert_runs.ToldLog.record, []
 
     def record(log, load, seconds):
