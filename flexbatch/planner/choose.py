@@ -230,11 +230,14 @@ def without_reserves(hardware: Hardware) -> Hardware:
     return dataclasses.replace(hardware, gpu_reserved_bytes=0, cpu_reserved_bytes=0)
 
 
-def priced(problem: Problem, hardware: Hardware, policy: Policy, searched_plan: Plan | None = None) -> Plan:
-    """What a policy costs for the problem's job within its budgets. searched_plan: of the search that found it."""
+def priced(
+    problem: Problem, hardware: Hardware, policy: Policy, searched_plan: Plan | None = None, exact: bool = True
+) -> Plan:
+    """What a policy costs for the problem's job within its budgets. searched_plan: of the search that found it. exact:
+    see `passes_of`."""
     budgets = problem.budgets
     machine = hardware.with_memory(budgets["gpu"], budgets["cpu"], budgets["disk"])
-    passes = problem.known.passes(problem.workload, policy, window=problem.shape.layer_window)
+    passes = problem.known.passes(problem.workload, policy, exact, problem.shape.layer_window)
     counted = price(problem.shape, machine, problem.workload, with_budget(policy), passes)
     plan = dataclasses.replace(counted, policy=policy)
     return plan if searched_plan is None else with_search(plan, searched_plan)

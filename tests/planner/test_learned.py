@@ -12,6 +12,7 @@ from flexbatch.planner import planner as planning
 from flexbatch.planner.learned import of_size
 from flexbatch.planner.placements import overshoot
 from flexbatch.planner.planner import Planner
+from flexbatch.policy import candidates
 from tests.execution.test_answer_lengths import MOST, geometric
 
 FIXED = {"percent": (100, 0, 100, 0, 100, 0), "num_gpu_batches": 1, "prefill_chunk": 32, "cpu_attention": 0.0}
@@ -57,9 +58,31 @@ def test_a_block_is_made_larger_without_a_search_where_little_is_left(searches):
     assert overshoot(one_more, planner.deployment.budgets)
     # By about the same lengths nothing changes any more.
     assert planner.adopt_lengths(learned_job(125), pass_seconds=0.01) is None and len(searches) == 1
-    # Passes of a minute are worth the search.
+    # On the GPU only the number of sequences is open: also where passes take a minute it is found without a search.
+    planner.adopt_lengths(learned_job(40), pass_seconds=60.0)
+    assert len(searches) == 1
+
+
+def test_a_placement_is_searched_for_where_passes_are_long(searches):
+    planner = planned(percent=(100, 0, 0, 100, 100, 0), cpu_memory="40MiB")
+    planner.search_seconds = 10.0
+    planner.adopt_lengths(learned_job(120), pass_seconds=0.01)
+    assert len(searches) == 1
     planner.adopt_lengths(learned_job(40), pass_seconds=60.0)
     assert len(searches) == 2
+
+
+def test_nobody_waits_for_a_walk_that_estimates_pages_anew_in_every_pass(searches, monkeypatch):
+    walked, passes_of = [], candidates.passes_of
+
+    def counted(workload, policy, exact=True, **options):
+        walked.append(exact)
+        return passes_of(workload, policy, exact, **options)
+
+    planner = planned()
+    monkeypatch.setattr(candidates, "passes_of", counted)
+    assert planner.adopt_lengths(learned_job(120), pass_seconds=0.01) is not None
+    assert walked and not any(walked)
 
 
 def test_a_block_that_the_user_fixed_in_part_is_searched_for_only_where_that_may_pay(searches):
