@@ -12,6 +12,9 @@ chip."""
 MAX_GRAPHS = 16
 """Graphs that are kept, at most. A block of 512 sequences has 20 sizes, each with a graph for every 512 tokens of
 context."""
+RECORDING_PASSES = 8
+"""Passes that take as long as recording one more: its layers run, are launched again to be recorded, and the graph is
+made; kernels that only this number of sequences needs are compiled, once on a machine."""
 PLANNED_GRAPHS = 4
 """Graphs that a plan leaves room for: the sizes of a full block and of its last wave. 541 prompts of Llama-3.2-3B on an
 H200 took 27 ms a pass in a block that filled the GPU to the last 13 MiB, where graphs would have taken 11; four of them

@@ -18,7 +18,7 @@ from torch import Tensor
 from flexbatch.execution.inputs import AttentionGroup, CacheGroups, MicroBatchInputs
 from flexbatch.execution.set_up import SetUp
 from flexbatch.execution.static_adapters import GroupAdapters, fill_adapters, static_adapters
-from flexbatch.policy.decode_graphs import CONTEXT_STEP, MAX_GRAPHS, bucket_of
+from flexbatch.policy.decode_graphs import CONTEXT_STEP, MAX_GRAPHS, RECORDING_PASSES, bucket_of
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
 
 Key = tuple[int, int, bool, bool]
@@ -123,12 +123,15 @@ class Captured:
 
 
 class DecodeGraphs:
-    """Captured decode passes by `Key`; a bucket is captured when it comes for the second time. Of more than ``most``
-    the one that was not used for longest goes. group_adapters: of tokens with these adapters.
+    """Captured decode passes by `Key`. Of more than ``most`` the one that was not used for longest goes.
+    group_adapters: of tokens with these adapters.
 
-    The first time a bucket runs in the smallest graph that covers it: at the end of a job, where sequences leave with
-    every pass, most sizes come only once (OPT-1.3B on the H200 machine: 17 to 22 ms launched one by one, 14 in the
-    graph for 512).
+    A bucket runs in the smallest graph that covers it until the places that it leaves empty there have cost as much as
+    its own would, and where none does, it is captured when it comes for the second time. At the end of a job, where
+    sequences leave with every pass, most sizes come only once: OPT-1.3B took the H200 machine 17 to 22 ms launched one
+    by one and 14 in the graph for 512. An earlier version captured every bucket that came twice: a job that came twice
+    paid for the end of the first one in the second, 500 prompts of Llama-3-8B on an H100 with twelve graphs and what
+    was compiled for them.
 
     Places beyond the real sequences repeat the first one: they compute the same keys and values and write them to
     the same slot.
@@ -153,13 +156,14 @@ class DecodeGraphs:
             most,
         )
         self.group_adapters, self.ring = group_adapters, ring
-        self.seen: set[Key] = set()
+        self.wasted: dict[Key, float] = {}
+        """Passes that a graph of its own would have saved each bucket so far; without any graph, what one takes."""
         self.captured: dict[Key, Captured] = {}
         """The one that was used last at the end."""
 
     def run(self, inputs: MicroBatchInputs, layers: Layers, draws: bool = False) -> Tensor | None:
         """What ``layers`` give of a decode pass, or None when it has to run as usual (no plain decode, or its bucket is
-        new). draws: they give tokens."""
+        new and no graph covers it). draws: they give tokens."""
         group = inputs.gpu
         if (
             group is None
@@ -176,12 +180,13 @@ class DecodeGraphs:
             inputs.adapters is not None,
             draws,
         )
-        if key not in self.captured and key in self.seen:
+        wasted = self.wasted.setdefault(key, 0.0)
+        if key not in self.captured and wasted >= RECORDING_PASSES:
             while len(self.captured) >= self.most:
                 self.evict(next(iter(self.captured)))
             self.captured[key] = self.capture(key[0], key[1], inputs, layers)
-        self.seen.add(key)
         covering = smallest_covering(self.captured, key)
+        self.wasted[key] += RECORDING_PASSES if covering is None else 1 - key[0] / covering[0]
         if covering is None:
             return None
         captured = self.captured[covering] = self.captured.pop(covering)
@@ -240,12 +245,12 @@ class DecodeGraphs:
         fill_adapters(static.adapters, inputs.adapter_ids, self.group_adapters)
 
     def evict(self, key: Key) -> None:
-        """Let go of a graph. It has to come twice again: passes that go round among more buckets than are kept would
+        """Let go of a graph. Its bucket begins anew: passes that go round among more buckets than are kept would
         capture all the time."""
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         self.captured.pop(key).graph.reset()
-        self.seen.discard(key)
+        del self.wasted[key]
 
     def clear(self) -> None:
         for key in list(self.captured):
@@ -254,7 +259,8 @@ class DecodeGraphs:
     def check(self) -> None:
         """Invariant: no more graphs than the budget holds, each of a bucket that came before."""
         assert len(self.captured) <= self.most, (len(self.captured), self.most)
-        assert self.captured.keys() <= self.seen, self.captured.keys() - self.seen
+        early = [key for key in self.captured if self.wasted.get(key, 0.0) < RECORDING_PASSES]
+        assert not early, f"graphs of {early}, which were not worth one"
 
 
 def fill(static: MicroBatchInputs, inputs: MicroBatchInputs) -> None:

@@ -17,7 +17,7 @@ from flexbatch import LLM, Completion, SamplingParams
 from flexbatch.execution.graphs import DecodeGraphs, Key, smallest_covering
 from flexbatch.execution.inputs import AttentionGroup, MicroBatchInputs
 from flexbatch.execution.sampling import NOT_FINITE, most_likely
-from flexbatch.policy.decode_graphs import MAX_GRAPHS, bucket_of
+from flexbatch.policy.decode_graphs import MAX_GRAPHS, RECORDING_PASSES, bucket_of
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
 from tests.tiny_models import make_model, random_prompts
 
@@ -133,6 +133,28 @@ def test_the_graph_that_was_not_used_for_longest_goes(most: int) -> None:
     assert len(record.made) > most
     graphs.clear()
     assert record.kept == 0 and not graphs.captured
+
+
+def test_the_end_of_a_job_is_not_recorded_though_the_job_comes_again() -> None:
+    """500 sequences that leave by 39 pay for one graph, whose places the last passes leave empty."""
+    record = Recorder()
+    graphs = DecodeGraphs(torch.device("cpu"), 16, 8192, record)
+    for _ in range(3):
+        for count in [500] * 20 + list(range(461, 0, -39)):
+            graphs.run(decode_inputs(count, 30, 16), hidden_of)
+            graphs.check()
+    assert [key[0] for key in graphs.captured] == [512] and len(record.made) == 1
+
+
+@pytest.mark.parametrize(("count", "passes"), [(256, 2 * RECORDING_PASSES), (384, 4 * RECORDING_PASSES)])
+def test_a_block_that_stays_smaller_gets_a_graph_of_its_own(count: int, passes: int) -> None:
+    """As soon as the empty places of a larger graph have cost as much as recording one."""
+    graphs = DecodeGraphs(torch.device("cpu"), 16, 8192, Recorder())
+    for size in [512] * 2 + [count] * passes:
+        graphs.run(decode_inputs(size, 30, 16), hidden_of)
+    assert [key[0] for key in graphs.captured] == [512]
+    graphs.run(decode_inputs(count, 30, 16), hidden_of)
+    assert [key[0] for key in graphs.captured] == [512, count]
 
 
 def test_no_graphs_where_the_budget_has_no_room() -> None:
