@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmark.gemm_trials import gemm_trials
 from benchmark.kernel_cases import DECODE, MIB, PREFILL, Row, attention_call, seconds
 from benchmark.kernel_timings import attention_flops, ceilings
 from benchmark.kernel_trials import Trial, coded_trials, difference
@@ -158,12 +159,13 @@ SECTIONS = {
     "decode": decode_trials,
     "shared": shared_trials,
     "coded": coded_trials,
+    "gemm": gemm_trials,
     "quant": quant_trials,
     "pages": page_trials,
 }
 
 
-COMPILED_AHEAD = ("prefill", "decode", "shared", "coded", "quant")
+COMPILED_AHEAD = ("prefill", "decode", "shared", "coded", "gemm", "quant")
 
 
 def compile_ahead(parts: int, sections: Iterable[str]) -> None:

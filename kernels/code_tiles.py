@@ -51,6 +51,28 @@ def rows_of_codes(words, lift, dtype: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def weights_of_codes(words, scale, minimum, lift, dtype: tl.constexpr, BITS: tl.constexpr):
+    """The elements themselves, in the place and order of `rows_of_codes`: made in float32, as they are rounded once."""
+    PIECES: tl.constexpr = 32 // BITS
+    MASK: tl.constexpr = 0x000F000F if BITS == 4 else 0x00FF00FF
+    scale = scale.to(tl.float32)
+    minimum = minimum.to(tl.float32)
+    pair = (words[:, :, None] >> (tl.arange(0, PIECES // 2) * BITS)[None, None, :]) & MASK
+    if dtype == tl.bfloat16 and BITS == 4:  # the halves of a word become floats of 128 + code by one instruction each
+        pair = pair | lift
+        lower = (pair << 16).to(tl.float32, bitcast=True)
+        upper = (pair & -65536).to(tl.float32, bitcast=True)
+        minimum = minimum - 128.0 * scale
+    else:
+        lower = ((pair & 0xFFFF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+        upper = ((pair >> 16) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    scale = scale[:, None, None]
+    minimum = minimum[:, None, None]
+    numbers = tl.join((lower * scale + minimum).to(dtype), (upper * scale + minimum).to(dtype))
+    return tl.permute(numbers, (0, 2, 1, 3)).reshape(words.shape[0], words.shape[1] * PIECES)
+
+
+@triton.jit
 def elements_of_rows(SIZE: tl.constexpr, BITS: tl.constexpr):
     """The element of a group of SIZE at each index of `rows_of_codes`."""
     PIECES: tl.constexpr = 32 // BITS
