@@ -19,6 +19,7 @@ from flexbatch.kernels.coded_matrix import CodedMatrix
 GEMM_SHAPES = {"gate and up": (28672, 4096), "down": (4096, 14336), "qkv": (6144, 4096), "out": (4096, 4096)}
 """Llama-3-8B's."""
 GEMM_LAUNCHES = {  # by tokens: rows, tokens, warps, stages, programs of a multiprocessor
+    32: [(128, 32, 4, 4, 3), (64, 32, 4, 4, 4), (128, 32, 8, 4, 2)],
     64: [(128, 64, 8, 3, 2), (128, 64, 4, 3, 3), (128, 64, 4, 4, 2), (64, 64, 4, 4, 4), (64, 64, 4, 3, 2)],
     128: [(128, 128, 8, 3, 2), (128, 128, 8, 3, 1), (128, 128, 4, 3, 2), (64, 128, 4, 4, 2), (128, 64, 4, 3, 3)],
     256: [
@@ -38,7 +39,7 @@ SLAB_BYTES = (12 * MIB, 24 * MIB)
 
 def gemm_trials() -> Iterator[Trial]:
     """The tokens of a block first, then others, then 8 bits."""
-    for tokens in (256, 512, 128, 64, 1024):
+    for tokens in (256, 512, 128, 64, 1024, 32):
         for name in GEMM_SHAPES:
             yield from trials_of(name, tokens, 4)
     for tokens in EIGHT_BITS:
