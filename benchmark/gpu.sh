@@ -111,8 +111,8 @@ row() { # SCENARIO PROMPTS HOST_GIB SECONDS
 }
 
 rows-16() {
-    row opt-30b-16-16 92 118 "$(($1 / 2))"
-    row opt-30b-16-4 300 118 "$(($1 / 2))"
+    row opt-30b-16-16 92 118 "$(($1 * 2 / 5))"
+    row opt-30b-16-4 300 118 "$(($1 * 3 / 5))"
 }
 
 rows-4() {
