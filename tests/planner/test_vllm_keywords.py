@@ -7,7 +7,6 @@ import torch
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.config import EngineConfig
-from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.planner.vllm_keywords import DTYPES, HARMLESS, MAPPED, REMEDIES, engine_settings
 from flexbatch.validation.errors import ConfigurationError
 from tests.tiny_models import make_model, make_tokenizer
@@ -42,8 +41,9 @@ def test_what_means_something_here_is_taken(given, wanted):
 
 
 def test_a_share_of_the_memory_is_one_of_what_the_machine_has(monkeypatch):
+    monkeypatch.setattr("flexbatch.planner.vllm_keywords.host_memory_bytes", lambda: 23 * GIB)
     found = engine_settings({"gpu_memory_utilization": 0.25, "device": "cpu"})
-    assert found == {"device": "cpu", "gpu_memory": int(0.25 * host_memory_bytes())}
+    assert found == {"device": "cpu", "gpu_memory": int(0.25 * 23 * GIB)}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 80 * GIB))
     assert engine_settings({"gpu_memory_utilization": 0.5}) == {"gpu_memory": 40 * GIB}, "of all, not of what is free"
