@@ -9,9 +9,9 @@ Random weights of a public shape, ragged prompts, by default of 20 to 400 tokens
 prompts of its own: to warm up, timed, and with torch's profiler on some passes in the middle and on some that read
 prompts, of the GPU alone: recording the host as well would slow it down. ``busy`` is the share of those passes in which
 at least one kernel or copy ran; ``gaps`` are the waits between them, the longest first, each with the kernel before and
-after it. Of the timed run are ``kinds``, the passes by how they were launched, ``host``, milliseconds a pass of the
-parts of a turn, and ``card``, its clock and power. Without a GPU the device is the CPU, and ``card`` and what is
-profiled are left out.
+after it. Of the timed run are ``kinds``, the passes by how they were launched, ``set_up``, what it still compiled and
+recorded, ``host``, milliseconds a pass of the parts of a turn, and ``card``, its clock and power. Without a GPU the
+device is the CPU, and ``card`` and what is profiled are left out.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from benchmark.card_state import CardState
 from benchmark.machine import publish
 from benchmark.part_times import Parts, PartTimes
 from benchmark.pass_times import PassTimes
+from benchmark.set_up import made_between
 from flexbatch import LLM, SamplingParams
 from flexbatch.execution.passes import Passes
 from flexbatch.execution.sampler import SampledPass
@@ -146,7 +147,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
         llm.prepare(prompts(), params)
         llm.generate(prompts(), params)
-        job = prompts()
+        job, before = prompts(), llm.report()
         with CardState() as card, PassTimes() as passes, PartTimes(PARTS) as host:
             begun = time.perf_counter()
             llm.generate(job, params)
@@ -165,6 +166,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "tokens_per_second": round(args.prompts * args.new_tokens / seconds, 1),
             "passes": host.turns,
             "kinds": passes.report(),
+            "set_up": made_between(before, llm.report()),
             "host": host.per_turn(),
         }
         if torch.cuda.is_available():
