@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -25,6 +26,8 @@ from flexbatch.policy.step_aside import StepAsideCosts
 from flexbatch.policy.units import size_text
 from flexbatch.speculative.speculator import Speculator
 from flexbatch.validation.errors import DoesNotFitError, LostRankError
+
+logger = logging.getLogger("flexbatch")
 
 PEEKED_BLOCKS = 4
 """Blocks of requests that are looked at to size the cache, when the job's lengths are not known."""
@@ -117,6 +120,8 @@ class Capacity:
         policy, leader = engine_plan.policy, self.leader
         logits_bytes = logits_chunk_bytes(engine_plan.arch, policy, sizes.max_query_nodes)
         graphs = engine_plan.graphs(sizes)
+        if lack := graphs.lack():
+            logger.log(logging.INFO if graphs.decode else logging.WARNING, "%s", lack)
         with self.everywhere(MakeRunner(policy, sizes, logits_bytes, graphs.decode)):
             self.runner = open_runner(
                 engine_plan.arch,

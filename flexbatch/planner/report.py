@@ -153,6 +153,7 @@ def describe_memory(
         },
         "cache": cache_of_a_sequence(runner) if runner else {},
         "memory": [asdict(row) for row in engine_plan.requirements(runner.sizes)] if runner else [],
+        "without_graphs": engine_plan.graphs(runner.sizes).lack() if runner else "",
         "peak_bytes": {
             "gpu": tiers.gpu.peak_bytes + (speculator.peak_bytes if speculator is not None else 0),
             "cpu": tiers.cpu.peak_bytes,

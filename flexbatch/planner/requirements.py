@@ -29,6 +29,7 @@ from flexbatch.policy.limits import (
 )
 from flexbatch.policy.piece_graphs import piece_buckets, piece_bytes
 from flexbatch.policy.policy import Policy
+from flexbatch.policy.units import size_text
 
 
 def pass_workspace_bytes(arch: Arch, policy: Policy, dtype: torch.dtype, max_query_nodes: int = 0) -> int:
@@ -155,6 +156,19 @@ class Graphs:
     decode: int = 0
     buckets: tuple[int, ...] = ()
     num_bytes: int = 0
+    missing_bytes: int = 0
+    """Of GPU memory, for those that a plan counts on: passes without a graph are launched kernel by kernel."""
+
+    def lack(self) -> str:
+        """What runs without them, and a remedy; empty where nothing does."""
+        if not self.missing_bytes:
+            return ""
+        those = f"passes of more than {self.buckets[-1]:,} tokens" if self.buckets else "passes with prompts"
+        return (
+            f"{those if self.decode else 'all passes'} are launched kernel by kernel: their CUDA graphs need "
+            f"{size_text(self.missing_bytes)} more of GPU memory than the block leaves. Raise --gpu-memory or lower "
+            f"--gpu-batch-size"
+        )
 
 
 def graphs_that_fit(
@@ -176,16 +190,20 @@ def graphs_that_fit(
     width, one = layout.dtype.itemsize, one_graph_bytes(arch, policy, layout, sizes)
     workspace, buckets = arch.workspace_elements * width, piece_buckets(policy, ranks)
     pool = graph_pool_bytes(policy.gpu_batch_size, workspace, arch.vocab_size, width)
+    experts = arch.experts is not None
     left = budget - sum(row.num_bytes for row in rows if row.tier == "gpu") - pool
     decode = max(0, min(PLANNED_GRAPHS, left // one))
 
     def pieces(count: int) -> int:
-        return piece_bytes(arch.num_layers, buckets[:count], workspace, arch.experts is not None)
+        return piece_bytes(arch.num_layers, buckets[:count], workspace, experts)
 
     spare = left - decode * one if decode == PLANNED_GRAPHS else 0
     count = next(count for count in range(len(buckets), -1, -1) if pieces(count) <= spare)
     decode = max(0, min(MAX_GRAPHS, (left - pieces(count)) // one))
-    return Graphs(decode, buckets[:count], pool + decode * one + pieces(count)) if decode else Graphs()
+    missing = max(0, PLANNED_GRAPHS * one + pieces(len(buckets)) - left)
+    if not decode:
+        return Graphs(missing_bytes=missing)
+    return Graphs(decode, buckets[:count], pool + decode * one + pieces(count), missing)
 
 
 def graph_requirements(graphs: Graphs) -> list[MemoryRequirement]:

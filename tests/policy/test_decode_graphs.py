@@ -94,3 +94,10 @@ def test_a_job_that_leaves_none_runs_all_the_same():
     poor = Planner(EngineConfig(**settings, gpu_memory=bare), job, dry=True).engine_plan
     assert poor.policy.gpu_batch_size == 3 and poor.graphs(poor.sizes(job)).decode == 0
     assert not has_graphs(poor.plan.memory)
+    lack = poor.graphs(poor.sizes(job))
+    assert (
+        lack.lack().startswith("all passes are launched kernel by kernel") and not rich.graphs(rich.sizes(job)).lack()
+    )
+    for more, missing in ((lack.missing_bytes, 0), (lack.missing_bytes - 1, 1)):
+        found = Planner(EngineConfig(**settings, gpu_memory=bare + more), job, dry=True).engine_plan
+        assert found.graphs(found.sizes(job)).missing_bytes == missing, "what is said to be missing is enough"
