@@ -118,6 +118,7 @@ def fixed_by(policy: Policy) -> dict[str, Any]:
         "weight_bits": policy.weight_bits,
         "cache_bits": policy.cache_bits,
         "overlap": policy.overlap,
+        "piece_tokens": policy.piece_tokens,
         # Passes one by one: that is what the model of a pass predicts.
         "async_scheduling": False,
     }

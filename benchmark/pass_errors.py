@@ -3,9 +3,10 @@ throughput is off, which passes are, and what of them the prediction puts where.
 
     python -m benchmark.pass_errors runs.jsonl --hardware machine.json
 
-Kinds: "graph" (a decode pass that is one CUDA graph), "decode" and "mixed" (with prompts). Columns, of the average pass
-in milliseconds: measured, predicted, of the prediction what the host does once a pass, what launching takes, and the
-busiest resource; the error is predicted / measured - 1. "count" compares the passes that were predicted and run.
+Kinds: "graph" (a decode pass that is one CUDA graph), "pieces" (one of several), "decode" and "mixed" (with prompts),
+launched kernel by kernel. Columns, of the average pass in milliseconds: measured, predicted, of the prediction what the
+host does once a pass, what launching takes, and the busiest resource; the error is predicted / measured - 1. "count"
+compares the passes that were predicted and run.
 """
 
 from __future__ import annotations
@@ -68,9 +69,9 @@ def kinds_of_passes(name: str, plan: Plan, passes: list[dict], graphs: bool = Tr
     rows = {each: np.broadcast_to(value, measured.shape) for each, value in model.resource_seconds(point).items()}
     columns = [np.broadcast_to(each, measured.shape) for each in (model.pass_seconds(point), model.host_seconds)]
     launched = np.broadcast_to(model.launched(point), measured.shape) - columns[1]
-    graph = model.in_graphs if model.on_gpu(point) else np.zeros(measured.shape, dtype=bool)
-    mixed = np.asarray(load.prompt_tokens) > 0
-    for kind, which in (("graph", graph), ("decode", ~graph & ~mixed), ("mixed", mixed)):
+    graph, pieces = (each & model.on_gpu(point) for each in (model.in_graphs, model.in_pieces))
+    others, mixed = ~graph & ~pieces, np.asarray(load.prompt_tokens) > 0
+    for kind, which in (("graph", graph), ("pieces", pieces), ("decode", others & ~mixed), ("mixed", others & mixed)):
         if not which.any():
             continue
         busy = {resource: float(rows[resource][which].mean()) for resource in RESOURCES}

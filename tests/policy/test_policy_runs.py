@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import signal
 import time
@@ -67,6 +68,26 @@ def test_a_run_is_recorded_with_what_prices_it(monkeypatch, tmp_path):
     # Of late passes one in four is timed.
     timed = [each["busy"] for each in passes if each["busy"]]
     assert timed and all(busy["gpu_compute"] > 0 for busy in timed)
+
+
+def test_passes_are_told_apart_as_the_engine_runs_them():
+    """On the GPU whole: one graph, pieces up to a number of tokens, and kernel by kernel; of each what its own passes
+    launch."""
+    loads = [(8, 80, 0, 0, 0, 0), (8, 80, 100, 0, 5000, 1), (8, 80, 5000, 0, 9e6, 1)]
+    passes = [{"load": load, "seconds": 0.01, "busy": {}} for load in loads]
+    run = {
+        **{"name": "one", "model": "opt-1.3b", "percent": [100, 0, 100, 0, 100, 0], "passes": passes, "graphs": 4},
+        **{"gpu_batch_size": 8, "num_gpu_batches": 1, "prompt_lens": [5000] * 8, "output_lens": [8] * 8},
+        **{"prefill_budget": 5000, "piece_tokens": 2048},
+    }
+    machine = dataclasses.replace(load_hardware("h100"), piece_seconds=2e-4)
+    kinds = {each.kind: each for each in pass_errors.kinds_of(run, machine)}
+    assert list(kinds) == ["graph", "pieces", "mixed"] and all(each.count == 1 for each in kinds.values())
+    launched = {kind: each.launching for kind, each in kinds.items()}
+    wanted = {"graph": 0.0, "pieces": 25 * 2e-4, "mixed": 25 * machine.launch_seconds}
+    assert launched == {kind: pytest.approx(seconds, abs=1e-9) for kind, seconds in wanted.items()}
+    without = [each.kind for each in pass_errors.kinds_of({**run, "piece_tokens": 0}, machine)]
+    assert without == ["graph", "mixed"]
 
 
 def test_an_error_is_recorded_and_the_rest_goes_on(monkeypatch, tmp_path):
