@@ -36,7 +36,8 @@ from flexbatch.trace import Tracer
 MIB = 2**20
 
 PROMPT_TOKENS = 4
-WARM_UP, PASSES = 2, 4
+WARM_UP, PASSES = 2, 6
+"""Decode passes that do not count, and that do, the last of them not: it ends the job."""
 SHORT_ANSWER, WAVES = 2, 8
 """Tokens of the answers, and blocks, of a job that is all coming and going."""
 ON_GPU, ON_CPU = Split(1, 0), Split(0, 1)

@@ -10,6 +10,7 @@ import torch
 
 from flexbatch.calibrate import host, passes
 from flexbatch.models.arch import Arch
+from flexbatch.policy.limits import CODED_TOKENS
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.trace import Span, Tracer
 
@@ -24,7 +25,9 @@ def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch)
         ticks = (num_layers + 1) * policy.num_gpu_batches
         more = 5e-4 * (policy.cpu_attention > 0) + 7e-4 * (not policy.overlap)
         more += policy.num_gpu_batches * (8e-4 * (policy.cache.cpu - policy.cpu_attention) + 9e-4 * policy.weights.cpu)
-        more += 2e-4 * (policy.weight_bits < 16)
+        if policy.weight_bits < 16:
+            # Of few tokens nothing is expanded, and every micro-batch is multiplied with codes.
+            more += 2e-4 if policy.gpu_batch_size > CODED_TOKENS else 6e-5 * policy.num_gpu_batches
         return 2e-3 + 1e-5 * policy.block_size + 3e-4 * ticks + more * num_layers
 
     def turns(arch: Arch, policy: Policy, device: torch.device, tracer: Tracer, count: int) -> list:
@@ -51,6 +54,7 @@ def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch)
         "synchronize_seconds": 7e-4,
         "staging_seconds": 8e-4,
         "fetch_seconds": 9e-4,
+        "coded_seconds": 6e-5,
         "expand_seconds": 2e-4,
         "request_seconds": 3e-5,
         "cpu_attention_seconds": 6e-4 if device == "cuda" else 4e-4,
@@ -106,6 +110,7 @@ def test_costs_of_this_machine() -> None:
         "synchronize_seconds",
         "staging_seconds",
         "fetch_seconds",
+        "coded_seconds",
         "expand_seconds",
         "request_seconds",
     }
