@@ -20,12 +20,13 @@ import numpy as np
 
 from flexbatch.policy.affine import COLUMNS, KINDS, RESIDENT, evaluate, slowest, total
 from flexbatch.policy.collectives import sum_seconds, sums_of_pass
-from flexbatch.policy.decode_graphs import runs_graphs
+from flexbatch.policy.decode_graphs import runs_graphs, sequences_of
+from flexbatch.policy.expansion import in_codes
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import PassLoad
-from flexbatch.policy.piece_graphs import piece_buckets
+from flexbatch.policy.piece_graphs import piece_buckets, tokens_of
 from flexbatch.policy.policy import Policy
 from flexbatch.policy.stages import SERIAL, PassStages, Stage
 
@@ -85,7 +86,27 @@ class PassModel:
 
     @functools.cached_property
     def stages(self) -> list[Stage]:
+        """Where passes are no graphs."""
         return PassStages(self.shape, self.hardware, self.policy, self.load, self.hits).stages()
+
+    @functools.cached_property
+    def recorded_stages(self) -> list[Stage]:
+        """Where everything is on the GPU: graphs are recorded for numbers of tokens, and compute what fills them up."""
+        if not self.graphs:
+            return self.stages
+        buckets = piece_buckets(self.policy, self.hardware.tensor_ranks)
+        pieced = np.where(self.in_pieces, tokens_of(buckets, self.tokens), self.tokens)
+        sequences = sequences_of(np.asarray(self.load.decode_sequences))
+        padded = np.where(self.in_graphs, sequences, pieced)
+        return PassStages(self.shape, self.hardware, self.policy, self.load, self.hits, padded).stages()
+
+    def stages_at(self, point: np.ndarray) -> list[Stage]:
+        return self.recorded_stages if self.on_gpu(point) else self.stages
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Query tokens of each pass."""
+        return np.asarray(self.load.decode_sequences) + np.asarray(self.load.prompt_tokens)
 
     @property
     def host_seconds(self) -> np.ndarray:
@@ -96,13 +117,17 @@ class PassModel:
         return hardware.pass_seconds + each + hardware.request_seconds * finished
 
     @property
-    def tick_seconds(self) -> float:
-        """Launching every tick of one pass, its sums between GPUs, and once a layer the expansion of quantized
-        weights."""
-        layers = self.shape.num_layers
-        expansion = layers * self.hardware.expansion_launch_seconds if self.policy.weight_bits != 16 else 0.0
-        sums = sums_of_pass(self.shape, self.hardware, self.batches) * self.hardware.interconnect_launch_seconds
-        return (layers + 1) * self.batches * self.hardware.launch_seconds + expansion + sums
+    def tick_seconds(self) -> np.ndarray:
+        """Launching every tick of one pass, its sums between GPUs, and of quantized weights once a layer the expansion,
+        or with every tick products with their codes."""
+        layers, hardware = self.shape.num_layers, self.hardware
+        sums = sums_of_pass(self.shape, hardware, self.batches) * hardware.interconnect_launch_seconds
+        plain = (layers + 1) * self.batches * hardware.launch_seconds + sums
+        if self.policy.weight_bits == 16:
+            return np.asarray(plain)
+        coded = self.batches * hardware.coded_launch_seconds
+        few = in_codes(hardware, self.policy, self.tokens)
+        return plain + layers * np.where(few, coded, hardware.expansion_launch_seconds)
 
     @property
     def launch_seconds(self) -> np.ndarray:
@@ -112,10 +137,9 @@ class PassModel:
     @property
     def collective_seconds(self) -> np.ndarray:
         """Of one pass: what GPUs that share its layers take to add up, a part of what they compute."""
-        tokens = np.asarray(self.load.decode_sequences) + self.load.prompt_tokens
         if self.hardware.tensor_ranks == 1:
-            return 0.0 * tokens
-        return self.shape.num_layers * sum_seconds(self.hardware, tokens, self.shape.hidden_bytes, self.batches)
+            return 0.0 * self.tokens
+        return self.shape.num_layers * sum_seconds(self.hardware, self.tokens, self.shape.hidden_bytes, self.batches)
 
     def on_gpu(self, point: np.ndarray) -> bool:
         """Whether everything is on a GPU at a placement."""
@@ -129,16 +153,11 @@ class PassModel:
         return self.graphs & (np.asarray(self.load.prompt_tokens) == 0) & few
 
     @property
-    def graph_launch_seconds(self) -> float:
-        """Of a pass that is one graph: its kernels are launched by the GPU."""
-        return (self.shape.num_layers + 1) * self.hardware.graph_seconds
-
-    @property
     def in_pieces(self) -> np.ndarray:
         """Which passes run in pieces, where everything is on the GPU and they are not one graph each."""
         buckets = piece_buckets(self.policy, self.hardware.tensor_ranks)
-        tokens = np.asarray(self.load.decode_sequences) + np.asarray(self.load.prompt_tokens)
-        return self.graphs & (self.hardware.piece_seconds > 0) & (tokens <= max(buckets, default=0))
+        few = self.tokens <= max(buckets, default=0)
+        return self.graphs & (self.hardware.piece_seconds > 0) & few & ~self.in_graphs
 
     @property
     def piece_launch_seconds(self) -> float:
@@ -153,7 +172,7 @@ class PassModel:
         """Seconds of launching the ticks of each pass at a placement."""
         if self.on_gpu(point):
             other = np.where(self.in_pieces, self.piece_launch_seconds, self.tick_seconds)
-            return np.where(self.in_graphs, self.graph_launch_seconds, other)
+            return np.where(self.in_graphs, 0.0, other)  # by the GPU
         in_turn = 0.0 if self._launches_ahead else self._extra_launch_seconds(point)
         return self.tick_seconds + self.shape.num_layers * self.batches * np.asarray(in_turn)
 
@@ -197,7 +216,8 @@ class PassModel:
         """Of each pass at a placement, the slowest row of every stage, or what is launched ahead for it."""
         ahead = self._extra_launch_seconds(point) if self._launches_ahead else 0.0
         return total(
-            s.count * np.maximum(slowest(s.seconds.values(), point), s.layer_ticks * ahead) for s in self.stages
+            s.count * np.maximum(slowest(s.seconds.values(), point), s.layer_ticks * ahead)
+            for s in self.stages_at(point)
         )
 
     def pass_seconds(self, point: np.ndarray) -> np.ndarray:
@@ -206,16 +226,17 @@ class PassModel:
 
     def launching_seconds(self, point: np.ndarray) -> np.ndarray:
         """Of each pass at a placement, what no resource is busy for."""
-        return self.pass_seconds(point) - total(s.count * slowest(s.seconds.values(), point) for s in self.stages)
+        busy = total(s.count * slowest(s.seconds.values(), point) for s in self.stages_at(point))
+        return self.pass_seconds(point) - busy
 
     def resource_seconds(self, point: np.ndarray) -> dict[str, np.ndarray]:
         """Time that each row needs in one pass, were it alone."""
-        stages = self.stages
+        stages = self.stages_at(point)
         return {name: total(s.count * evaluate(s.seconds[name], point) for s in stages) for name in stages[0].seconds}
 
     def resource_work(self, point: np.ndarray) -> dict[str, np.ndarray]:
         """Bytes (FLOPs for gpu_compute) of each resource in one pass."""
-        stages = self.stages
+        stages = self.stages_at(point)
         return {name: total(s.count * evaluate(s.work[name], point) for s in stages) for name in RESOURCES}
 
     @property

@@ -3,6 +3,8 @@ launches a pass by one call where there is room for them, and a thousand kernels
 
 from __future__ import annotations
 
+import numpy as np
+
 from flexbatch.policy.limits import LOGITS_CHUNK_BYTES, MAX_GRAPH_SEQUENCES
 from flexbatch.policy.policy import Policy
 
@@ -33,6 +35,12 @@ def bucket_of(num_sequences: int) -> int:
     if num_sequences <= 32:
         return 1 << (num_sequences - 1).bit_length()
     return -(-num_sequences // 32) * 32
+
+
+def sequences_of(sequences: np.ndarray) -> np.ndarray:
+    """`bucket_of` of every pass; the mean pass of several may have a part of a sequence."""
+    whole = np.maximum(1.0, np.ceil(sequences))
+    return np.where(whole <= 32, 2.0 ** np.ceil(np.log2(whole)), np.ceil(whole / 32) * 32)
 
 
 def graph_bytes(

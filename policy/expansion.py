@@ -10,11 +10,20 @@ from flexbatch.policy.limits import CODED_TOKENS
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.policy import Policy
 
-CODED_RATE = 0.5
-"""Of the GPU's memory bandwidth: that at which one token reads matrices in codes. An H100 reads those of a layer of
-OPT-6.7B at 48 and 54 % of its copy rate at 4 and 8 bits."""
-TWICE_TOKENS = 64
-"""Tokens with which this takes twice as long, by the instructions of the products (there 2.3 and 1.8 times)."""
+PRODUCTS_OF_LAYER = 4
+"""Queries, keys and values; what attention gives; up, with the gate; down."""
+CODED_TILES = (8, 16, 64)
+"""Tokens of the tiles that they are multiplied in; a tile that is not full takes as long as one that is."""
+START_SECONDS = (3.5e-6, 4e-6, 14e-6)
+"""Of a product in tiles of these, beside what its elements take, and what a plain one takes to begin and end."""
+BANDWIDTH_SHARES = (0.64, 0.58, 0.58)
+"""Of the GPU's memory bandwidth, at which matrices in codes are read."""
+RATE_SHARES = {4: 0.38, 8: 0.25}
+"""Of the best rate of plain products, what the largest tiles reach of 4 and 8 bits: codes are expanded for each.
+
+All by the best launches of the matrices of OPT-6.7B and Llama-3-8B in benchmark/results/kernel-tuning-h100.jsonl and
+kernel-tuning-coded-h200.jsonl: seconds against elements are lines, the same on both cards where no memory bounds
+them."""
 
 
 def in_codes(hardware: Hardware, policy: Policy, tokens: np.ndarray) -> np.ndarray:
@@ -29,10 +38,15 @@ def in_codes(hardware: Hardware, policy: Policy, tokens: np.ndarray) -> np.ndarr
 def coded_seconds(
     hardware: Hardware, bits: int, elements: float, stored_bytes: float, tokens: np.ndarray
 ) -> np.ndarray:
-    """So many ``tokens`` of one micro-batch times matrices in codes."""
+    """So many ``tokens`` of one micro-batch times the matrices of a layer in codes."""
     if hardware.device == "cpu":
         return hardware.gemm_seconds(elements, tokens, weight_bits=bits)
-    return stored_bytes / (CODED_RATE * hardware.gpu_bandwidth) * (1 + np.asarray(tokens) / TWICE_TOKENS)
+    tile = np.minimum(np.searchsorted(CODED_TILES, tokens), len(CODED_TILES) - 1)
+    reading = stored_bytes / (np.asarray(BANDWIDTH_SHARES)[tile] * hardware.gpu_bandwidth)
+    rate = RATE_SHARES.get(bits, min(RATE_SHARES.values())) * max(hardware.gemm.values)
+    multiplying = 2.0 * elements * CODED_TILES[-1] / rate
+    products = np.where(tile == len(CODED_TILES) - 1, np.maximum(reading, multiplying), reading)
+    return products + PRODUCTS_OF_LAYER * np.asarray(START_SECONDS)[tile]
 
 
 def expanded_bytes(

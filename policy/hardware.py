@@ -62,15 +62,19 @@ class Hardware:
     launch_seconds: float
     """Per tick: what the host needs to launch a tick and no resource hides."""
     graph_seconds: float = 0.0
-    """Per layer of a decode pass that is one CUDA graph: its kernels start one after another."""
+    """Per layer of a pass on a GPU, and micro-batch: what its kernels take beside bytes and products at the rates of
+    large ones, as they begin and end one after another."""
     piece_seconds: float = 0.0
     """Per layer of another pass that lies on the GPU whole and runs in pieces: a graph and attention are launched.
     0: not measured, and taken for ``launch_seconds``."""
+    coded_seconds: float = 0.0
+    """Per tick of a few tokens that are multiplied with quantized weights as they are stored: what launching that takes
+    longer than plain products. 0: not measured."""
     expand_seconds: float = 0.0
     """Per layer of quantized weights: the expansion of its matrices is launched, once for all micro-batches."""
-    expand_start_seconds: float = 1e-4
+    expand_start_seconds: float = 2e-5
     """Per layer of quantized weights, beside what its bytes take at the rate of one large matrix: kernels begin and run
-    out one after another (graphs of OPT-1.3B and 2.7B, 4 bits: 0.08 and 0.15 ms a layer)."""
+    out one after another (graphs of OPT-1.3B, 4 bits, on an H100: 0.014 to 0.027 ms a layer)."""
     request_seconds: float = 0.0
     """Per sequence, once: it is admitted, gets its pages, and gives them back at its end."""
     staging_seconds: float = 0.0
@@ -201,6 +205,12 @@ class Hardware:
     def expansion_launch_seconds(self) -> float:
         """``expand_seconds``; in a profile that lacks it, by the share of its kernels in those of a tick."""
         return self.expand_seconds or self.launch_seconds * EXPANSIONS_OF_LAYER / KERNELS_OF_TICK
+
+    @property
+    def coded_launch_seconds(self) -> float:
+        """``coded_seconds``; in a profile that lacks it, half of what it has for expansion: of two micro-batches with
+        few tokens it was measured as that."""
+        return self.coded_seconds or self.expansion_launch_seconds / 2
 
     @property
     def cpu_attention_slowdown(self) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from flexbatch.policy.admission import micro_batch_tokens
 from flexbatch.policy.decode_graphs import (
     LAUNCH_BYTES,
@@ -30,6 +32,12 @@ def piece_buckets(policy: Policy, tensor_ranks: int = 1) -> tuple[int, ...]:
     policy says. Several tensor ranks have none: sums between them have been recorded in one graph only."""
     most = min(policy.piece_tokens, micro_batch_tokens(policy)) if tensor_ranks == 1 else 0
     return BUCKETS[: sum(bucket < most for bucket in BUCKETS) + 1] if most else ()
+
+
+def tokens_of(buckets: Sequence[int], tokens: np.ndarray) -> np.ndarray:
+    """Tokens that passes of so many compute in pieces: those of their bucket. More than the largest are no pieces."""
+    padded = np.append(np.asarray(buckets, dtype=float), np.inf)[np.searchsorted(buckets, tokens)]
+    return np.where(np.isfinite(padded), padded, tokens)
 
 
 def piece_bytes(num_layers: int, buckets: Sequence[int], workspace_bytes: int, experts: bool) -> int:

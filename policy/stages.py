@@ -9,14 +9,14 @@ import numpy as np
 
 from flexbatch.policy.affine import affine, total
 from flexbatch.policy.collectives import send_rate, sum_seconds
-from flexbatch.policy.expansion import coded_seconds, expanded_bytes, in_codes
-from flexbatch.policy.expert_shape import ExpertShape
-from flexbatch.policy.expert_traffic import NO_EXPERTS, hit_fetch_seconds, product_seconds, routed_traffic, spared_bytes
+from flexbatch.policy.expansion import expanded_bytes
+from flexbatch.policy.expert_traffic import NO_EXPERTS, hit_fetch_seconds, routed_traffic, spared_bytes
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import DISK_THREADS, PAGE_TOKENS
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.policy import Policy
+from flexbatch.policy.products import Demand, products, routed_products
 
 SERIAL = ("h2d", "d2h", "disk_read", "disk_write", "gpu_compute", "cpu_attention", "cpu_experts")
 """What adds up when nothing overlaps; the memories are used by these, not beside them."""
@@ -37,13 +37,22 @@ class Stage:
 class PassStages:
     """The stages of the passes ``load``: a layer, in a model with experts also one without them, the last layer (the
     head's weights are fetched beside it) and the head, where it is here. hits: whether passes of few tokens bring only
-    the experts that they hit."""
+    the experts that they hit. padded: tokens that they compute, those that fill up their graphs included."""
 
-    def __init__(self, shape: ModelShape, hardware: Hardware, policy: Policy, load: PassLoad, hits: bool) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        hardware: Hardware,
+        policy: Policy,
+        load: PassLoad,
+        hits: bool,
+        padded: np.ndarray | None = None,
+    ) -> None:
         self.shape, self.hardware, self.policy, self.load, self.hits = shape, hardware, policy, load, hits
         self.batches = policy.num_gpu_batches
         self.decode_tokens = np.asarray(load.decode_sequences)
         self.tokens = self.decode_tokens + load.prompt_tokens
+        self.padded = self.tokens if padded is None else padded
         self.decode_context = self.seen(load.decode_context, load.decode_sequences)
         """Of the mean layer, as all of the next three."""
         self.prompt_context = self.seen(load.prompt_context, np.ceil(np.asarray(load.prompt_tokens) / policy.chunk))
@@ -87,7 +96,9 @@ class PassStages:
         if self.policy.overlap and bits != 16:
             # Expansion falls into the first tick, and fetches run one tick ahead only: the other ticks may wait for
             # another resource.
-            dequantization = self._expanded(compute) / self.hardware.expand
+            dequantization = (
+                expanded_bytes(shape, self.hardware, self.policy, self.tokens, compute) / self.hardware.expand
+            )
             first = (gpu_seconds - affine(dequantization)) / self.batches + affine(dequantization)
             for row in ("h2d", "cpu_attention"):
                 seconds[f"{row} after dequantization"] = first + seconds[row] * (1 - 1 / self.batches)
@@ -152,34 +163,27 @@ class PassStages:
         """Seconds, FLOPs and GPU-memory bytes of one layer's kernels, which run one after another."""
         shape, experts = self.shape, self.shape.experts
         routed = experts.count * experts.elements(shape.hidden_size) if experts else 0
-        seconds, flops, moved = self._gemm(shape.block_elements - routed, self.tokens, "layer")
+        seconds, flops, moved = self._products(shape.block_elements - routed, self.padded, "layer")
         if experts is None:
             return self._around(seconds, flops, moved)
-        more_seconds, more_flops, more_moved = self._routed_gemm(experts)
+        more_seconds, more_flops, more_moved = routed_products(self.shape, self.hardware, self.policy, self.tokens)
         products = self._around(seconds + more_seconds, flops + more_flops, moved + more_moved)
         fetching = hit_fetch_seconds(shape, self.hardware, self.policy, self.tokens) if self.hits else 0.0
         return products[0] + fetching, products[1], products[2]
 
     def _dense_compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The same for one of the layers without experts."""
-        return self._around(*self._gemm(sum(self.shape.dense_tensors), self.tokens, "dense"))
+        return self._around(*self._products(sum(self.shape.dense_tensors), self.padded, "dense"))
 
-    def _routed_gemm(self, experts: ExpertShape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Every micro-batch multiplies with the experts that its tokens go to, each with the rows that it is given, and
-        takes as long as if all had equally many."""
-        shape, bits, elements = self.shape, self.policy.weight_bits, experts.elements(self.shape.hidden_size)
-        tokens = self.tokens / self.batches
-        hit = experts.hit(tokens)
-        each = product_seconds(self.hardware, elements, experts.rows(tokens), bits, shape.element_bytes)
-        moved = self.batches * hit * shape.expert_bytes(bits) / experts.count
-        return self.batches * hit * each, 2.0 * experts.top_k * elements * self.tokens, moved
+    def _products(self, elements: int, tokens: np.ndarray, kind: str) -> Demand:
+        return products(self.shape, self.hardware, self.policy, elements, tokens, kind)
 
     def _around(
         self, seconds: np.ndarray, flops: np.ndarray, moved: float | np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """With what a layer does besides its products: attention, and what reads and writes between them."""
         shape, hardware, load = self.shape, self.hardware, self.load
-        elementwise = 2.0 * self.tokens * shape.workspace_bytes
+        elementwise = 2.0 * self.padded * shape.workspace_bytes
         heads = 4.0 * shape.num_heads * shape.head_dim
         prompt_flops = heads * self.prompt_pairs
         decode_flops = heads * self.decode_context
@@ -191,6 +195,7 @@ class PassStages:
             reading = np.maximum(reading, self.row_bytes_16 * keys / hardware.quantized_attention)
         decode = np.maximum(reading, decode_flops / hardware.attention_prefill)
         seconds = seconds + elementwise / hardware.gpu_bandwidth + prompt_flops / hardware.attention_prefill + decode
+        seconds = seconds + self.batches * hardware.graph_seconds
         if hardware.tensor_ranks > 1:
             seconds = seconds + sum_seconds(hardware, self.tokens, shape.hidden_bytes, self.batches)
         flops = flops + prompt_flops + decode_flops
@@ -202,32 +207,13 @@ class PassStages:
 
     def _head_compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         shape, hardware = self.shape, self.hardware
-        rows = self.decode_tokens + self.load.finished_prompts
-        seconds, flops, moved = self._gemm(shape.head_elements, rows, "head")
+        # A pass of a single graph computes the rows that fill it up, too.
+        rows = np.where(self.load.prompt_tokens == 0, self.padded, self.decode_tokens + self.load.finished_prompts)
+        seconds, flops, moved = self._products(shape.head_elements, rows, "head")
         # Float32 logits are written once and read about twice by sampling.
         logits = 3.0 * 4 * rows * shape.vocab_size
-        return affine(seconds + logits / hardware.gpu_bandwidth), affine(flops), affine(moved + logits)
-
-    def _gemm(self, elements: int, tokens: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, float | np.ndarray]:
-        """Every micro-batch multiplies with all weights; quantized ones are expanded once, or read in codes by each."""
-        shape, hardware, each = self.shape, self.hardware, tokens / self.batches
-        expanded = self._expanded(kind)
-        start = (hardware.device == "cuda") * hardware.expand_start_seconds * (np.asarray(expanded) > 0)
-        seconds = self.batches * hardware.gemm_seconds(elements, each, shape.element_bytes) + start
-        seconds, moved = (
-            seconds + expanded / hardware.expand,
-            self.batches * shape.weight_bytes(elements, 16) + expanded,
-        )
-        if kind != "head":
-            bits = self.policy.weight_bits
-            stored, coded = shape.weight_bytes(elements, bits), in_codes(hardware, self.policy, tokens)
-            in_turn = self.batches * coded_seconds(hardware, bits, elements, stored, each)
-            seconds = np.where(coded, in_turn, seconds)
-            moved = np.where(coded, self.batches * stored, moved)
-        return seconds, 2.0 * elements * tokens, moved
-
-    def _expanded(self, kind: str) -> float | np.ndarray:
-        return expanded_bytes(self.shape, self.hardware, self.policy, self.tokens, kind)
+        seconds = seconds + logits / hardware.gpu_bandwidth + self.batches * hardware.graph_seconds
+        return affine(seconds), affine(flops), affine(moved + logits)
 
     def _work(
         self, traffic: dict[str, np.ndarray], gpu_flops: np.ndarray, gpu_bytes: np.ndarray

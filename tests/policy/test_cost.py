@@ -10,7 +10,9 @@ import pytest
 from flexbatch.policy.affine import point_of
 from flexbatch.policy.cost import IN_VIEW, RESIDENT_IN_VIEW, PassModel
 from flexbatch.policy.curve import Curve
+from flexbatch.policy.expansion import CODED_TILES, coded_seconds
 from flexbatch.policy.hardware import Hardware, load_hardware
+from flexbatch.policy.limits import CODED_TOKENS
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.policy import Policy, Split
@@ -207,35 +209,60 @@ def test_half_of_a_last_tile_is_empty():
             assert after - before == pytest.approx(32 * read * 32 * 2 * 4096 * 2 / rate)
 
 
-def test_a_graph_launches_by_layer():
-    """A decode pass of a block that is on the GPU whole; with a prompt in it, it is launched tick by tick."""
-    policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 24, 1)
+@pytest.mark.parametrize("batches", [1, 2])
+def test_kernels_of_a_layer_begin_and_end_in_every_micro_batch(batches):
+    """On a GPU, in graphs and out of them, the head's once more."""
+    policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 24, batches)
     shape = public_shape("opt-6.7b")
-    hardware = dataclasses.replace(load_hardware("h200"), launch_seconds=1e-3, graph_seconds=0.0)
-    for load, seconds in (
-        (PassLoad.decode(24, 500), 33 * 2e-4),
-        (PassLoad.decode(24, 500) + PassLoad.prefill(1, 64), 0.0),
-    ):
-        base = PassModel(shape, hardware, policy, load).pass_seconds(point_of(policy))
-        found = PassModel(shape, dataclasses.replace(hardware, graph_seconds=2e-4), policy, load).pass_seconds(
-            point_of(policy)
+    for load in (PassLoad.decode(24, 500), PassLoad.decode(24, 500) + PassLoad.prefill(1, 64)):
+        base, found = (
+            PassModel(shape, small(graph_seconds=each), policy, load).resource_seconds(point_of(policy))
+            for each in (0.0, 2e-4)
         )
-        assert float(found) == pytest.approx(float(base) + seconds)
+        assert float(found["gpu_compute"] - base["gpu_compute"]) == pytest.approx(batches * 33 * 2e-4)
 
 
-def test_expansion_is_launched_once_a_layer():
-    """Whatever the number of micro-batches, and not at 16 bits; a profile that lacks it has it by its kernels."""
-    shape, load = public_shape("opt-6.7b"), PassLoad.decode(8, 100)
+def test_graphs_compute_what_fills_them_up():
+    """Of 33 sequences a graph of 64 runs, of 33 tokens with a prompt pieces of 64: both take as long as 64. Launched
+    one by one, or with a cache elsewhere, passes take what their tokens do."""
+    shape, curve = public_shape("opt-6.7b"), Curve((1.0,), (1e12,))
+    hardware = small(gemm=curve, attention_decode=1e18, attention_prefill=1e24, piece_seconds=1e-9)
+    policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 64, 1, prefill_chunk=64, piece_tokens=512)
+
+    def seconds(decoding: int, prompt: int, **changes: object) -> float:
+        met = dataclasses.replace(policy, **changes)
+        load = PassLoad(decoding, decoding, prompt, 0.0, prompt, prompt > 0)
+        return float(PassModel(shape, hardware, met, load).resource_seconds(point_of(met))["gpu_compute"])
+
+    layers = 2 * 32 * shape.block_elements / 1e12
+    head = 2 * shape.head_elements / 1e12
+    for sequences in (33, 64):
+        assert seconds(sequences, 0) == pytest.approx(64 * (layers + head), rel=1e-3)
+    for prompt in (32, 62):
+        assert seconds(1, prompt) == pytest.approx(64 * layers + 2 * head, rel=1e-3)
+    assert seconds(1, 600) > seconds(1, 599), "more than the largest pieces"
+    for changes in ({"piece_tokens": 0}, {"num_gpu_batches": 2}, {"cache": Split(0, 1)}):
+        assert seconds(1, 32, **changes) == pytest.approx(33 * layers, rel=0.05), changes
+    assert seconds(33, 0, cache=Split(0, 1)) < 0.6 * seconds(33, 0)
+
+
+def test_quantized_products_are_launched_as_they_run():
+    """Expansion once a layer, whatever the number of micro-batches; products of few tokens with codes in every tick,
+    and neither at 16 bits. A profile that lacks them has them by their kernels."""
+    shape, machine = public_shape("opt-6.7b"), small(expand_seconds=1.0, coded_seconds=0.25)
     for batches in (1, 4):
-        for bits, each in ((16, 0.0), (8, 1.0), (4, 1.0)):
-            policy = Policy(Split(0, 1), Split(1, 0), Split(1, 0), 8, batches, weight_bits=bits)
-            assert PassModel(shape, small(expand_seconds=1.0), policy, load).tick_seconds == 32 * each
+        for bits, few, many in ((16, 0.0, 0.0), (8, 0.25 * batches, 1.0), (4, 0.25 * batches, 1.0)):
+            policy = Policy(Split(0, 1), Split(1, 0), Split(1, 0), 80, batches, weight_bits=bits)
+            for sequences, each in ((64 * batches, few), (65 * batches, many)):
+                load = PassLoad.decode(sequences, 100)
+                assert float(PassModel(shape, machine, policy, load).tick_seconds) == 32 * each
     assert small(launch_seconds=8.0).expansion_launch_seconds == pytest.approx(3.0)
+    assert small(launch_seconds=8.0).coded_launch_seconds == pytest.approx(1.5)
 
 
 def test_a_few_tokens_are_multiplied_with_codes():
-    """On a GPU: of a micro-batch of 64 tokens nothing is expanded, of 65 all. What 4 bits are read at then is half of
-    the memory bandwidth, by each of two micro-batches, and twice as long for 64 tokens as for none."""
+    """On a GPU: of a micro-batch of 64 tokens nothing is expanded, of 65 all. Codes are read at a share of the memory
+    bandwidth by each of two micro-batches, and tiles take their time full or not."""
     shape = public_shape("opt-6.7b")
 
     def seconds(hardware: Hardware, tokens: int, bits: int = 4) -> float:
@@ -248,11 +275,21 @@ def test_a_few_tokens_are_multiplied_with_codes():
     assert seconds(slow, 64) == pytest.approx(seconds(fast, 64))
     assert seconds(slow, 65) - seconds(fast, 65) == pytest.approx(expansion, rel=1e-3)
     narrow, wide = (dataclasses.replace(fast, gpu_bandwidth=rate) for rate in (1e9, 1e18))
-    reading = seconds(narrow, 64) - seconds(wide, 64) - (seconds(narrow, 64, 16) - seconds(wide, 64, 16))
     stored = shape.weight_bytes(shape.block_elements, 4)
-    assert reading == pytest.approx(32 * 2 * 2 * stored / 0.5e9, rel=1e-3)
+    for tokens, share in ((8, 0.64), (16, 0.58), (17, 0.58), (64, 0.58)):
+        reading = seconds(narrow, tokens) - seconds(wide, tokens)
+        reading -= seconds(narrow, tokens, 16) - seconds(wide, tokens, 16)
+        assert reading == pytest.approx(32 * 2 * stored / (share * 1e9), rel=0.02), tokens
+    of_tokens = {tokens: float(coded_seconds(wide, 4, 1e8, 1.0, np.asarray(tokens))) for tokens in (8, 9, 16, 17, 64)}
+    assert of_tokens[8] < of_tokens[9] == of_tokens[16] < of_tokens[17] == of_tokens[64]
     fast, slow = (dataclasses.replace(hardware, device="cpu") for hardware in (fast, slow))
     assert seconds(slow, 64) - seconds(fast, 64) == pytest.approx(expansion, rel=1e-3)
+
+
+def test_tiles_of_codes_are_those_of_the_kernel():
+    coded_linear = pytest.importorskip("flexbatch.kernels.coded_linear")
+    found = [coded_linear.choose_launch(tokens).tokens for tokens in range(1, CODED_TOKENS + 1)]
+    assert found == [next(tile for tile in CODED_TILES if tile >= tokens) for tokens in range(1, CODED_TOKENS + 1)]
 
 
 def test_products_with_codes_cost_what_was_measured():
