@@ -58,14 +58,16 @@ def paged_attention(
     return attention_reference.paged_attention(query, rows, page_table, query_starts, context_lens, **options)
 
 
-def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: int = 16, group: int = 64) -> None:
-    """`reference.append_rows`."""
+def append_rows(
+    rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: int = 16, group: int = 64, *, threads: int = 0
+) -> None:
+    """`reference.append_rows`. ``threads``: as for `paged_attention`."""
     if key.is_cuda:
         from flexbatch.kernels import quant
 
         quant.append_rows(rows, slots, key, value, bits, group)
     elif _compiled(key.dtype):
-        native.append_rows(rows, slots, key, value, bits, group)
+        native.append_rows(rows, slots, key, value, bits, group, threads=threads)
     else:
         reference.append_rows(rows, slots, key, value, bits, group)
 

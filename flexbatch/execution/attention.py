@@ -77,13 +77,14 @@ class CacheAttention:
         self.append(rows, group.slots, key[part], value[part])
         self.attend(pending.attention[part], layer, query[part], rows, group)
 
-    def append(self, rows: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """Store the token rows of new query tokens."""
+    def append(self, rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, threads: int = 0) -> None:
+        """Store the token rows of new query tokens. threads: of CPU attention, the same here and in `attend`: OpenMP
+        ends a thread that a smaller team leaves over, and starts it anew for the next larger one."""
         layout = self.cache.layout
         if self.arch.latent is not None:
             ops.append_latent_rows(rows, slots, key, layout.bits, layout.group)
         else:
-            ops.append_rows(rows, slots, key, value, layout.bits, layout.group)
+            ops.append_rows(rows, slots, key, value, layout.bits, layout.group, threads=threads)
 
     def attend(
         self,
@@ -164,7 +165,7 @@ class CacheAttention:
 
         def attend() -> None:
             drained.synchronize()
-            self.append(rows, group.slots, host_key, host_value)
+            self.append(rows, group.slots, host_key, host_value, self.cpu_threads)
             self.attend(output, layer, host_query, rows, group, self.cpu_threads)
 
         num_bytes = int(group.context_lens.sum()) * layout.token_bytes
