@@ -27,20 +27,7 @@ from flexbatch.kernels import native_cache
 from flexbatch.kernels.attention_reference import AttentionOptions
 from flexbatch.kernels.reference import token_bytes
 
-SOURCES = (
-    "native_rows.h",
-    "native_attention.h",
-    "native_attention.c",
-    "native_few_rows.c",
-    "native_many_rows.c",
-    "native_append.c",
-    "native_experts.c",
-    "native_quant.c",
-    "native_coded.h",
-    "native_coded_tiles.h",
-    "native_coded.c",
-    "native_coded_tiles.c",
-)
+SOURCES = tuple(sorted(path.name for path in Path(__file__).parent.glob("native_*.[ch]")))
 # Infinities and NaN keep their meaning (masked scores are -inf): of -ffast-math only the harmless parts.
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 OWN_FLAGS = {"native_quant.c": ("-ffp-contract=off",)}

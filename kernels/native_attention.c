@@ -1,15 +1,22 @@
 /* Attention of ragged query tokens over a paged cache in host memory; signature and meaning as `paged_attention` in
  * attention_reference.py.
  *
- * Two ways through the same keys. A sequence with few query rows (query tokens x heads of a group) is limited by
+ * Three ways through the same keys. A sequence with few query rows (query tokens x heads of a group) is limited by
  * memory: all heads are taken in one sweep over the token rows, which is how they lie, and the other side (values,
- * next keys) is prefetched meanwhile. One with many rows is limited by arithmetic: a tile of rows lies across the
+ * next keys) is prefetched meanwhile; from 3 to 16 rows on bfloat16 that takes matrix tiles, where the processor has
+ * them, as vectors would limit it by arithmetic. One with many rows is limited by arithmetic: a tile of rows lies across the
  * vector lanes, so keys and values are read as scalars, nothing is transposed and the softmax needs no reduction
  * across lanes. Contexts of few query tokens are cut at fixed keys, whatever the number of threads and whatever
  * else is in the batch: a sequence's result depends on its own keys alone. */
 #include "native_attention.h"
 
-static int is_few(const span_t *s) { return s->queries * s->heads_per_group < LANES; }
+static int in_tiles(const attention_t *a, const span_t *s) {
+    return flexbatch_in_tiles(a, s->queries * s->heads_per_group);
+}
+
+static int is_few(const attention_t *a, const span_t *s) {
+    return s->queries * s->heads_per_group < LANES || in_tiles(a, s);
+}
 
 /* Leave out keys after the item's last query token and before the window of its shallowest one. No key at all is
  * possible in a partial result. In a tree slots say nothing about order: all its keys stay. */
@@ -27,7 +34,7 @@ static void narrow(const attention_t *a, const span_t *s, item_t *item) {
  * on an H200's host, OPT-13B). An item of many rows has one head, and the more keys for that: partial results of a
  * tree of 32 nodes and 2,048 keys took 16.6 MiB where 2.1 do. */
 static int32_t split_keys(const attention_t *a, const span_t *s) {
-    const int64_t heads = is_few(s) ? a->cache.num_kv_heads : 1,
+    const int64_t heads = is_few(a, s) ? a->cache.num_kv_heads : 1,
         keys = round_up(SPLIT_ELEMENTS / (2 * heads * a->cache.head_dim), KEYS);
     return (int32_t)(keys < 2 * KEYS ? 2 * KEYS : keys > SPLIT_KEYS ? SPLIT_KEYS : keys);
 }
@@ -49,7 +56,7 @@ static int64_t part_floats(const attention_t *a, const span_t *s) {
 static int64_t share_out(const attention_t *a, int32_t sequence, item_t *items) {
     const span_t s = span_of(a, sequence);
     const int32_t rows = s.queries * s.heads_per_group, kv_heads = (int32_t)a->cache.num_kv_heads;
-    const int32_t heads = is_few(&s) ? kv_heads : 1;
+    const int32_t heads = is_few(a, &s) ? kv_heads : 1;
     const int cut = is_cut(a, &s);
     const int32_t step = cut ? split_keys(a, &s) : s.context;
     int64_t count = 0, partial = 0;
@@ -106,7 +113,8 @@ static int64_t scratch_floats(const attention_t *a) {
     const int64_t width = round_up(a->cache.head_dim, LANES > 4 ? LANES : 4), rows = LANES * a->cache.num_kv_heads;
     const int64_t few = rows * (2 * width + KEYS + 2) + LANES + 4 * width;
     const int64_t many = TILE * (2 * width + KEYS + 4) + 2 * KEYS * width;
-    return round_up(few > many ? few : many, 16);
+    const int64_t tiles = flexbatch_tile_row_floats(a), vectors = few > many ? few : many;
+    return round_up(tiles > vectors ? tiles : vectors, 16);
 }
 
 static void *carve(char *memory, int64_t *cursor, int64_t num_bytes) {
@@ -152,7 +160,8 @@ static float *slot_of(workspace_t *w, int32_t sequence) {
 static void work_on(const attention_t *a, workspace_t *w, const item_t *item, float *scratch) {
     const span_t s = span_of(a, item->sequence);
     float *partials = item->partial < 0 ? NULL : slot_of(w, item->sequence);
-    (is_few(&s) ? flexbatch_few_rows : flexbatch_many_rows)(a, item, scratch, partials);
+    (in_tiles(a, &s) ? flexbatch_tile_rows : is_few(a, &s) ? flexbatch_few_rows : flexbatch_many_rows)(
+        a, item, scratch, partials);
     if (partials && __atomic_sub_fetch(w->left + item->sequence, 1, __ATOMIC_ACQ_REL) == 0) {
         merge_sequence(a, item->sequence, partials);
 #pragma omp critical(flexbatch_slots)

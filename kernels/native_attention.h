@@ -1,4 +1,4 @@
-/* What the two ways of attention (native_few_rows.c, native_many_rows.c) share: the call, positions, masks, results. */
+/* What the ways of attention (native_few_rows.c, native_many_rows.c, native_tile_rows.c) share: the call, positions, masks, results. */
 #ifndef FLEXBATCH_NATIVE_ATTENTION_H
 #define FLEXBATCH_NATIVE_ATTENTION_H
 
@@ -48,6 +48,12 @@ static inline span_t span_of(const attention_t *a, int32_t sequence) {
 static inline const char *row_of(const attention_t *a, int32_t sequence, int32_t key) {
     int64_t page = a->page_table[sequence * a->max_pages + key / a->page_tokens];
     return a->cache.rows + (page * a->page_tokens + key % a->page_tokens) * a->cache.row_bytes;
+}
+
+/* Token rows of KEYS keys from `key` on; past the item's end the last one again. */
+static inline void find_rows(const attention_t *a, const item_t *item, int32_t key, const char **rows) {
+    for (int32_t t = 0; t < KEYS && item->key_begin < item->key_end; t++)
+        rows[t] = row_of(a, item->sequence, key + t < item->key_end ? key + t : item->key_end - 1);
 }
 
 /* Position of query token q, or of a key: slots count, but depths do inside a tree. */
@@ -174,5 +180,10 @@ static inline void finish(const attention_t *a, const span_t *s, const item_t *i
 
 void flexbatch_few_rows(const attention_t *a, const item_t *item, float *scratch, float *partials);
 void flexbatch_many_rows(const attention_t *a, const item_t *item, float *scratch, float *partials);
+
+/* native_tile_rows.c: whether it takes `rows` query rows of a group, and the floats that it needs. */
+int flexbatch_in_tiles(const attention_t *a, int32_t rows);
+int64_t flexbatch_tile_row_floats(const attention_t *a);
+void flexbatch_tile_rows(const attention_t *a, const item_t *item, float *scratch, float *partials);
 
 #endif

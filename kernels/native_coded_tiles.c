@@ -185,12 +185,6 @@ void multiply_rows(const coded_t *c, int bits, const layout_t *l, int64_t row, i
                 tile * TILE);
 }
 
-typedef struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} tiles_t;
-
 void flexbatch_tile_products(const coded_t *c, float *memory) {
     const layout_t l = layout_of(c, memory);
     const int64_t strips = (c->rows + ROWS - 1) / ROWS;
@@ -198,13 +192,8 @@ void flexbatch_tile_products(const coded_t *c, float *memory) {
 #pragma omp parallel num_threads((int)c->threads) if (c->rows * c->columns > 1 << 16)
     {
         const int64_t thread = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-        tiles_t before, mine = {.palette = 1};
-        for (int i = 0; i < 8; i++) {
-            mine.row_bytes[i] = 64;
-            mine.rows[i] = TILE;
-        }
-        _tile_storeconfig(&before);
-        _tile_loadconfig(&mine);
+        tiles_t before;
+        take_tiles(&before);
 #pragma omp for schedule(static)
         for (int64_t tile = 0; tile < l.tiles; tile++)
             for (int64_t block = 0; block < l.blocks; block++) read_block(c, &l, tile, block);
@@ -217,8 +206,7 @@ void flexbatch_tile_products(const coded_t *c, float *memory) {
                 else multiply_rows(c, 8, &l, strip * ROWS, first, end, own);
             }
         }
-        if (before.palette) _tile_loadconfig(&before);
-        else _tile_release();
+        leave_tiles(&before);
     }
 }
 

@@ -2,9 +2,8 @@
 #ifndef FLEXBATCH_NATIVE_CODED_TILES_H
 #define FLEXBATCH_NATIVE_CODED_TILES_H
 
-#include <immintrin.h>
-
 #include "native_coded.h"
+#include "native_tiles.h"
 
 /* TILE: tokens, or rows, of a tile, which has a block of codes of each. STRIP: tiles of rows that are summed up in
  * tiles together: as many as hide how long one product takes. UNIT: elements of a row that are expanded together, at
@@ -35,28 +34,6 @@ static layout_t layout_of(const coded_t *c, float *memory) {
     l.own = (char *)(l.sums + l.groups * l.tiles * TILE);
     l.own_bytes = (2 * l.unit_blocks + 1 + CHUNK) * STRIP * TILE_BYTES + 4 * ROWS * round_up(2 * l.groups, TILE);
     return l;
-}
-
-static inline void transpose(__m512i r[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int k = 0; k < 2; k++) {
-            r[i + 2 * k] = _mm512_unpacklo_epi64(t[i + k], t[i + k + 2]);
-            r[i + 2 * k + 1] = _mm512_unpackhi_epi64(t[i + k], t[i + k + 2]);
-        }
-    for (int i = 0; i < 16; i += 8)
-        for (int k = 0; k < 4; k++) {
-            t[i + k] = _mm512_shuffle_i32x4(r[i + k], r[i + k + 4], 0x88);
-            t[i + k + 4] = _mm512_shuffle_i32x4(r[i + k], r[i + k + 4], 0xdd);
-        }
-    for (int k = 0; k < 8; k++) {
-        r[k] = _mm512_shuffle_i32x4(t[k], t[k + 8], 0x88);
-        r[k + 8] = _mm512_shuffle_i32x4(t[k], t[k + 8], 0xdd);
-    }
 }
 
 /* The upper halves of 32 floats, in their order. */

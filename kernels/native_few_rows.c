@@ -124,12 +124,6 @@ static void sweep(const attention_t *a, const span_t *s, int32_t rows, const cha
         }
 }
 
-/* Token rows of KEYS keys from `key` on; past the item's end the last one again. */
-static void find_rows(const attention_t *a, const item_t *item, int32_t key, const char **rows) {
-    for (int32_t t = 0; t < KEYS && item->key_begin < item->key_end; t++)
-        rows[t] = row_of(a, item->sequence, key + t < item->key_end ? key + t : item->key_end - 1);
-}
-
 void flexbatch_few_rows(const attention_t *a, const item_t *item, float *scratch, float *partials) {
     const span_t s = span_of(a, item->sequence);
     const int32_t rows = item->row_end - item->row_begin;

@@ -34,12 +34,13 @@ def workspace_bytes(
     group, width = num_heads // num_kv_heads, -(-head_dim // LANES) * LANES
     few = LANES * num_kv_heads * (2 * width + KEYS + 2) + LANES + 4 * width
     many = TILE * (2 * width + KEYS + 4) + 2 * KEYS * width
+    tiles = num_kv_heads * (24 * width + LANES * (KEYS + 3)) + KEYS * (width + LANES)
     queries = min(most_queries, SPLIT_QUERIES)
     slot = items = 0
-    for count, heads in ((min(queries, max(1, (LANES - 1) // group)), num_kv_heads), (queries, 1)):
+    for count, heads in ((min(queries, max(1, LANES // group)), num_kv_heads), (queries, 1)):
         parts = -(-longest // split_keys(heads, head_dim))
         slot = max(slot, parts * count * num_heads * (head_dim + 2) + 16)
         items = max(items, parts * num_kv_heads // heads * -(-count * group // TILE))
     num_items = sequences * items + num_kv_heads * (tokens * group // TILE + sequences)
-    num_floats = threads * (max(few, many) + 16) + min(sequences, threads + 1) * slot
+    num_floats = threads * (max(few, many, tiles) + 16) + min(sequences, threads + 1) * slot
     return 4 * num_floats + ITEM_BYTES * num_items + 12 * sequences + 6 * 64

@@ -68,9 +68,14 @@ def test_native_cuts_long_contexts(options):
     )
 
 
+IN_TILES = {"num_heads": 24, "num_kv_heads": 3, "head_dim": 64, "dtype": torch.bfloat16}
+
+
 @needs_compiler
 @pytest.mark.parametrize(
-    "heads", [{"head_dim": 32}, {"num_heads": 16, "num_kv_heads": 16, "head_dim": 128}], ids=["narrow", "wide"]
+    "heads",
+    [{"head_dim": 32}, {"num_heads": 16, "num_kv_heads": 16, "head_dim": 128}, IN_TILES],
+    ids=["narrow", "wide", "in tiles"],
 )
 def test_native_result_depends_on_the_sequence_alone(heads):
     """Bit for bit, whatever the number of threads and the neighbors in the batch."""
@@ -105,6 +110,36 @@ def test_native_on_random_cases(case):
     assert_close(
         native.paged_attention(*arguments, **options), attention_reference.paged_attention(*arguments, **options)
     )
+
+
+@st.composite
+def cases_in_tiles(draw) -> Case:
+    """Up to 16 query rows of a group, and contexts of one piece and of several."""
+    group = draw(st.integers(3, 16))
+    queries = draw(st.lists(st.integers(1, 16 // group), min_size=1, max_size=4))
+    contexts = [q + draw(st.integers(0, 600)) for q in queries]
+    kv_heads, window = draw(st.integers(1, 3)), draw(st.sampled_from([0, 0, 1, 40]))
+    return Case(
+        tuple(queries), tuple(contexts), kv_heads * group, kv_heads, draw(st.sampled_from([32, 64, 96, 128])),
+        torch.bfloat16, page_tokens=draw(st.integers(1, 40)), window=window,
+        chunked=window > 0 and draw(st.booleans()), alibi=draw(st.booleans()), sinks=draw(st.booleans()),
+        soft_cap=draw(st.sampled_from([0.0, 2.0])), seed=draw(st.integers(0, 99)),
+    )  # fmt: skip
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(cases_in_tiles())
+def test_native_in_bfloat16_is_rounded_once(case):
+    """Where the processor has matrix tiles, they take these; weights that were rounded to bfloat16 for them would give
+    other results in one of four places."""
+    arguments, options = case.build()
+    wanted = attention_reference.paged_attention(
+        *(x.float() if x.dtype == torch.bfloat16 else x for x in arguments), **options
+    )
+    got = native.paged_attention(*arguments, **options)
+    torch.testing.assert_close(got.float(), wanted, atol=1e-4, rtol=2**-8)
+    assert (got != wanted.bfloat16()).float().mean() < 0.03
 
 
 INTERPRETED_LATER = {

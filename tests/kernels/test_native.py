@@ -135,14 +135,14 @@ class Workspaces(TorchDispatchMode):
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 70), st.integers(0, 1500)), min_size=1, max_size=6), st.integers(1, 8),
-    st.integers(1, 9), st.integers(1, 140),
-    st.integers(1, 5), st.sampled_from([0, 50]),
+    st.integers(1, 16), st.integers(1, 140) | st.sampled_from([32, 64, 128]),
+    st.integers(1, 5), st.sampled_from([0, 50]), st.sampled_from([torch.float32, torch.bfloat16]),
 )  # fmt: skip
-def test_a_call_takes_no_more_than_is_planned_for_it(lengths, kv_heads, group, head_dim, threads, window):
+def test_a_call_takes_no_more_than_is_planned_for_it(lengths, kv_heads, group, head_dim, threads, window, dtype):
     queries = [max(1, count) if i == 0 else count for i, (count, _) in enumerate(lengths)]
     contexts = [max(1, count) + prefix for count, (_, prefix) in zip(queries, lengths, strict=True)]
     (query, rows, *positions), options = Case(
-        tuple(queries), tuple(contexts), kv_heads * group, kv_heads, head_dim, window=window
+        tuple(queries), tuple(contexts), kv_heads * group, kv_heads, head_dim, dtype, window=window
     ).build()
     with Workspaces() as seen:
         native.paged_attention(query, rows, *positions, **options, threads=threads)
