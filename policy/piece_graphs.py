@@ -27,10 +27,10 @@ BUCKETS = (32, 64, *range(128, 2048, 128), *range(2048, 4096, 256), *range(4096,
 compute what fills a bucket up along, 1/16 of them on average from 1,024 tokens on and less of larger ones."""
 
 
-def piece_buckets(policy: Policy, tensor_ranks: int = 1) -> tuple[int, ...]:
+def piece_buckets(policy: Policy) -> tuple[int, ...]:
     """Tokens of the passes that a block runs in pieces, the least first: up to those of its largest pass, or what the
-    policy says. Several tensor ranks have none: sums between them have been recorded in one graph only."""
-    most = min(policy.piece_tokens, micro_batch_tokens(policy)) if tensor_ranks == 1 else 0
+    policy says."""
+    most = min(policy.piece_tokens, micro_batch_tokens(policy))
     return BUCKETS[: sum(bucket < most for bucket in BUCKETS) + 1] if most else ()
 
 
@@ -53,6 +53,6 @@ def planned_bytes(shape: ModelShape, policy: Policy, hardware: Hardware, longest
         return 0
     sizes, experts = (shape.num_layers, shape.hidden_bytes, policy.gpu_batch_size), shape.experts is not None
     one, workspace = graph_bytes(*sizes, int(longest), PAGE_TOKENS, experts), shape.peak_workspace_bytes
-    pieces = piece_bytes(shape.num_layers, piece_buckets(policy, hardware.tensor_ranks), workspace, experts)
+    pieces = piece_bytes(shape.num_layers, piece_buckets(policy), workspace, experts)
     pool = graph_pool_bytes(policy.gpu_batch_size, workspace, shape.vocab_size, shape.element_bytes)
     return PLANNED_GRAPHS * one + pieces + pool

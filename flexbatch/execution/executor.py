@@ -90,8 +90,7 @@ class Executor:
             sizes, group = (cache.layout.page_tokens, arch.max_positions), self.builder.adapters_at_once
             decode, pieces = (CudaRecorder(self.set_up, kind) for kind in (DECODE_GRAPHS, PIECE_GRAPHS))
             self.graphs = DecodeGraphs(self.device, *sizes, decode, max_graphs, group, cache.ring)
-            buckets = piece_buckets if self.ranks is None else ()
-            self.pieces = PieceGraphs(self.halves, self.device, pieces, buckets, group)
+            self.pieces = PieceGraphs(self.halves, self.device, pieces, piece_buckets, group)
 
     @property
     def resident(self) -> bool:

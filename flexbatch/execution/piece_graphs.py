@@ -29,7 +29,6 @@ from flexbatch.execution.static_adapters import GroupAdapters, fill_adapters, st
 from flexbatch.execution.tick_halves import TickHalves
 from flexbatch.memory.transfer import READY
 from flexbatch.policy.schedule import Tick
-from flexbatch.trace import Tracer
 
 Key = tuple[int, bool]
 """(bucket of tokens, whether any has an adapter)."""
@@ -145,10 +144,8 @@ class PieceGraphs:
             self.allocate(static)
         graphs: list[Recorded] = []
         given = torch.empty(0)
-        # Spans would record events that no replay repeats.
-        tracer, halves.tracer = halves.tracer, Tracer()
         try:
-            with nullcontext() if routing is None else routing.of_pieces():
+            with halves.recorded(), nullcontext() if routing is None else routing.of_pieces():
                 for layer in range(halves.arch.num_layers + 1):
                     # The memory of what a piece is given may become that of a later one: by then it has been read.
                     graph, given = self.record(partial(self.piece, layer, given, static))
@@ -159,8 +156,6 @@ class PieceGraphs:
             for graph in graphs:
                 graph.reset()
             raise
-        finally:
-            halves.tracer = tracer
         if routing is not None:
             routing.of_pass.zero_()
         return Pieces(graphs, static)

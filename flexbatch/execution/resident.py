@@ -13,7 +13,6 @@ from flexbatch.execution.tick_halves import TickHalves
 from flexbatch.memory.transfer import READY
 from flexbatch.models import layers
 from flexbatch.policy.schedule import Tick
-from flexbatch.trace import Tracer
 
 
 class ResidentPass:
@@ -25,20 +24,12 @@ class ResidentPass:
         self.arch, self.routing = halves.arch, halves.routing
 
     def hidden(self, inputs: MicroBatchInputs) -> Tensor:
-        """After all layers. Runs under capture: spans would record events that no replay repeats."""
-        halves, ranks = self.halves, self.halves.ends.ranks
-        tracer, halves.tracer = halves.tracer, Tracer()
-        if ranks is not None:
-            ranks.tracer, ranks.in_line = halves.tracer, True
-        try:
-            with self.routing.of_graph() if self.routing is not None else nullcontext():
-                for layer in range(self.arch.num_layers):
-                    halves.finish(halves.begin(Tick(layer, 0, None, None, None), inputs, READY, 0), 1)
-            return halves.ends.activations.get(0)
-        finally:
-            halves.tracer = tracer
-            if ranks is not None:
-                ranks.tracer, ranks.in_line = tracer, False
+        """After all layers. Runs under capture."""
+        halves = self.halves
+        with halves.recorded(), self.routing.of_graph() if self.routing is not None else nullcontext():
+            for layer in range(self.arch.num_layers):
+                halves.finish(halves.begin(Tick(layer, 0, None, None, None), inputs, READY, 0), 1)
+        return halves.ends.activations.get(0)
 
     def tokens(self, inputs: MicroBatchInputs) -> Tensor:
         """The most likely token of every row, which is what greedy sequences draw that nothing adjusts: 1,000 rows of

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 
 from torch import Tensor
@@ -42,6 +44,20 @@ class TickHalves:
         self.host_buffers, self.rotary, self.attention = host_buffers, rotary, attention
         self.routing, self.routed, self.ranks = routing, routed, ends.ranks
         self.tracer: Tracer = queues.tracer
+
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[None]:
+        """While what is computed is recorded: spans would record events that no replay repeats, and sums between ranks
+        are put in line with what computes."""
+        tracer, self.tracer = self.tracer, Tracer()
+        if self.ranks is not None:
+            self.ranks.tracer, self.ranks.in_line = self.tracer, True
+        try:
+            yield
+        finally:
+            self.tracer = tracer
+            if self.ranks is not None:
+                self.ranks.tracer, self.ranks.in_line = tracer, False
 
     def begin_pass(self, tokens: list[int]) -> None:
         """What becomes of the experts in host memory in a pass whose micro-batches have so many tokens: whether the CPU

@@ -122,7 +122,7 @@ class Capacity:
         graphs = engine_plan.graphs(sizes)
         if lack := graphs.lack():
             logger.log(logging.INFO if graphs.decode else logging.WARNING, "%s", lack)
-        with self.everywhere(MakeRunner(policy, sizes, logits_bytes, graphs.decode)):
+        with self.everywhere(MakeRunner(policy, sizes, logits_bytes, graphs.decode, graphs.buckets)):
             self.runner = open_runner(
                 engine_plan.arch,
                 weights,

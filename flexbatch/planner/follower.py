@@ -86,6 +86,7 @@ class Follower:
             self.model.queues,
             command.logits_chunk_bytes,
             command.max_graphs,
+            command.piece_buckets,
             links=self.links,
         )
 

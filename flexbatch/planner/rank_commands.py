@@ -44,8 +44,9 @@ class MakeRunner:
     sizes: BlockSizes
     logits_chunk_bytes: int
     max_graphs: int
-    """Decode graphs that every rank keeps. A rank that records runs the pass once before, with all of its sums: either
-    all ranks do so in a pass, or none."""
+    piece_buckets: tuple[int, ...]
+    """Graphs that every rank keeps: of decode passes, and of passes in pieces by their tokens. A rank that records runs
+    a pass once before, with all of its sums: either all ranks do so in a pass, or none."""
 
 
 @dataclass(frozen=True)

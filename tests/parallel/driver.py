@@ -21,6 +21,7 @@ from flexbatch import LLM, SamplingParams
 from flexbatch.config import EngineConfig
 from flexbatch.execution.executor import Executor
 from flexbatch.execution.graphs import DecodeGraphs
+from flexbatch.execution.piece_graphs import PieceGraphs
 from flexbatch.execution.pipelined import PipelinedPasses
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.tick_halves import TickHalves
@@ -127,7 +128,7 @@ def generated(engine: dict[str, Any], channel: RankChannel | None = None) -> dic
     found, steps = [], list[int]()
     with contextlib.ExitStack() as stack:
         if engine.get("graphs") and size > 1:
-            stack.enter_context(recording(engine["graphs"], graphs))
+            stack.enter_context(recording(Graphs(engine["graphs"], tuple(engine.get("pieces", ()))), graphs))
         llm = stack.enter_context(LLM.from_planner(Planner(config, channel=channel)))
         stack.enter_context(counting_in_flight(in_flight))
         if engine.get("events"):
@@ -144,15 +145,16 @@ def generated(engine: dict[str, Any], channel: RankChannel | None = None) -> dic
             llm.speculator.check()
         weights = sum(llm.engine_plan.weight_plan.tier_bytes(tier) for tier in ("gpu", "cpu", "disk"))
         told = {"read": llm.report()["loaded_bytes"], "weights": weights, "percent": config.percent}
+        pieces = 0 if llm.runner is None or llm.runner.executor.pieces is None else llm.runner.executor.pieces.passes
         told["ring"] = 0 if llm.runner is None else llm.runner.cache.ring
-    told |= {"recorded": len(graphs), "replays": sum(graph.replays for graph in graphs)}
+    told |= {"in_pieces": pieces, "recorded": len(graphs), "replays": sum(graph.replays for graph in graphs)}
     return {"answers": found, "steps_aside": len(steps), "in_flight": max(in_flight), "events": events, **told}
 
 
 @contextlib.contextmanager
-def recording(most: int, made: list[FakeGraph]) -> Iterator[None]:
-    """Executors that record decode passes as those on GPUs do, in stand-ins for graphs. Rank 0 has it decided that
-    there are so many; the others keep as many as they are told."""
+def recording(kept: Graphs, made: list[FakeGraph]) -> Iterator[None]:
+    """Executors that record passes as those on GPUs do, in stand-ins for graphs. Rank 0 has it decided that it keeps
+    these; the others keep what they are told."""
     begin, count = Executor.__init__, EnginePlan.graphs
     names = list(inspect.signature(begin).parameters)
 
@@ -163,9 +165,10 @@ def recording(most: int, made: list[FakeGraph]) -> Iterator[None]:
         record.made = made
         sizes = self.cache.layout.page_tokens, self.arch.max_positions
         self.graphs = DecodeGraphs(self.device, *sizes, record, told["max_graphs"], ring=self.cache.ring)
+        self.pieces = PieceGraphs(self.halves, self.device, record, told["piece_buckets"])
 
     Executor.__init__ = with_graphs  # type: ignore[method-assign]
-    EnginePlan.graphs = lambda self, sizes: Graphs(most)  # type: ignore[method-assign]
+    EnginePlan.graphs = lambda self, sizes: kept  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -192,7 +195,7 @@ def main() -> int:
     engines = json.loads(file.read_text())
     if rank:
         if engines[0].get("graphs"):
-            with recording(-1, []):
+            with recording(Graphs(), []):
                 return follow_launched(channel)
         if rank == size - 1 and (number := engines[0].get("fails_at")):
             failing_at(number)

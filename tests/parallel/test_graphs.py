@@ -1,4 +1,4 @@
-"""Decode passes that several ranks record with the sums between them: all record and replay the same ones."""
+"""Passes that several ranks record with the sums between them: all record and replay the same ones."""
 
 from __future__ import annotations
 
@@ -40,3 +40,28 @@ def test_ranks_record_the_same_passes(size, tmp_path):
     for each, one, several in zip(made, wanted, results(tmp_path, ranks), strict=True):
         assert several["answers"] == json.loads(json.dumps(one["answers"])), each
         assert several["recorded"] > 2 and several["replays"] > 10, each
+
+
+def test_ranks_record_the_same_pieces(tmp_path):
+    """Prompts come while others are decoded: passes of many sizes, and of several buckets."""
+    params = [{**GREEDY, "max_tokens": 4 + 3 * (i % 4)} for i in range(2 * len(PROMPTS))]
+    prompts, settings = PROMPTS + random_prompts([11, 4, 23, 6, 2, 19], seed=2), RESIDENT | {"prefill_chunk": 7}
+    made = [
+        engine(
+            tmp_path,
+            family,
+            {"max_position_embeddings": 4096},
+            settings=settings,
+            prompts=prompts,
+            params=params,
+            again=[prompts, LONGER],
+            graphs=1,
+            pieces=[8, 16, 64],
+        )
+        for family in ("llama", "opt")
+    ]
+    ranks = start(tmp_path, 2, made)
+    wanted = [generated(each) for each in json.loads(json.dumps(made))]
+    for each, one, several in zip(made, wanted, results(tmp_path, ranks), strict=True):
+        assert several["answers"] == json.loads(json.dumps(one["answers"])), each
+        assert several["in_pieces"] > 10, each
