@@ -17,9 +17,11 @@ from flexbatch.execution.sequence import Sequence
 from flexbatch.planner.choose import with_budget, without_reserves
 from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.problem import model_shape, workload_of
+from flexbatch.policy.admission import CacheSizes, num_pages
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import PAGE_TOKENS
 from flexbatch.policy.plan import price
+from flexbatch.policy.policy import TIERS
 from flexbatch.policy.trajectory import JobPasses, passes_of, passes_with_prefixes
 from flexbatch.policy.workload import Workload
 from flexbatch.request import Request
@@ -67,7 +69,14 @@ class Forecast:
             lengths = zip(workload.requests, found, strict=True)
             requests = [dataclasses.replace(each, beginnings=beginnings) for each, beginnings in lengths]
             return passes_with_prefixes(requests, policy, self.sizes.cache)
-        return passes_of(workload, policy, sizes=self.sizes.cache.part(parts))
+        return passes_of(workload, policy, sizes=self.cache_of_a_part(parts))
+
+    def cache_of_a_part(self, parts: int) -> CacheSizes:
+        """Parts of a block take pages from the same cache: where that holds the whole job, no sequence of a part with
+        longer ones waits."""
+        cache = self.sizes.cache
+        needed = sum(num_pages(rows) for rows in self.job.cache_tokens)
+        return cache if needed <= sum(cache.pages(tier) for tier in TIERS) else cache.part(parts)
 
     def describe(self, hardware: Hardware | None) -> dict[str, Any]:
         """What the job should take, every answer as long as it may get; in seconds where the machine's rates are

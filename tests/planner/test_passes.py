@@ -4,10 +4,15 @@ micro-batches."""
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
 from flexbatch import LLM, SamplingParams
+from flexbatch.config import EngineConfig
+from flexbatch.execution.job import Job
+from flexbatch.planner.forecast import Forecast
+from flexbatch.planner.planner import Planner
 from flexbatch.validation.errors import DoesNotFitError
 from tests.tiny_models import make_model, random_prompts
 
@@ -129,3 +134,14 @@ def assert_as_predicted(model, tmp_path, seeds, kind="distinct"):
 def test_as_many_passes_with_layers_that_keep_only_their_window(family, seeds, windowed, tmp_path):
     kept = assert_as_predicted(windowed[family], tmp_path, seeds)
     assert sum(kept) >= 2
+
+
+def test_parts_of_a_pipeline_take_from_one_cache():
+    """Every other prompt is long, and all of these are in one part: half of the pages did not hold it, so that its last
+    sequence was expected in a second wave."""
+    job = Job.of([(65 if i % 2 == 0 else 17, 8) for i in range(12)], 2048)
+    block: dict[str, Any] = {"percent": (0, 100, 0, 100, 0, 100), "gpu_batch_size": 3, "num_gpu_batches": 2}
+    config = EngineConfig(model="opt-125m", dummy_weights=True, hardware="h100", pipeline_parallel_size=2, **block)
+    plan = Planner(config, job, dry=True).engine_plan
+    found = Forecast(plan, job, plan.sizes(job)).describe(None)
+    assert (found["waves"], found["predicted_passes"]) == (1, 2 * 8)
