@@ -61,7 +61,7 @@ def run_one(words: dict[str, Any], tell: Tell) -> None:
         return checked(words["model"], sizes, words["device"], tell)
     case = dataclasses.replace(CASES[words["case"]], **words["job"])
     with recorded_ranks(words["graphs_of_ranks"]):
-        measured(case, words["gpu_gib"], sizes, words["set"], tell)
+        measured(case, words["gpu_gib"], sizes, words["set"], tell, words["warm_ups"])
 
 
 def serve_run(data: Any) -> int:
@@ -129,8 +129,12 @@ def equal_share(one: str, other: str) -> float:
     return sum(a == b for a, b in pairs) / len(pairs)
 
 
+def share(rate: float, bound: float | None) -> float | None:
+    return rate / bound if bound else None
+
+
 def summary(results: dict[str, Any]) -> dict[str, Any]:
-    """Of every model and budget, throughput beside one GPU's and beside its plan; and whether tokens are those of one.
+    """Of every model and budget, throughput beside one GPU's, its plan and the bound of links and processors; and whether tokens are those of one.
     In 16 bits a sum over ranks is rounded elsewhere: there it is the share of prompts with the same first token."""
     told: dict[str, Any] = {}
     for name, result in results.items():
@@ -141,6 +145,7 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
                 "tokens_per_second": result["tokens_per_second"],
                 "speedup": result["tokens_per_second"] / one["tokens_per_second"],
                 "measured_over_predicted": result["measured_over_predicted"],
+                "of_the_bound": share(result["tokens_per_second"], result.get("bound_tokens_per_second")),
                 "same_first_tokens": equal_share(result["first_tokens"], one["first_tokens"])
                 if "first_tokens" in result and "first_tokens" in one
                 else None,
@@ -187,7 +192,7 @@ def runs(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any
             for mesh in arguments.meshes:
                 share = share_of(mesh, arguments, folder)
                 words = {**share, "case": name, "gpu_gib": gib_of.get(mesh, gib), "mesh": mesh, "job": job | part}
-                words["graphs_of_ranks"] = arguments.graphs_of_ranks
+                words |= {"graphs_of_ranks": arguments.graphs_of_ranks, "warm_ups": arguments.warm_ups}
                 label = f"{part.get('model', name)} {gib:g}GiB {mesh}{'+graphs' * bool(arguments.graphs_of_ranks)}"
                 found[label] = {**words, "set": {**share["set"], **more}, "limit": arguments.limit}
     return found
@@ -201,6 +206,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--gpu-gib", nargs="+", type=float, default=[16.0, 24.0])
     for name in ("prompts", "prompt-tokens", "new-tokens"):
         found.add_argument(f"--{name}", type=int, help="of a job, instead of the model's own")
+    found.add_argument("--warm-ups", type=int, default=1, help="jobs before the one that is measured")
     found.add_argument("--limit", type=float, default=1200.0, help="seconds of one run")
     found.add_argument("--total", type=float, default=float("inf"), help="seconds of all runs")
     found.add_argument("--check-model", default="demo", help="whose tokens are compared; empty: none")
