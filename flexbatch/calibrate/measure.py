@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.calibrate.disk import measure_disk
-from flexbatch.calibrate.fits import fit_curve, fit_rate
+from flexbatch.calibrate.fits import fit_curve, mean_rate
 from flexbatch.calibrate.identity import machine_key
 from flexbatch.calibrate.links import GATHER_SHARE, MIB, Timer, measure_links
 from flexbatch.calibrate.phases import Phases
@@ -215,11 +215,9 @@ def _note_disk(
 ) -> None:
     for name, results in (("disk_read", reads), ("disk_write", writes)):
         blocks, seconds = zip(*results, strict=True)
+        values[name], error = mean_rate(blocks, seconds)
         if len(blocks) > 1:
-            fit = fit_rate(blocks, seconds)
-            values[name], errors[name] = fit.rate, fit.error
-        else:
-            values[name] = blocks[0] / seconds[0]
+            errors[name] = error
     values["disk_read_seconds"] = latency
 
 

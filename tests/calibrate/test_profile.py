@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch.calibrate import cache
-from flexbatch.calibrate.fits import fit_curve, fit_rate
+from flexbatch.calibrate.fits import fit_curve, fit_rate, mean_rate
 from flexbatch.policy.curve import Curve
 from flexbatch.policy.hardware import Hardware, load_hardware
 
@@ -36,6 +36,14 @@ def test_a_busy_machine_does_not_invent_a_rate():
 def test_fit_refuses_what_it_cannot_fit():
     with pytest.raises(ValueError, match="at least two"):
         fit_rate([1.0], [1.0])
+
+
+def test_the_rate_of_a_disk_is_that_of_all_readings() -> None:
+    """Whatever the blocks: one that is read twice as fast as another counts by the time it took."""
+    rate, error = mean_rate([8e6, 4e6, 1e6], [8e-3, 4e-3, 1e-3])
+    assert rate == pytest.approx(1e9) and error == pytest.approx(0.0, abs=1e-12)
+    rate, error = mean_rate([8e6, 1e6], [4e-3, 1e-3])
+    assert rate == pytest.approx(2e9 / 1.5) and error == pytest.approx(1 / 3)
 
 
 @given(st.lists(st.floats(1e9, 1e12), min_size=1, max_size=8))
