@@ -226,7 +226,7 @@ def host_rates(device: torch.device, phases: Phases | None = None) -> dict[str, 
         torch.set_num_threads(threads)
     rates = {"graph_seconds": 0.0, "piece_seconds": 0.0, "request_seconds": coming_and_going}
     if gpu:
-        rates |= {"graph_seconds": max(0.0, graph_seconds(device)), "piece_seconds": max(0.0, piece_seconds(device))}
+        rates |= {"graph_seconds": graph_seconds(device), "piece_seconds": piece_seconds(device)}
     rates |= python_rates(passes, baseline, rates["graph_seconds"])
     layer = {name: passes.layer_seconds(name) for name in ("few", "many", *others)}
     differences = {

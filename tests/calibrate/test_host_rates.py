@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from flexbatch.calibrate import host, passes
+from flexbatch.calibrate import graphs, host, passes
 from flexbatch.models.arch import Arch
 from flexbatch.policy.limits import CODED_TOKENS
 from flexbatch.policy.policy import Policy, Split
@@ -65,6 +65,29 @@ def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch)
         ),
     }
     assert found == {name: pytest.approx(value) for name, value in wanted.items()}
+
+
+def test_a_layer_of_a_graph_is_told_from_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of 168 million weights, and what their kernels take to begin and end; never less than nothing."""
+    elements = 4096 * (3 * 4096 + 4096 + 3 * 8192)
+    monkeypatch.setattr(graphs, "element_seconds", lambda device: 7e-13)
+    for each in (4e-5, 0.0, -1e-4):
+        layer = elements * 7e-13 + each
+        monkeypatch.setattr(graphs, "replay_seconds", lambda layers, device, layer=layer: 3e-4 + layers * layer)
+        assert graphs.graph_seconds(CPU) == pytest.approx(max(0.0, each), rel=0.02, abs=1e-8)
+
+
+def test_pieces_are_timed_while_prompts_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the first passes, which record them, nor those behind the prompts; of a round the median."""
+
+    def turns(arch: Arch, policy: Policy, device: torch.device, tracer: Tracer, count: int, tokens: int) -> list:
+        assert policy.piece_tokens == count * policy.prefill_chunk and not tokens % policy.prefill_chunk
+        reading = [1e-3 + 2e-4 * arch.num_layers] * (tokens // policy.prefill_chunk)
+        reading[:3], reading[5] = [9.0] * 3, 7.0
+        return [(seconds, seconds) for seconds in [*reading, 8.0]]
+
+    monkeypatch.setattr(graphs, "run_job", turns)
+    assert graphs.piece_seconds(CPU) == pytest.approx(2e-4)
 
 
 @pytest.mark.parametrize("late", [False, True])
