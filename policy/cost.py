@@ -7,9 +7,8 @@ disagree.
 A pass is L layers and the head. While layer j computes, the weights of layer j + 1 cross the link, so a pass has
 three kinds of stage: (computes a layer, fetches a layer) L - 1 times, (layer, head) once and (head, first layer of
 the next pass) once; where some layers have experts and some have not, the first kind is two. A stage takes the
-maximum over the resources. Launching its ticks runs beside that, and a part of the shorter of the two shows. What
-streamed weights and staged cache have the host launch besides is done ahead, in the time of the busiest resource,
-unless a single micro-batch or a schedule without overlap leaves nothing ahead to launch.
+maximum over the resources. Launching its ticks, and what streamed weights and staged cache have the host launch
+besides, runs beside that, and a part of the shorter of the two shows.
 """
 
 from __future__ import annotations
@@ -52,10 +51,11 @@ JOINT: dict[str, tuple[str, ...]] = {
 ROWS = RESOURCES + tuple(JOINT)
 
 
-RESIDENT_IN_VIEW, IN_VIEW = 0.25, 0.5
-"""The share of the shorter of launching and of what is launched that shows beside the longer one, where everything is
-on the GPU, and where the host waits for slabs, pages and the CPU's attention on its way. Fitted to 3,900 passes of 30
-jobs on two H200 machines: with all of it in view (launching on top) jobs were 8 and 12 % off, with these 4 and 10."""
+IN_VIEW, STREAMED_IN_VIEW = 0.25, 0.1
+"""The share of the shorter of launching and of what is launched that shows beside the longer one: where everything is
+on the GPU or the host waits on its way, for the CPU's attention and experts or the disk; and where it waits for nothing
+before a pass is launched. The first is fitted to 3,900 passes of 30 jobs on two H200 machines: with all of it in view
+(launching on top) jobs were 8 and 12 % off, with this 4."""
 
 
 def together(launching: np.ndarray, busy: np.ndarray, in_view: float | np.ndarray) -> np.ndarray:
@@ -173,29 +173,23 @@ class PassModel:
         if self.on_gpu(point):
             other = np.where(self.in_pieces, self.piece_launch_seconds, self.tick_seconds)
             return np.where(self.in_graphs, 0.0, other)  # by the GPU
-        in_turn = 0.0 if self._launches_ahead else self._extra_launch_seconds(point)
-        return self.tick_seconds + self.shape.num_layers * self.batches * np.asarray(in_turn)
+        each = np.asarray(self._extra_launch_seconds(point))
+        return self.tick_seconds + self.shape.num_layers * self.batches * each
 
     def in_view(self, point: np.ndarray) -> np.ndarray:
         """The share of the shorter of launching and of what is launched that the longer one does not hide: all of it
-        where passes are graphs, or where nothing overlaps."""
+        where nothing overlaps."""
         if self.hardware.device != "cuda" or not self.policy.overlap:
             return np.asarray(1.0)
-        if self.on_gpu(point):
-            return np.where(self.in_graphs, 1.0, RESIDENT_IN_VIEW)
-        return np.asarray(IN_VIEW)
+        waits = ("cpu_attention", "cpu_experts", "weights_disk", "cache_disk")
+        if self.on_gpu(point) or any(point[COLUMNS[name]] > RESIDENT for name in waits):
+            return np.asarray(IN_VIEW)
+        return np.asarray(STREAMED_IN_VIEW)
 
     @property
     def least_in_view(self) -> float:
         """At any placement."""
-        return RESIDENT_IN_VIEW if self.hardware.device == "cuda" and self.policy.overlap else 1.0
-
-    @property
-    def _launches_ahead(self) -> bool:
-        """One micro-batch's transfers are launched while another one's resources are busy (66 ticks of OPT-6.7B, 8
-        bits, on an H200's host: 0.3 ms each on top of what link or CPU attention needed, where launching alone takes
-        0.85)."""
-        return self.batches > 1 and self.policy.overlap
+        return STREAMED_IN_VIEW if self.hardware.device == "cuda" and self.policy.overlap else 1.0
 
     def _extra_launch_seconds(self, point: np.ndarray) -> np.ndarray:
         """Per tick: what a placement with streamed weights, or cache that is attended from staging, has the host
@@ -213,12 +207,8 @@ class PassModel:
         )
 
     def busy_seconds(self, point: np.ndarray) -> np.ndarray:
-        """Of each pass at a placement, the slowest row of every stage, or what is launched ahead for it."""
-        ahead = self._extra_launch_seconds(point) if self._launches_ahead else 0.0
-        return total(
-            s.count * np.maximum(slowest(s.seconds.values(), point), s.layer_ticks * ahead)
-            for s in self.stages_at(point)
-        )
+        """Of each pass at a placement, the slowest row of every stage."""
+        return total(s.count * slowest(s.seconds.values(), point) for s in self.stages_at(point))
 
     def pass_seconds(self, point: np.ndarray) -> np.ndarray:
         """Predicted time of each pass at a placement."""
@@ -226,8 +216,7 @@ class PassModel:
 
     def launching_seconds(self, point: np.ndarray) -> np.ndarray:
         """Of each pass at a placement, what no resource is busy for."""
-        busy = total(s.count * slowest(s.seconds.values(), point) for s in self.stages_at(point))
-        return self.pass_seconds(point) - busy
+        return self.pass_seconds(point) - self.busy_seconds(point)
 
     def resource_seconds(self, point: np.ndarray) -> dict[str, np.ndarray]:
         """Time that each row needs in one pass, were it alone."""

@@ -44,7 +44,8 @@ def coded_seconds(
     tile = np.minimum(np.searchsorted(CODED_TILES, tokens), len(CODED_TILES) - 1)
     reading = stored_bytes / (np.asarray(BANDWIDTH_SHARES)[tile] * hardware.gpu_bandwidth)
     rate = RATE_SHARES.get(bits, min(RATE_SHARES.values())) * max(hardware.gemm.values)
-    multiplying = 2.0 * elements * CODED_TILES[-1] / rate
+    tiles = np.maximum(1.0, np.ceil(np.asarray(tokens) / CODED_TILES[-1]))
+    multiplying = 2.0 * elements * CODED_TILES[-1] * tiles / rate
     products = np.where(tile == len(CODED_TILES) - 1, np.maximum(reading, multiplying), reading)
     return products + PRODUCTS_OF_LAYER * np.asarray(START_SECONDS)[tile]
 

@@ -24,12 +24,11 @@ SERIAL = ("h2d", "d2h", "disk_read", "disk_write", "gpu_compute", "cpu_attention
 
 @dataclass(frozen=True)
 class Stage:
-    """One kind of stage of a pass: how often, ticks that compute a layer, seconds per row of ``ROWS`` and bytes
-    (FLOPs for gpu_compute) per resource, all affine."""
+    """One kind of stage of a pass: how often, seconds of each of ``ROWS`` and bytes (FLOPs for gpu_compute) of each
+    resource, all affine."""
 
     name: str
     count: int
-    layer_ticks: int
     seconds: dict[str, np.ndarray]
     work: dict[str, np.ndarray]
 
@@ -106,8 +105,7 @@ class PassStages:
             # They travel while others are computed, any time of a pass.
             sent = self.tokens * shape.hidden_bytes / send_rate(self.hardware) / shape.num_layers
             seconds["between stages"] = affine(sent if compute != "head" else 0.0 * sent)
-        ticks = 0 if compute == "head" else self.batches
-        return Stage(name, count, ticks, seconds, self._work(traffic, gpu_flops, gpu_bytes))
+        return Stage(name, count, seconds, self._work(traffic, gpu_flops, gpu_bytes))
 
     @functools.cached_property
     def _layer_traffic(self) -> dict[str, np.ndarray]:
