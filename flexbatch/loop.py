@@ -128,31 +128,36 @@ class EngineLoop:
         return bool(kept)
 
     def plan_for_lengths(self, complete: bool) -> None:
-        """Go on in a faster block where answers are not as long as was assumed. Sequences in flight are read anew, or
-        end in the block that they are in where their cache is quantized and its codes would not come again."""
-        scheduler, before = self.scheduler, self.planner.engine_plan.block_policy
+        """Go on in a faster block where answers are not as long as assumed. Where the one that there is cannot grow,
+        sequences in flight are read anew; those of a quantized cache, whose codes would not come again, end in it."""
+        scheduler, capacity, before = self.scheduler, self.capacity, self.planner.engine_plan.block_policy
         if scheduler is None or scheduler.outgrown:
             return
         ahead = self.intake.ahead(None if complete else PEEKED_BLOCKS * before.block_size)
         if not scheduler.aside.recomputes and len(scheduler.waiting) + len(ahead) <= before.block_size:
             return  # a block that runs empty first costs more than so few could gain
         known = [each.request for each in (*scheduler.started, *scheduler.waiting)]
-        job = self.capacity.holdable(self.job(known + list(ahead)))
+        job = capacity.holdable(self.job(known + list(ahead)))
         job = job if complete else job.repeated(PEEKED_BLOCKS * before.block_size)
-        if (found := self.planner.adopt_lengths(job, self.statistics.pass_seconds)) is None:
+        if (found := capacity.faster_plan(job, self.statistics.pass_seconds)) is None:
             return
         self.replans.append(learned.reason(job, self.lengths.num_seen, before, found.block_policy))
         logger.info("re-planned: %s", self.replans[-1])
-        if not scheduler.aside.recomputes:
+        record = self.job_record if self.job_record in self.observers else None
+        if (runner := capacity.grown(scheduler, found, job)) is not None:
+            self.compare_with_plan(runner)
+        elif scheduler.aside.recomputes:
+            left = scheduler.withdraw()
+            self.statistics.preemptions += scheduler.aside.take_counts()
+            self.end()
+            runner = capacity.prepare(job, found) if complete else capacity.prepare_largest(job, found)
+            self.begin(runner, left, scheduler.proposer)
+        else:
             scheduler.outgrown, self.next_plan = True, found
             return
-        left, record = scheduler.withdraw(), self.job_record if self.job_record in self.observers else None
-        self.statistics.preemptions += scheduler.aside.take_counts()
-        self.end()
-        runner = self.capacity.prepare(job, found) if complete else self.capacity.prepare_largest(job, found)
-        self.begin(runner, left, scheduler.proposer)
         if record is not None:
-            self.observers.append(record.going_on(Forecast(found, job, runner.sizes)))
+            self.observers += [] if record in self.observers else [record]
+            record.going_on(Forecast(found, job, runner.sizes))
 
     def begin_for_waiting(self, complete: bool) -> None:
         """A run whose block suits the requests that wait, also those that its predecessor was not made for."""
@@ -183,25 +188,22 @@ class EngineLoop:
     ) -> None:
         """left: sequences of the run before, which go on before anybody else. forecast: of the job, if known whole."""
         self.end()
-        self.scheduler = Scheduler(
-            self.planner.engine_plan.block_policy,
-            runner.cache,
-            self.intake.arrivals(),
-            runner.sizes.max_micro_batch_tokens,
-            proposer,
-            self.capacity.refusal,
-            self.capacity.reach,
-            self.lengths,
-            self.capacity.step_aside_costs,
-            left,
-            self.intake.overtakes,
-        )
+        arrivals, overtakes = self.intake.arrivals(), self.intake.overtakes
+        self.scheduler = self.capacity.scheduler(runner, arrivals, overtakes, self.lengths, left, proposer)
         self.observers = [self.statistics, self.intake, self.failures, *self.watchers]
         if forecast is not None and proposer is None:
             self.job_record = JobRecord(forecast)
             self.observers.append(self.job_record)
-        monitor, config, executor = self.plan_monitor(runner), self.planner.config, runner.executor
-        self.passes = passes_of(self.scheduler, executor, self.tracer, config.goes_ahead, self.masks)
+        executor, ahead = runner.executor, self.planner.config.goes_ahead
+        self.passes = passes_of(self.scheduler, executor, self.tracer, ahead, self.masks)
+        self.compare_with_plan(runner)
+
+    def compare_with_plan(self, runner: Runner) -> None:
+        """Hold the passes from now on beside the latest plan."""
+        if self.monitor is not None and self.monitor in self.observers:
+            self.monitor.after_run()
+            self.observers.remove(self.monitor)
+        monitor = self.plan_monitor(runner)
         if isinstance(self.tracer, UsageTracer):
             self.tracer.wanted = monitor is not None
         if monitor is not None:

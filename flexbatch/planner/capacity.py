@@ -5,12 +5,16 @@ from __future__ import annotations
 import bisect
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from flexbatch.execution.block_sizes import logits_chunk_bytes
+from flexbatch.execution.answer_lengths import AnswerLengths
+from flexbatch.execution.block_sizes import BlockSizes, logits_chunk_bytes
 from flexbatch.execution.job import Job
+from flexbatch.execution.proposals import Proposer
+from flexbatch.execution.resize import fits, resize
 from flexbatch.execution.runner import Runner, open_runner
+from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.tiers import Tiers, check_budgets
 from flexbatch.memory.transfer import TransferQueues
@@ -110,14 +114,14 @@ class Capacity:
         weights = self.place(engine_plan)
         if engine_plan.speculation is not None and self.speculator is not None:
             engine_plan.speculation.open_runner(self.speculator, sizes.sequence_tokens)
-        if self.runner is not None and self.runner.holds(engine_plan.policy, sizes) and self.reach(sizes.longest):
+        if self.runner is not None and self.holds(engine_plan, sizes):
             return self.runner
         self.close()
         check_budgets(engine_plan.requirements(sizes), engine_plan.budgets)
         sizes = with_spare_pages(engine_plan, sizes, job)
         if self.routing is None and engine_plan.arch.experts is not None:
             self.routing = RoutingCounts(engine_plan.arch, self.queues.device)
-        policy, leader = engine_plan.policy, self.leader
+        policy, leader = engine_plan.made_for, self.leader
         logits_bytes = logits_chunk_bytes(engine_plan.arch, policy, sizes.max_query_nodes)
         graphs = engine_plan.graphs(sizes)
         if lack := graphs.lack():
@@ -141,6 +145,47 @@ class Capacity:
             )
         if leader is not None:
             leader.runner = self.runner
+        return self.runner
+
+    def holds(self, engine_plan: EnginePlan, sizes: BlockSizes) -> bool:
+        """Whether the runner has what a block of these sizes needs."""
+        held = self.runner is not None and self.runner.holds(engine_plan.made_for, sizes)
+        return held and self.reach(sizes.longest)
+
+    def faster_plan(self, job: Job, pass_seconds: float) -> EnginePlan | None:
+        """See `Planner.adopt_lengths`."""
+        held = None if self.runner is None else self.runner.sizes.cache
+        return self.planner.adopt_lengths(job, pass_seconds, held)
+
+    def scheduler(
+        self,
+        runner: Runner,
+        arrivals: Iterator[Sequence | None],
+        overtakes: Callable[[Sequence], bool],
+        lengths: AnswerLengths,
+        left: Iterable[Sequence],
+        proposer: Proposer | None,
+    ) -> Scheduler:
+        """Of a run in the block that is planned."""
+        return Scheduler(
+            self.planner.engine_plan.block_policy,
+            runner.cache,
+            arrivals,
+            runner.sizes.max_micro_batch_tokens,
+            proposer,
+            self.refusal,
+            self.reach,
+            lengths,
+            self.step_aside_costs,
+            left,
+            overtakes,
+        )
+
+    def grown(self, scheduler: Scheduler, found: EnginePlan, job: Job) -> Runner | None:
+        """The runner, whose block goes on with as many sequences as ``found`` says; None where it cannot."""
+        if not self.holds(found, found.sizes(job)) or not fits(scheduler, found.block_policy):
+            return None
+        resize(scheduler, found.block_policy)
         return self.runner
 
     def prepare_largest(self, job: Job, found: EnginePlan | None = None) -> Runner:

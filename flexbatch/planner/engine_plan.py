@@ -26,6 +26,7 @@ from flexbatch.parallel.links import ONE_ENGINE, EngineGroup
 from flexbatch.parallel.mesh import MeshShape
 from flexbatch.planner import budgets, requirements
 from flexbatch.planner.requirements import Graphs, graph_requirements, graphs_that_fit
+from flexbatch.policy.admission import micro_batch_tokens
 from flexbatch.policy.limits import weight_group
 from flexbatch.policy.plan import Plan
 from flexbatch.policy.policy import TIERS, Policy, Split
@@ -179,6 +180,9 @@ class EnginePlan:
     answer_share: float = 1.0
     """Share of the length that answers are expected to have, ``max_tokens`` at first, that the block's pages suffice
     for: less than 1 where the user fixed a block that holds no more in the budgets."""
+    most: int = 0
+    """Sequences of a micro-batch that there is room for beside their cache, where these are more than the policy's: the
+    block may have as many later in the same job."""
 
     def on(self, deployment: Deployment) -> EnginePlan:
         """The same decisions for other adapters."""
@@ -190,6 +194,11 @@ class EnginePlan:
         """The policy of the whole block: of all passes that are in flight in a pipeline."""
         count = self.policy.num_gpu_batches * self.deployment.passes_in_flight
         return replace(self.policy, num_gpu_batches=count)
+
+    @property
+    def made_for(self) -> Policy:
+        """Of the largest block that buffers and graphs suffice for."""
+        return replace(self.policy, gpu_batch_size=max(self.most, self.policy.gpu_batch_size))
 
     @property
     def config(self) -> EngineConfig:
@@ -231,20 +240,25 @@ class EnginePlan:
 
     def sizes(self, job: Job) -> BlockSizes:
         """Returns the sizes of a block for a job."""
-        return self.deployment.sizes(self.policy, job.assuming(self.answer_share))
+        sizes = self.deployment.sizes(self.policy, job.assuming(self.answer_share))
+        return replace(sizes, max_micro_batch_tokens=micro_batch_tokens(self.made_for, sizes.max_query_nodes))
 
     def requirements(self, sizes: BlockSizes) -> list[MemoryRequirement]:
         """Bytes by tier and purpose of the loaded weights and a block of these sizes."""
-        rows = self.deployment.requirements(self.weight_plan, self.policy, sizes)
+        rows = self.without_graphs(sizes)
         return rows + graph_requirements(self._graphs_beside(rows, sizes))
+
+    def without_graphs(self, sizes: BlockSizes) -> list[MemoryRequirement]:
+        """What a block needs to run at all."""
+        return self.deployment.requirements(self.weight_plan, self.made_for, sizes)
 
     def graphs(self, sizes: BlockSizes) -> Graphs:
         """CUDA graphs that are kept beside a block of these sizes."""
-        return self._graphs_beside(self.deployment.requirements(self.weight_plan, self.policy, sizes), sizes)
+        return self._graphs_beside(self.without_graphs(sizes), sizes)
 
     def _graphs_beside(self, rows: list[MemoryRequirement], sizes: BlockSizes) -> Graphs:
         gpu, cuda = self.budgets["gpu"], self.deployment.is_cuda
-        return graphs_that_fit(self.arch, self.policy, self.layout, sizes, rows, gpu, cuda)
+        return graphs_that_fit(self.arch, self.made_for, self.layout, sizes, rows, gpu, cuda)
 
     def describe(self) -> dict[str, Any]:
         """Model, machine and policy: the beginning of every report."""

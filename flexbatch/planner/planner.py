@@ -28,6 +28,7 @@ from flexbatch.planner.placements import baseline_policy, fallbacks, overshoot
 from flexbatch.planner.planned_machine import PlannedMachine
 from flexbatch.planner.problem import Problem
 from flexbatch.planner.relocation import Kind, Relocation, could_gain, fits_while_moving, kind_of
+from flexbatch.policy.admission import CacheSizes
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.policy import Policy
 from flexbatch.text.prompts import PromptEncoder
@@ -233,14 +234,15 @@ class Planner:
         self._settled.add(kind)
         return None
 
-    def adopt_lengths(self, job: Job, pass_seconds: float) -> EnginePlan | None:
+    def adopt_lengths(self, job: Job, pass_seconds: float, held: CacheSizes | None = None) -> EnginePlan | None:
         """A plan for what is left of a job whose answers are not as long as assumed, and whose passes have taken
-        ``pass_seconds`` each; it is the latest from now on. None where the block in flight is about as good."""
+        ``pass_seconds`` each; it is the latest from now on. None where the block in flight is about as good. held: see
+        `learned.resized`."""
         before, placed = self.engine_plan, self.placed or self.engine_plan
         if before.plan is None or not differs(self.problem, before.policy, self._part(job), LEAST_GAIN):
             return None
         rest, planned = self._problem(job, placed), self.problem.job
-        found = resized(rest, before, partial(self.requirements_of, job=job, num_slabs=placed.weight_plan.num_slabs))
+        found = resized(rest, before, job, held)
         if search_pays(self.search_seconds, rest, planned, before, found, pass_seconds):
             with contextlib.suppress(DoesNotFitError):
                 found = faster(self._decide(job, placed), found)

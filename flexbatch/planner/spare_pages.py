@@ -42,7 +42,7 @@ def with_spare_pages(plan: EnginePlan, sizes: BlockSizes, job: Job) -> BlockSize
     all_reserved = Job(job.cache_tokens, job.prompt_tokens)
     if plan.config.data_parallel_size > 1:
         all_reserved = of_chance(all_reserved, plan.policy.block_size)
-    full = plan.deployment.sizes(plan.policy, all_reserved).cache
+    full = plan.deployment.sizes(plan.made_for, all_reserved).cache
     layout, cache = plan.layout, sizes.cache
     if full == cache:
         return sizes

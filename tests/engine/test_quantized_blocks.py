@@ -47,7 +47,7 @@ def test_a_quantized_block_runs_empty_before_another_one_begins(reference, tmp_p
     with LLM(folder, **roomy) as llm:
         assert told(llm.generate(prompts, params)) == wanted
         assert len(set(blocks)) >= 3 and not llm.report()["preemptions"]["recomputed_tokens"]
-        assert len(llm._loop.replans) == len(blocks) - 1
+        assert len(llm._loop.replans) == len(replanned) >= len(blocks) - 1, "a block that has room grows as it is"
         del blocks[:]
         found = dict(llm.stream((i, *item) for i, item in enumerate(zip(prompts, params, strict=True))))
         assert told(found[i] for i in range(len(prompts))) == wanted and len(set(blocks)) >= 2

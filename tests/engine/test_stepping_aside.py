@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 
 from flexbatch import LLM, SamplingParams
+from flexbatch.execution.resize import resize
+from flexbatch.execution.runner import open_runner
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.loop import EngineLoop
+from flexbatch.planner import capacity
 from flexbatch.planner.planner import Planner
 from flexbatch.validation.errors import ConfigurationError
 from tests.execution.test_answer_lengths import ended
@@ -240,18 +243,29 @@ def test_a_block_grows_with_what_is_learned_and_sources_are_told_apart(reference
             list(llm.stream([(0, prompts[0], params[0], ["no hash"])]))
 
 
-@pytest.fixture
-def replanned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+@pytest.fixture(params=["made anew", "has room"])
+def replanned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Blocks are replaced after every answer that was seen, by turns by larger ones and by smaller ones that do not
-    take all that was in flight."""
+    take all that was in flight. With room for the largest it is the one block that grows, or becomes smaller where what
+    runs in it allows that."""
     sizes, chosen, advance = itertools.cycle([1, 6, 2, 5, 1, 3]), [], EngineLoop.advance
+    most, made, resized = 6 if request.param == "has room" else 0, [], []
 
-    def adopt(planner: Planner, job: Any, pass_seconds: float) -> Any:
+    def adopt(planner: Planner, job: Any, pass_seconds: float, held: Any = None) -> Any:
         chosen.append(next(sizes))
         plan = planner.engine_plan
         policy = dataclasses.replace(plan.policy, gpu_batch_size=chosen[-1])
-        planner._engine_plan = dataclasses.replace(plan, policy=policy)
+        planner._engine_plan = dataclasses.replace(plan, policy=policy, most=most)
         return planner._engine_plan
+
+    def opened(*arguments: Any, **options: Any) -> Any:
+        made.append(1)
+        return open_runner(*arguments, **options)
+
+    def watched(scheduler: Scheduler, policy: Any) -> None:
+        resized.append(policy.gpu_batch_size)
+        resize(scheduler, policy)
+        scheduler.check()
 
     def advanced(loop: EngineLoop, complete: bool) -> Any:
         if loop.lengths.learns:
@@ -262,7 +276,10 @@ def replanned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Planner, "adopt_lengths", adopt)
     monkeypatch.setattr(EngineLoop, "advance", advanced)
-    return chosen
+    monkeypatch.setattr(capacity, "open_runner", opened)
+    monkeypatch.setattr(capacity, "resize", watched)
+    yield chosen
+    assert bool(resized) == bool(most) and (len(made) < len(chosen) / 2 or not most), (made, resized, chosen)
 
 
 def stepped(llm: LLM) -> dict[Any, Any]:

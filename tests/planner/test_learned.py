@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -9,9 +10,10 @@ import pytest
 from flexbatch.config import EngineConfig
 from flexbatch.execution.job import Job
 from flexbatch.planner import planner as planning
-from flexbatch.planner.learned import of_size
+from flexbatch.planner.learned import GROWTH, of_size
 from flexbatch.planner.placements import overshoot
 from flexbatch.planner.planner import Planner
+from flexbatch.planner.spare_pages import with_spare_pages
 from flexbatch.policy import candidates
 from tests.execution.test_answer_lengths import MOST, geometric
 
@@ -63,13 +65,36 @@ def test_a_block_is_made_larger_without_a_search_where_little_is_left(searches):
     assert len(searches) == 1
 
 
+def test_a_block_grows_in_the_pages_that_it_has():
+    """Made anew for every estimate of what is left of a job, it read sequences anew four times, and recorded graphs."""
+    planner = planned()
+    assert planner.engine_plan.most == 0
+    first = planner.adopt_lengths(learned_job(250), pass_seconds=0.01)
+    largest, sizes = first.made_for, first.sizes(learned_job(250))
+    assert first.most == GROWTH * first.policy.gpu_batch_size
+    assert sizes.max_micro_batch_tokens == largest.gpu_batch_size + first.policy.prompt_tokens_per_micro_batch
+    held = with_spare_pages(first, sizes, learned_job(250)).cache
+    job = learned_job(100)
+    second = planner.adopt_lengths(job, 0.01, held)
+    assert second.made_for == largest and first.policy.gpu_batch_size < second.policy.gpu_batch_size <= first.most
+    assert held.covers(second.sizes(job).cache)
+    needs = second.requirements(dataclasses.replace(second.sizes(job), cache=held))
+    assert not overshoot(needs, planner.deployment.budgets)
+    # Many more than it has room for have to gain something.
+    third = planner.adopt_lengths(learned_job(8), 0.01, held)
+    assert third is None or third.made_for == largest or third.policy.gpu_batch_size > second.policy.gpu_batch_size
+
+
 def test_a_placement_is_searched_for_where_passes_are_long(searches):
     planner = planned(percent=(100, 0, 0, 100, 100, 0), cpu_memory="40MiB")
-    planner.search_seconds = 10.0
-    planner.adopt_lengths(learned_job(120), pass_seconds=0.01)
+    # A second for answers of which nothing was known is ten for likely ones.
+    planner.search_seconds = 1.0
+    planner.adopt_lengths(learned_job(120), pass_seconds=0.1)
     assert len(searches) == 1
-    planner.adopt_lengths(learned_job(40), pass_seconds=60.0)
-    assert len(searches) == 2
+    planner = planned(percent=(100, 0, 0, 100, 100, 0), cpu_memory="40MiB")
+    planner.search_seconds = 1.0
+    planner.adopt_lengths(learned_job(120), pass_seconds=10.0)
+    assert len(searches) == 3
 
 
 def test_nobody_waits_for_a_walk_that_estimates_pages_anew_in_every_pass(searches, monkeypatch):
