@@ -246,6 +246,16 @@ def clamped_gate(gate_up: Tensor, gain: float, limit: float) -> Tensor:
     return reference.clamped_gate(gate_up, gain, limit)
 
 
+def keep_largest(logits: Tensor, first: int, peaks: Tensor, token_ids: Tensor) -> None:
+    """`reference.keep_largest`."""
+    if logits.is_cuda:
+        from flexbatch.kernels import largest
+
+        largest.keep_largest(logits, first, peaks, token_ids)
+    else:
+        reference.keep_largest(logits, first, peaks, token_ids)
+
+
 def low_rank_update(out: Tensor, x: Tensor, *arguments: Any, **options: Any) -> None:
     """`low_rank_reference.low_rank_update`."""
     if out.is_cuda:

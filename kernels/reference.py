@@ -266,3 +266,13 @@ def clamped_gate(gate_up: Tensor, gain: float, limit: float) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     gate = gate.clamp(max=limit)
     return (up.clamp(-limit, limit) + 1) * (gate * torch.sigmoid(gate * gain))
+
+
+def keep_largest(logits: Tensor, first: int, peaks: Tensor, token_ids: Tensor) -> None:
+    """Replace the largest logit of each row so far, ``peaks`` [rows] float32, and its token, ``token_ids`` [rows]
+    int64, where one of ``logits`` [rows, columns], those of the tokens from ``first`` on, is larger. Of equal ones the
+    first stays; NaN is larger than anything."""
+    found, columns = logits.float().max(-1)
+    taken = (found > peaks) | found.isnan()
+    peaks.copy_(torch.where(taken, found, peaks))
+    token_ids.copy_(torch.where(taken, columns + first, token_ids))

@@ -10,6 +10,7 @@ from torch import Tensor
 from flexbatch.execution.attention import CacheAttention, PendingTick, Watch
 from flexbatch.execution.ends import Ends
 from flexbatch.execution.graphs import CudaRecorder, DecodeGraphs
+from flexbatch.execution.head import Head
 from flexbatch.execution.input_builder import InputBuilder
 from flexbatch.execution.inputs import MicroBatchInputs
 from flexbatch.execution.layers_ahead import LayersAhead
@@ -25,7 +26,6 @@ from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.rotary import Rotary
 from flexbatch.memory.transfer import READY, Handle, TransferQueues
 from flexbatch.memory.weights import WeightStore
-from flexbatch.models import layers
 from flexbatch.models.arch import Arch
 from flexbatch.models.lora.applied import AdapterTables
 from flexbatch.models.routing import RoutingCounts
@@ -73,14 +73,15 @@ class Executor:
         self.queues, self.dtype, self.overlap = queues, dtype, overlap
         self.device, self.tracer = queues.device, queues.tracer
         self.uploads = host_buffers.uploads
-        self.logit_rows = max(1, logits_chunk_bytes // (4 * arch.vocab_size))
-        self.builder = InputBuilder(cache.layout.page_tokens, self.uploads, adapters, self.logit_rows)
+        logit_rows = max(1, logits_chunk_bytes // (4 * arch.vocab_size))
+        self.builder = InputBuilder(cache.layout.page_tokens, self.uploads, adapters, logit_rows)
         self.rotary, self.routing = rotary, routing
         attention = CacheAttention(arch, cache, queues, host_buffers, weights.tensors.embedding_weights)
         if routed is not None:
             routed.threads = attention.cpu_threads
         self.halves = TickHalves(arch, self.ends, weights, queues, host_buffers, rotary, attention, routing, routed)
-        self.resident_pass = ResidentPass(self.halves, self.logit_rows)
+        self.head = Head(self.halves, logit_rows)
+        self.resident_pass = ResidentPass(self.halves, self.head)
         self.set_up = SetUp(self.device)
         self.graphs: DecodeGraphs | None = None
         self.pieces: PieceGraphs | None = None
@@ -135,7 +136,7 @@ class Executor:
         count, num_layers = len(inputs), self.arch.num_layers + (self.stages is None)
         replays = self.graphs is not None and count == 1 and watch is None
         if replays and (result := self.replay(inputs[0], batch.greedy)) is not None:
-            yield from self.replayed(inputs[0], result)
+            yield from self.replayed(inputs[0], result, batch.greedy)
             return
         self.weights.fetch_rest(0, count)
         gathers: dict[tuple[int, int], Handle] = {}
@@ -158,7 +159,7 @@ class Executor:
                 if not self.overlap:
                     self.synchronize()
                 if tick.layer == self.arch.num_layers:
-                    yield from self.head(inputs[tick.micro_batch], tick.layer, tick.micro_batch, count)
+                    yield from self.head.chunks(inputs[tick.micro_batch], tick.micro_batch, count, batch.greedy)
                 else:
                     gathered = gathers.pop((tick.layer, tick.micro_batch), READY)
                     buffer = self.staging_buffer(tick.layer, tick.micro_batch, count)
@@ -179,18 +180,18 @@ class Executor:
         self.complete(computing, count)
         if self.routing is not None:
             self.routing.end_pass()
-        yield from self.returned(inputs)
+        yield from self.returned(inputs, batch.greedy)
         self.layers_ahead.at_end(count)
 
-    def returned(self, inputs: list[MicroBatchInputs]) -> Iterator[LogitsChunk]:
+    def returned(self, inputs: list[MicroBatchInputs], greedy: bool) -> Iterator[LogitsChunk]:
         """The head over what comes back from the last stage of a pipeline to the first."""
         if self.stages is None or not self.stages.is_first:
             return
         yield LogitsChunk((), torch.empty(0, self.arch.vocab_size, device=self.device))
-        head, count = self.arch.num_layers, len(inputs)
-        self.weights.fetch_rest(head, count)
+        count = len(inputs)
+        self.weights.fetch_rest(self.arch.num_layers, count)
         for k, each in self.ends.returned(inputs):
-            yield from self.head(each, head, k, count)
+            yield from self.head.chunks(each, k, count, greedy)
 
     def begin_pass(self, batch: PassBatch, newest: NewestTokens | None) -> list[MicroBatchInputs]:
         """Send the inputs of the micro-batches, and let the stores know of them."""
@@ -264,36 +265,21 @@ class Executor:
         self.cache.synchronize()
         self.queues.mark().synchronize()
 
-    def head(self, inputs: MicroBatchInputs, layer: int, micro_batch: int, count: int) -> Iterator[LogitsChunk]:
-        """Logits of the rows that were asked for, in chunks."""
-        weights = self.weights.weights(layer, "head", len(inputs.logit_rows))
-        hidden = self.activations.get(micro_batch)
-        step = self.logit_rows
-        for chunk, start in enumerate(range(0, len(hidden), step)):
-            adapters = inputs.head_adapters[chunk] if inputs.head_adapters else None
-            with self.tracer.compute_span(f"head {micro_batch}"):
-                logits = layers.head(self.arch, weights, hidden[start : start + step], adapters)
-            whole = logits if self.ranks is None else self.ranks.gather_logits(logits)
-            if whole is not None:
-                yield inputs.logits_chunk(start, whole)
-        if micro_batch == count - 1:
-            self.weights.release(layer, self.queues.mark())
-
     def replay(self, inputs: MicroBatchInputs, greedy: bool) -> Tensor | None:
         """A pass of a block that is on the GPU whole, as one graph or as several: hidden states, or tokens where all
         are ``greedy`` and it decodes; None when the pass has to run tick by tick."""
         assert self.graphs is not None
-        resident, draws = self.resident_pass, greedy and self.ranks is None and not inputs.head_adapters
+        resident, draws = self.resident_pass, self.head.draws(inputs, greedy)
         with self.tracer.compute_span("layers"):
             result = self.graphs.run(inputs, resident.tokens if draws else resident.hidden, draws)
             return self.pieces.run(inputs) if result is None and self.pieces is not None else result
 
-    def replayed(self, inputs: MicroBatchInputs, result: Tensor) -> Iterator[LogitsChunk]:
+    def replayed(self, inputs: MicroBatchInputs, result: Tensor, greedy: bool) -> Iterator[LogitsChunk]:
         """The rest of a pass that was one graph."""
         if result.ndim == 1:
             yield inputs.drawn_chunk(result)
         else:
             self.activations.set(0, result)
-            yield from self.head(inputs, self.arch.num_layers, 0, 1)
+            yield from self.head.chunks(inputs, 0, 1, greedy)
         if self.routing is not None:
             self.routing.end_pass()

@@ -88,7 +88,11 @@ def sample(logits: Tensor, sequences: Many[Sequence], drafted: Drafted | None = 
 def most_likely(logits: Tensor) -> Tensor:
     """[N] int64, NOT_FINITE where a row has NaN or infinity, or -inf alone. The maximum comes with its index, and would
     be these: they are seen without another look at the logits."""
-    peaks, token_ids = logits.max(-1)
+    return or_not_finite(*logits.max(-1))
+
+
+def or_not_finite(peaks: Tensor, token_ids: Tensor) -> Tensor:
+    """The tokens of the largest logits ``peaks``, NOT_FINITE where that is no finite number."""
     return torch.where(peaks.isfinite(), token_ids, NOT_FINITE)
 
 

@@ -26,6 +26,8 @@ from flexbatch.parallel.tensor_ranks import TensorRanks
 
 Weights = Mapping[str, Any]
 """Tensors; what `_linear` multiplies with may be a `CodedMatrix`."""
+COLUMNS = 256
+"""Parts of a vocabulary are multiples of so many tokens: whole tiles of a product."""
 
 
 def embed(
@@ -156,16 +158,42 @@ def post_attention(
 def head(arch: Arch, weights: Weights, hidden: Tensor, adapters: PassAdapters | None = None) -> Tensor:
     """Logits [N, vocab] float32 of the hidden states [N, H] of the last layer. With tied embeddings the caller gives
     the table as ``head.weight``."""
-    if arch.final_norm:
-        hidden = _norm(arch, weights, "final_norm", hidden)
-    if arch.projects_embedding:
-        hidden = _linear(weights, "project_out", hidden, arch.num_layers, adapters)
+    hidden = _head_input(arch, weights, hidden, adapters)
     logits = _linear(weights, "head", hidden, arch.num_layers, adapters).float()
     if arch.logits_divisor != 1.0:
         logits.div_(arch.logits_divisor)
     if arch.final_soft_cap:
         logits.div_(arch.final_soft_cap).tanh_().mul_(arch.final_soft_cap)
     return logits
+
+
+def largest_logits(arch: Arch, weights: Weights, hidden: Tensor, elements: int) -> tuple[Tensor, Tensor] | None:
+    """The largest logit [N] float32 of each row of `head`, and its token [N] int64, the first of equal ones. Logits are
+    made for all rows and a part of the vocabulary at a time, about ``elements`` of them: its weights are read once, and
+    what they give is read from the cache of a GPU. None where it matters that all logits of a row are there: in codes
+    the weights cannot be cut, and what is done to logits afterwards may make equal ones of them."""
+    matrix, bias = weights["head.weight"], weights.get("head.bias")
+    if not isinstance(matrix, Tensor) or arch.logits_divisor != 1.0 or arch.final_soft_cap:
+        return None
+    hidden = _head_input(arch, weights, hidden, None)
+    peaks = torch.full((len(hidden),), -torch.inf, device=hidden.device)
+    token_ids = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+    parts = -(-len(hidden) * len(matrix) // max(1, elements))
+    columns = -(-len(matrix) // (max(1, parts) * COLUMNS)) * COLUMNS
+    for first in range(0, len(matrix), columns):
+        part = slice(first, first + columns)
+        logits = ops.linear(hidden, matrix[part], None if bias is None else bias[part])
+        ops.keep_largest(logits, first, peaks, token_ids)
+    return peaks, token_ids
+
+
+def _head_input(arch: Arch, weights: Weights, hidden: Tensor, adapters: PassAdapters | None) -> Tensor:
+    """What the head's matrix is multiplied with."""
+    if arch.final_norm:
+        hidden = _norm(arch, weights, "final_norm", hidden)
+    if arch.projects_embedding:
+        hidden = _linear(weights, "project_out", hidden, arch.num_layers, adapters)
+    return hidden
 
 
 def _total(partial: Tensor, ranks: TensorRanks | None) -> Tensor:

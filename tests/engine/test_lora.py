@@ -273,7 +273,7 @@ def test_adapters_of_nothing_but_the_ends(case, tmp_path):
     with LLM(str(tmp_path / "model"), lora=folders, **MEMORY, **PLACEMENTS["cpu"]) as llm:
         llm.prepare(prompts * 4, GREEDY)
         builder = llm.runner.executor.builder
-        llm.runner.executor.logit_rows = builder.logit_rows = 3
+        llm.runner.executor.head.logit_rows = builder.logit_rows = 3
         assert run(llm, prompts, wanted) == []
 
 

@@ -97,7 +97,7 @@ def test_placements(placement, tables, tmp_path):
     with LLM(str(folder / "model"), lora=folders, **settings) as llm:
         llm.prepare(prompts * len(wanted), GREEDY)
         builder = llm.runner.executor.builder
-        llm.runner.executor.logit_rows = builder.logit_rows = 5
+        llm.runner.executor.head.logit_rows = builder.logit_rows = 5
         assert run(llm, prompts, wanted) == []
         placed = {e.spec.role: e.tier for e in llm.weights.plan.all_tensors if e.spec.role.endswith(".rows")}
         assert placed.keys() == {"adapters.embed.rows", "adapters.head.rows"}

@@ -222,9 +222,9 @@ def test_graphs_draw_the_tokens_of_greedy_passes(kind: str, ahead: bool, tmp_pat
         executor.graphs = DecodeGraphs(torch.device("cpu"), 16, 4096, record)
         drawn, drawn_chunk = [], type(executor).replayed
 
-        def replayed(self: Any, inputs: MicroBatchInputs, result: torch.Tensor) -> Any:
+        def replayed(self: Any, inputs: MicroBatchInputs, result: torch.Tensor, greedy: bool) -> Any:
             drawn.append(result.ndim == 1)
-            return drawn_chunk(self, inputs, result)
+            return drawn_chunk(self, inputs, result, greedy)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(executor), "replayed", replayed)
