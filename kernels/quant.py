@@ -148,6 +148,19 @@ LAUNCHES = {8: QuantizeLaunch(2048), 4: QuantizeLaunch(1024)}
 1,470."""
 
 
+@triton.jit
+def _store_kernel(key, value, rows, slots, key_token, value_token, row_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Keys and values of one token as they are. Grid (tokens,)."""
+    token = tl.program_id(0).to(tl.int64)
+    element = tl.arange(0, BLOCK)
+    inside = element < SIZE
+    k = tl.load(key + token * key_token + element, mask=inside, other=0.0)
+    v = tl.load(value + token * value_token + element, mask=inside, other=0.0)
+    target = rows + tl.load(slots + token) * row_stride + element
+    tl.store(target, k, mask=inside)
+    tl.store(target + SIZE, v, mask=inside)
+
+
 def _whole(size: int, bits: int, group: int, block_b: int) -> bool:
     """Whether every group of a vector fills its part of a tile."""
     return size % group == 0 and block_b * 8 // bits == group
@@ -204,13 +217,19 @@ def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: i
     """`reference.append_rows`; rows may lie in pinned host memory. Raises ValueError where the layout of parameters
     is misaligned."""
     num_tokens, heads, head_dim = key.shape
-    if bits == 16 or num_tokens == 0:
-        rows[:, 0].index_copy_(0, slots, key)
-        rows[:, 1].index_copy_(0, slots, value)
-        return
     key, value = (
         x if x.stride() == key.stride() and x.stride()[1:] == (head_dim, 1) else x.contiguous() for x in (key, value)
     )
+    if num_tokens == 0:
+        return
+    if bits == 16:
+        size, block = heads * head_dim, triton.next_power_of_2(heads * head_dim)
+        assert rows.stride()[1:] == (size, head_dim, 1), f"token rows must be dense, got strides {rows.stride()}"
+        _store_kernel[(num_tokens,)](
+            key, value, rows, slots, key.stride(0), value.stride(0), rows.stride(0),
+            SIZE=size, BLOCK=block, num_warps=max(1, min(8, block // 256)),
+        )  # fmt: skip
+        return
     codes, groups = reference.code_bytes(head_dim, bits), reference.num_groups(head_dim, group)
     width = key.element_size()
     if rows.stride(0) % width or 2 * heads * codes % width:

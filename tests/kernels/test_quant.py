@@ -169,6 +169,24 @@ def test_append_rows(dtype, heads, head_dim, group, bits, quant, device):
     assert not row_misaligned or dtype == torch.float32
 
 
+@pytest.mark.parametrize(("heads", "head_dim"), [(8, 128), (5, 80), (1, 16)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_append_rows_takes_slices_of_a_fused_projection(dtype, heads, head_dim, quant, device):
+    """Of one layer of several, to which nothing else is written."""
+    pool, slots = torch.randn(3, 20, 2, heads, head_dim).to(dtype), torch.randperm(20)[:7]
+    fused = torch.randn(7, 5 * heads * head_dim).to(dtype)
+    width, got = heads * head_dim, pool.clone().to(device)
+    for rows, given, at, append in (
+        (pool[1], fused, slots, reference.append_rows),
+        (got[1], fused.to(device), slots.to(device), quant.append_rows),
+    ):
+        key, value = (given[:, i * width : (i + 1) * width].unflatten(1, (heads, head_dim)) for i in (3, 4))
+        append(rows, at, key, value)
+    assert torch.equal(got.cpu(), pool)
+    quant.append_rows(got[1], slots[:0].to(device), *(got[0, :0, 0],) * 2)
+    assert torch.equal(got.cpu(), pool)
+
+
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_append_rows_of_what_arithmetic_treats_apart(dtype, bits, quant, device):
