@@ -96,6 +96,14 @@ class CacheAttention:
         threads: int = 0,
     ) -> None:
         """Attention of one group over token rows that already hold its own keys and values."""
+        for part in group.parts if query.is_cuda and self.arch.latent is None else (group,):
+            mine = slice(part.start - group.start, part.end - group.start)
+            self.attend_part(out[mine], layer, query[mine], rows, part, threads)
+
+    def attend_part(
+        self, out: Tensor, layer: int, query: Tensor, rows: Tensor, group: AttentionGroup, threads: int
+    ) -> None:
+        """One launch of attention."""
         arch, layout = self.arch, self.cache.layout
         shared: dict[str, Any] = {
             "page_tokens": layout.page_tokens,

@@ -188,6 +188,7 @@ class InputBuilder:
             max_query_len=int(lengths.max()),
             max_context_len=int(contexts.max()),
             positions=None if masks is None else self.upload(positions_of(queries) - passed[owner], device),
+            num_decoding=count,
         )
 
     def masks(self, queries: list[QueryTokens], device: torch.device) -> Tensor | None:

@@ -4,7 +4,8 @@ attended."""
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from torch import Tensor
@@ -13,6 +14,10 @@ from flexbatch.execution.pass_batch import DecodeTokens, LogitsChunk, QueryToken
 from flexbatch.memory.pages import Gather, SequencePages
 from flexbatch.models.lora.applied import PassAdapters
 from flexbatch.policy.limits import CPU_ATTENTION_MAX_TREE_TOKENS
+
+DECODING_APART = 32
+"""Sequences that decode, from which on attention is launched for them apart from prompts. With fewer the second
+launch, which takes the host 50 us a layer, costs more than their keys."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,36 @@ class AttentionGroup:
     positions: Tensor | None = None
     """With ``tree_masks``: [num_tokens] int32, the places of query tokens in their sequences, counted from the first
     token of their pages."""
+    num_decoding: int = 0
+    """Sequences of one token each that come first, where they came as arrays."""
+
+    @cached_property
+    def parts(self) -> tuple[AttentionGroup, ...]:
+        """What attention is launched for on a GPU: sequences that decode and prompts apart, where there are both.
+        Tiles that are high enough for prompts leave one token most of the chip's registers, and its keys are read at a
+        fraction of the memory's rate; quantized ones have kernels of their own."""
+        count, rest = self.num_decoding, len(self.context_lens) - self.num_decoding
+        if count < DECODING_APART or not rest or self.tree_masks is not None:
+            return (self,)
+        decoding = replace(
+            self,
+            end=self.start + count,
+            page_table=self.page_table[:count],
+            query_starts=self.query_starts[: count + 1],
+            context_lens=self.context_lens[:count],
+            slots=self.slots[:count],
+            max_query_len=1,
+        )
+        others = replace(
+            self,
+            start=self.start + count,
+            page_table=self.page_table[count:],
+            query_starts=self.query_starts[count:] - count,
+            context_lens=self.context_lens[count:],
+            slots=self.slots[count:],
+            num_decoding=0,
+        )
+        return decoding, others
 
 
 @dataclass(frozen=True)

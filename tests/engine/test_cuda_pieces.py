@@ -182,3 +182,18 @@ def test_pieces_take_what_is_planned_for_them(case, reference, tmp_path):
         taken = before - torch.cuda.mem_get_info()[0]
         assert executor.pieces.captured
         assert taken <= row["num_bytes"], f"{row['what']}: {len(executor.pieces.captured)} buckets take {taken} bytes"
+
+
+@pytest.mark.parametrize("cache_bits", [16, 8, 4])
+@pytest.mark.parametrize("case", ["llama", "gemma2", "opt"])
+def test_many_that_decode_are_attended_apart_from_prompts(case, cache_bits, reference, tmp_path, monkeypatch):
+    """In float32 their tokens are those of one launch for all."""
+    prompts = random_prompts([5 + (37 * i) % 90 for i in range(120)], seed=8)
+    params = [SamplingParams(max_tokens=4 + (11 * i) % 30, temperature=0, ignore_eos=True) for i in range(120)]
+    found = []
+    for least in (1, 1 << 20):
+        monkeypatch.setattr("flexbatch.execution.inputs.DECODING_APART", least)
+        options = {**SETTINGS, "gpu_batch_size": 48, "cache_bits": cache_bits, "prefill_budget": 128}
+        with LLM(str(reference(case).folder), offload_dir=str(tmp_path), **options) as llm:
+            found.append([each.token_ids for each in llm.generate(prompts, params)])
+    assert found[0] == found[1]

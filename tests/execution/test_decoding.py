@@ -211,6 +211,7 @@ def same_inputs(builder: InputBuilder, queries: MicroBatchTokens) -> None:
             used = -(-mine.context_lens // PAGE_TOKENS)
             for row, count in enumerate(used.tolist()):
                 assert torch.equal(mine.page_table[row, :count], expected.page_table[row, :count])
+    assert own.gpu is not None and (own.gpu.num_decoding, own.gpu.start) == (len(queries.decoding), 0)
     rows = [(query.sequence_id, token) for query, token in other.logit_rows]
     found = list[tuple[int, int]]()
     for start in range(0, len(rows), 2):

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch.execution.input_builder import InputBuilder
-from flexbatch.execution.inputs import ancestor_masks, attention_memory
+from flexbatch.execution.inputs import DECODING_APART, AttentionGroup, ancestor_masks, attention_memory
 from flexbatch.execution.pass_batch import PassBatch, QueryTokens
+from flexbatch.kernels import attention_reference
 from flexbatch.memory.pages import PageTable
 from flexbatch.memory.tiers import Pool
 from flexbatch.memory.transfer import TransferQueues
@@ -21,6 +22,7 @@ from flexbatch.memory.uploads import Uploads
 from flexbatch.policy.limits import CPU_ATTENTION_MAX_TREE_TOKENS
 from flexbatch.trace import Tracer
 from tests.execution.rigs import PAGE_TOKENS
+from tests.kernels.cases import Case
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +217,39 @@ def test_adapters_of_a_graph_are_on_their_way_at_once(builder, monkeypatch):
     monkeypatch.setattr(builder.uploads, "flush", lambda: sent.append("flush"))
     builder.adapters_at_once(np.ones(3, dtype=np.int32))
     assert sent == ["groups", "flush"]
+
+
+@pytest.mark.parametrize("decoding", [0, 1, DECODING_APART, DECODING_APART + 5])
+@pytest.mark.parametrize("prompts", [(), (7, 1, 30)], ids=["alone", "beside prompts"])
+@pytest.mark.parametrize("tree", [False, True], ids=["plain", "tree"])
+def test_attention_of_the_parts_is_that_of_the_group(decoding: int, prompts: tuple[int, ...], tree: bool) -> None:
+    """Sequences that decode apart from prompts, where there are enough of them, and no tree."""
+    lengths = (1,) * decoding + prompts
+    if not lengths:
+        return
+    case = Case(lengths, tuple(5 + 3 * i + length for i, length in enumerate(lengths)), tree=tree)
+    (query, rows, table, starts, contexts), options = case.build()
+    group = AttentionGroup(
+        start=3,
+        end=3 + len(query),
+        page_table=table,
+        query_starts=starts,
+        context_lens=contexts,
+        slots=torch.arange(len(query)),
+        tree_masks=options.pop("tree_masks", None),
+        max_query_len=max(lengths),
+        max_context_len=int(contexts.max()),
+        positions=options.pop("positions", None),
+        num_decoding=decoding,
+    )
+    assert (len(group.parts) == 2) == (decoding >= DECODING_APART and bool(prompts) and not tree)
+    given = {"tree_masks": group.tree_masks, "positions": group.positions, **options}
+    wanted = attention_reference.paged_attention(query, rows, table, starts, contexts, **given)
+    out, last = torch.zeros_like(wanted), group.start
+    for part in group.parts:
+        assert part.start == last and part.max_query_len >= int((part.query_starts.diff()).max())
+        assert int(part.query_starts[-1]) == part.end - part.start == len(part.slots)
+        mine, last = slice(part.start - group.start, part.end - group.start), part.end
+        tables = part.page_table, part.query_starts, part.context_lens
+        out[mine] = attention_reference.paged_attention(query[mine], rows, *tables, **given)
+    assert last == group.end and torch.equal(out, wanted)
