@@ -14,8 +14,10 @@ from flexbatch.kernels.attention import multiprocessors_of
 from flexbatch.kernels.code_tiles import LIFT
 from flexbatch.kernels.coded_matrix import CodedMatrix
 
-ARRANGED_GROUPS, ADDED = 16, 1024
-"""Groups and elements of a program of the kernels before and after."""
+CHUNK = 64
+"""Columns that are multiplied in one step, at most: with more, tiles and those on their way exceed shared memory."""
+ARRANGED, ADDED = 1024, 1024
+"""Elements of a program of the kernels before and after."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,10 @@ def choose_launch(tokens: int) -> GemmLaunch:
     return GemmLaunch(128, 128) if tokens <= 128 else GemmLaunch(128, 256)
 
 
-def choose_splits(blocks: int, groups: int, multiprocessors: int, depth: int) -> int:
-    """Splits of the columns that give the chip about ``depth`` programs a multiprocessor, each of at least eight
-    groups; a power of two: a kernel is compiled for each."""
-    wanted = max(1, min(depth * multiprocessors // blocks, groups // 8, 8))
+def choose_splits(blocks: int, steps: int, multiprocessors: int, depth: int) -> int:
+    """Splits of the columns that give the chip about ``depth`` programs a multiprocessor, each of at least eight steps;
+    a power of two: a kernel is compiled for each."""
+    wanted = max(1, min(depth * multiprocessors // blocks, steps // 8, 8))
     return 1 << (wanted.bit_length() - 1)
 
 
@@ -45,24 +47,26 @@ def coded_gemm(
     x: Tensor, matrix: CodedMatrix, bias: Tensor | None = None, launch: GemmLaunch | None = None, splits: int = 0
 ) -> Tensor:
     """`CodedMatrix.linear` of x [tokens, columns]. ``launch``, ``splits``: by the shapes unless given."""
-    (tokens, columns), rows, groups = x.shape, len(matrix.codes), matrix.parameters.shape[1]
+    (tokens, columns), rows, chunk = x.shape, len(matrix.codes), min(CHUNK, matrix.group)
     out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     if not tokens:
         return out
     assert x.stride(1) == 1 and matrix.codes.is_contiguous() and matrix.parameters.is_contiguous()
     launch = launch or choose_launch(tokens)
     blocks = triton.cdiv(tokens, launch.tokens), triton.cdiv(rows, launch.rows)
-    splits = splits or choose_splits(blocks[0] * blocks[1], groups, multiprocessors_of(x.device), launch.depth)
+    splits = splits or choose_splits(
+        blocks[0] * blocks[1], columns // chunk, multiprocessors_of(x.device), launch.depth
+    )
     arranged = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
-    kernels.arrange_groups_kernel[tokens, triton.cdiv(groups, ARRANGED_GROUPS)](
-        x, arranged, columns, x.stride(0), BITS=matrix.bits, GROUP=matrix.group, BLOCK_G=ARRANGED_GROUPS, num_warps=4
+    kernels.arrange_chunks_kernel[tokens, triton.cdiv(columns, ARRANGED)](
+        x, arranged, columns, x.stride(0), BITS=matrix.bits, CHUNK=chunk, CHUNKS=ARRANGED // chunk, num_warps=4
     )
     target = out if splits == 1 else torch.empty(splits, tokens, rows, dtype=torch.float32, device=x.device)
     given, biased = x if bias is None else bias, bias is not None  # x is not followed then
     kernels.coded_gemm_kernel[blocks[0], blocks[1], splits](
         arranged, matrix.codes.view(torch.int32), matrix.parameters, given, target, tokens, rows, columns, LIFT,
-        BIASED=biased and splits == 1, BITS=matrix.bits, GROUP=matrix.group, BLOCK_R=launch.rows,
-        BLOCK_T=launch.tokens, SPLITS=splits, STAGES=launch.stages, num_warps=launch.warps,
+        BIASED=biased and splits == 1, BITS=matrix.bits, GROUP=matrix.group, CHUNK=chunk,
+        BLOCK_R=launch.rows, BLOCK_T=launch.tokens, SPLITS=splits, STAGES=launch.stages, num_warps=launch.warps,
     )  # fmt: skip
     if splits > 1:
         kernels.add_splits_kernel[(triton.cdiv(out.numel(), ADDED),)](

@@ -17,45 +17,46 @@ from flexbatch.kernels.code_tiles import elements_of_rows, weights_of_codes
 
 
 @triton.jit
-def arrange_groups_kernel(
-    x, arranged, columns, x_stride, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr
+def arrange_chunks_kernel(
+    x, arranged, columns, x_stride, BITS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr
 ):
-    """Grid (tokens, blocks of groups): x with the elements of each group in the order of `elements_of_rows`."""
+    """Grid (tokens, blocks of chunks): x with the elements of each chunk in the order of `elements_of_rows`."""
     token = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
-    inside = (group < columns // GROUP)[:, None]
-    start = group[:, None] * GROUP
-    values = tl.load(x + token * x_stride + start + elements_of_rows(GROUP, BITS)[None, :], mask=inside)
-    tl.store(arranged + token * columns + start + tl.arange(0, GROUP)[None, :], values, mask=inside)
+    chunk = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)
+    inside = (chunk < columns // CHUNK)[:, None]
+    start = chunk[:, None] * CHUNK
+    values = tl.load(x + token * x_stride + start + elements_of_rows(CHUNK, BITS)[None, :], mask=inside)
+    tl.store(arranged + token * columns + start + tl.arange(0, CHUNK)[None, :], values, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def coded_gemm_kernel(
     arranged, words, parameters, bias, out, num_tokens, num_rows, columns, lift, BIASED: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr,
-    STAGES: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of tokens, blocks of rows, SPLITS of the columns): out [tokens, rows], or what each split adds to
-    it, [splits, tokens, rows] in float32. words [rows, groups, words of a group], parameters [rows, groups, 2]."""
+    it, [splits, tokens, rows] in float32. words [rows, words of a row], parameters [rows, groups, 2]; a step takes a
+    chunk of a group."""
     dtype: tl.constexpr = arranged.dtype.element_ty
-    WORDS: tl.constexpr = GROUP * BITS // 32
+    WORDS: tl.constexpr = CHUNK * BITS // 32
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     safe = tl.minimum(row, num_rows - 1).to(tl.int64)[:, None]
     safe_token = tl.minimum(token, num_tokens - 1).to(tl.int64)[:, None]
-    groups = columns // GROUP
-    share = tl.cdiv(groups, SPLITS)
+    chunks = columns // CHUNK
+    share = tl.cdiv(chunks, SPLITS)
     lo = tl.program_id(2) * share
-    hi = tl.minimum(lo + share, groups)
-    code_at = words + safe * (groups * WORDS) + tl.arange(0, WORDS)[None, :]
+    hi = tl.minimum(lo + share, chunks)
+    code_at = words + safe * (chunks * WORDS) + tl.arange(0, WORDS)[None, :]
     # Scale and minimum as two elements: as a word their tile would be loaded by few threads, sixteen values each.
-    pair_at = parameters + safe * (groups * 2) + tl.arange(0, 2)[None, :]
-    x_at = arranged + safe_token * columns + tl.arange(0, GROUP)[None, :]
+    pair_at = parameters + safe * (columns // GROUP * 2) + tl.arange(0, 2)[None, :]
+    x_at = arranged + safe_token * columns + tl.arange(0, CHUNK)[None, :]
     acc = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
-    for group in tl.range(lo, hi, num_stages=STAGES):
-        code = tl.load(code_at + group * WORDS)
-        scale, minimum = tl.split(tl.load(pair_at + group * 2))
-        part = tl.load(x_at + group * GROUP)
+    for chunk in tl.range(lo, hi, num_stages=STAGES):
+        code = tl.load(code_at + chunk * WORDS)
+        scale, minimum = tl.split(tl.load(pair_at + chunk * CHUNK // GROUP * 2))
+        part = tl.load(x_at + chunk * CHUNK)
         matrix = weights_of_codes(code, scale, minimum, lift, dtype, BITS)
         acc = tl.dot(matrix, tl.trans(part), acc, input_precision="ieee")
     if BIASED:
