@@ -1,15 +1,20 @@
-"""Triton's kernels, compiled in several threads before they are measured.
+"""Triton's kernels, compiled in several processes before they are measured.
 
-Each takes half a second to two at its first call, in which the compiler holds the interpreter's lock for little, and a
-profile has some twenty of them.
+Each takes half a second to two at its first call, and a profile has some twenty of them: 16 s on an H100's host. Several
+threads took the same 16 s, as the compiler holds the interpreter's lock; processes hand their work on by Triton's cache
+on the disk, where the first job finds it, too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -19,23 +24,54 @@ logger = logging.getLogger("flexbatch")
 
 HIDDEN, TOKENS, PAGE_TOKENS = 128, 16, 16
 """Of the small models whose passes are measured, all of them with one head."""
+MOST_PROCESSES = 8
+"""Each takes 4 s to begin and 0.5 GB of the GPU."""
+LIMIT_SECONDS = 60.0
+PACKAGE_ROOT = Path(__file__).parents[2]
 
 
-def compile_ahead(calls: Sequence[Callable[[], object]], device: torch.device) -> None:
-    """Make each call once, several at a time. One that fails does so again where it is measured, which tells more."""
+@contextlib.contextmanager
+def compiled_ahead(device: torch.device, processes: int = MOST_PROCESSES) -> Iterator[None]:
+    """Others make the calls of a profile once, which compiles their kernels, while the body runs. What they do not get
+    done is compiled where it is measured."""
+    count = max(1, min(processes, (os.cpu_count() or 1) - 1))
+    code = (
+        f"import sys; sys.path.insert(0, {str(PACKAGE_ROOT)!r}); from {__name__} import call_part; "
+        f"call_part({str(device)!r}, int(sys.argv[1]), {count})"
+    )
+    workers = [
+        subprocess.Popen([sys.executable, "-c", code, str(part)], stdin=subprocess.DEVNULL, stdout=2)
+        for part in range(count)
+    ]
+    until = time.monotonic() + LIMIT_SECONDS
+    try:
+        yield
+        for worker in workers:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.wait(max(0.0, until - time.monotonic()))
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
 
-    def call_once(call: Callable[[], object]) -> None:
-        try:
-            with torch.no_grad(), torch.cuda.device(device):
-                call()
-        except Exception as error:
-            logger.debug("not compiled ahead: %s", error)
 
-    first, *rest = calls
-    call_once(first)  # what all of them load is loaded by one
-    with ThreadPoolExecutor(max(1, min(len(calls), (os.cpu_count() or 1) - 1))) as pool:
-        list(pool.map(call_once, rest))
-    torch.cuda.synchronize(device)
+def call_part(device: str, part: int, parts: int) -> None:
+    """In one of the processes: every ``parts``-th call of a profile. One that fails does so again where it is measured,
+    which tells more."""
+    from flexbatch.calibrate.kernels import calls_of_a_profile
+
+    dev = torch.device(device)
+    with torch.no_grad(), torch.cuda.device(dev):
+        for call in calls_of_a_profile(dev, torch.bfloat16)[part::parts]:
+            make(call)
+        torch.cuda.synchronize(dev)
+
+
+def make(call: Callable[[], object]) -> None:
+    try:
+        call()
+    except Exception as error:
+        logger.debug("not compiled ahead: %s", error)
 
 
 def small_pass_calls(device: torch.device) -> list[Callable[[], object]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.calibrate.coded import coded_curves
-from flexbatch.calibrate.compiling import compile_ahead, small_pass_calls
+from flexbatch.calibrate.compiling import compiled_ahead, small_pass_calls
 from flexbatch.calibrate.experts import expert_curves, repeated
 from flexbatch.calibrate.fits import fit_curve
 from flexbatch.calibrate.host import ALONE, host_rates
@@ -115,8 +115,8 @@ def attention_call(
     return call
 
 
-def compile_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Those of a GPU that are measured below, on small sizes."""
+def calls_of_a_profile(device: torch.device, dtype: torch.dtype) -> list[Callable[[], object]]:
+    """One of every kernel of a GPU that is measured below, on small sizes."""
 
     def attend(heads: int, sequences: int, query_tokens: int, context: int, bits: int = 16) -> Callable[[], object]:
         def call() -> None:
@@ -125,7 +125,7 @@ def compile_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
         return call
 
-    calls = [
+    return [
         attend(32, 128, 1, CONTEXT),
         attend(32, 128, 1, CONTEXT, bits=4),
         attend(32, 8, CONTEXT, CONTEXT),
@@ -136,7 +136,6 @@ def compile_kernels(device: torch.device, dtype: torch.dtype) -> None:
         lambda: page_rates(device, 4, 256),
         *small_pass_calls(device),
     ]
-    compile_ahead(calls, device)
 
 
 def attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -240,9 +239,8 @@ def beside(attend: Callable[[], object], num_bytes: int, rounds: int = 10) -> tu
         return rounds * num_bytes / took, link.result()
 
 
-def kernel_rates(device: str, phases: Phases | None = None, ahead: bool = False) -> dict[str, Any]:
-    """Fields of `policy.hardware.Hardware`, for `calibrate.measure`. ahead: Triton's kernels are compiled in several
-    threads before, which no GPU has run yet (``pytest -m gpu tests/calibrate/test_compiling.py``).
+def kernel_rates(device: str, phases: Phases | None = None) -> dict[str, Any]:
+    """Fields of `policy.hardware.Hardware`, for `calibrate.measure`.
 
     Takes about 30 seconds with a GPU, some of it compilation, and 5 without.
     """
@@ -250,9 +248,10 @@ def kernel_rates(device: str, phases: Phases | None = None, ahead: bool = False)
     dev = torch.empty(0, device=device).device  # with its number
     dtype = torch.bfloat16 if dev.type == "cuda" else torch.float32
     with torch.no_grad():
-        if ahead and dev.type == "cuda":
-            with phases.of("the compiler"):
-                compile_kernels(dev, dtype)
+        if dev.type == "cuda":
+            # The C kernels of the host meanwhile: those of a GPU would run in the middle of what is measured.
+            with phases.of("the compilers"), compiled_ahead(dev):
+                ops.load_compiled()
         with phases.of("attention"):
             rates = attention_rates(dev, dtype)
         with phases.of("attention on the CPU"):

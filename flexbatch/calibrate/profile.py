@@ -43,11 +43,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="folder on the disk to measure (default: here)",
     )
     parser.add_argument(
-        "--compile-ahead",
-        action="store_true",
-        help="on a GPU: compile kernels in several threads before they are measured (tried on none yet)",
-    )
-    parser.add_argument(
         "--kernels",
         default="engine",
         choices=("engine", "none"),
@@ -80,7 +75,7 @@ def write_profile(options: argparse.Namespace) -> None:
     if options.kernels == "engine":
         from flexbatch.calibrate.kernels import kernel_rates
 
-        kernels = kernel_rates(device, phases, options.compile_ahead)
+        kernels = kernel_rates(device, phases)
     hardware = measure(device, options.offload_dir, kernels, phases, disk)
     if device == "cuda" and (gpus := torch.cuda.device_count()) > 1:
         hardware = with_interconnect(hardware, gpus)

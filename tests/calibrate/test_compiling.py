@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import threading
+import os
+import subprocess
 
 import pytest
 import torch
 
 from flexbatch.calibrate import compiling
-from flexbatch.calibrate.compiling import compile_ahead, small_pass_calls
-from flexbatch.calibrate.kernels import attention_call, cache_rows, compile_kernels
+from flexbatch.calibrate.compiling import call_part, compiled_ahead, make, small_pass_calls
+from flexbatch.calibrate.kernels import attention_call, cache_rows, calls_of_a_profile
 
 CPU = torch.device("cpu")
 
@@ -19,36 +20,52 @@ def test_every_call_of_a_small_pass_can_be_made():
         call()
 
 
-def test_calls_are_made_once_each_and_one_that_fails_stops_no_other(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    made, lock = [], threading.Lock()
+def test_a_call_that_fails_stops_no_other():
+    made = []
+    for call in (lambda: made.append(1), lambda: 1 / 0, lambda: made.append(2)):
+        make(call)
+    assert made == [1, 2]
 
-    def call_of(number):
-        def call():
-            with lock:
-                made.append(number)
-            if number in (0, 3):
-                raise RuntimeError("no compiler")
 
-        return call
+def test_parts_are_called_in_processes_beside_the_body(tmp_path, monkeypatch):
+    """A stand-in for the interpreter keeps the arguments of each; on a CPU there is nothing to compile."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(f'#!/bin/sh\nsleep 0.2; echo "$3" "$2" > {tmp_path}/part-"$3"\n')
+    stand_in.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(stand_in))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    with compiled_ahead(CPU):
+        assert not list(tmp_path.glob("part-*")), "the body does not wait"
+    told = sorted(path.read_text() for path in tmp_path.glob("part-*"))
+    assert [each.split()[0] for each in told] == ["0", "1", "2"]
+    assert all("call_part('cpu', int(sys.argv[1]), 3)" in each for each in told)
 
-    compile_ahead([call_of(number) for number in range(9)], CPU)
-    assert sorted(made) == list(range(9)) and made[0] == 0
+
+def test_processes_that_hang_are_ended(tmp_path, monkeypatch):
+    stand_in = tmp_path / "python"
+    stand_in.write_text("#!/bin/sh\nexec sleep 600\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(stand_in))
+    monkeypatch.setattr(compiling, "LIMIT_SECONDS", 0.2)
+    with compiled_ahead(CPU, 2):
+        pass
+    with pytest.raises(KeyboardInterrupt), compiled_ahead(CPU, 2):
+        raise KeyboardInterrupt
+    running = subprocess.run(["ps", "-o", "args", "--ppid", str(os.getpid())], capture_output=True, text=True).stdout
+    assert "sleep 600" not in running
 
 
 def test_all_that_a_gpu_measures_is_compiled(monkeypatch):
     """On a CPU the same calls run without a compiler; what needs a GPU's host memory is left out."""
     calls = []
-    monkeypatch.setattr("flexbatch.calibrate.kernels.compile_ahead", lambda found, device: calls.extend(found))
     monkeypatch.setattr("flexbatch.calibrate.kernels.page_rates", lambda *sizes: calls.append(sizes))
     monkeypatch.setattr("flexbatch.calibrate.kernels.CONTEXT", 64)
     monkeypatch.setattr("flexbatch.calibrate.kernels.HEAD_DIM", 16)
-    compile_kernels(CPU, torch.float32)
-    assert len(calls) > len(small_pass_calls(CPU)) + 6
-    for call in list(calls):
+    found = calls_of_a_profile(CPU, torch.float32)
+    assert len(found) > len(small_pass_calls(CPU)) + 6
+    for call in found:
         call()
-    assert (CPU, 4, 256) in calls
+    assert calls == [(CPU, 4, 256)]
 
 
 @pytest.mark.parametrize("bits", [16, 4])
@@ -64,5 +81,5 @@ def test_rows_of_a_cache_on_the_cpu_repeat_what_was_drawn(bits, monkeypatch):
 def test_a_gpu_compiles_all_of_them(monkeypatch):
     failed = []
     monkeypatch.setattr(compiling.logger, "debug", lambda *told: failed.append(told))
-    compile_kernels(torch.device("cuda", 0), torch.bfloat16)
+    call_part("cuda:0", 0, 1)
     assert not failed, failed
