@@ -134,7 +134,8 @@ def share(rate: float, bound: float | None) -> float | None:
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:
-    """Of every model and budget, throughput beside one GPU's, its plan and the bound of links and processors; and whether tokens are those of one.
+    """Of every model and budget, throughput beside one GPU's, its plan and the bound of links and processors; and
+    whether tokens are those of one.
     In 16 bits a sum over ranks is rounded elsewhere: there it is the share of prompts with the same first token."""
     told: dict[str, Any] = {}
     for name, result in results.items():

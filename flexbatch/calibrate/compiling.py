@@ -1,8 +1,8 @@
 """Triton's kernels, compiled in several processes before they are measured.
 
-Each takes half a second to two at its first call, and a profile has some twenty of them: 16 s on an H100's host. Several
-threads took the same 16 s, as the compiler holds the interpreter's lock; processes hand their work on by Triton's cache
-on the disk, where the first job finds it, too.
+Each takes half a second to two at its first call, and a profile has some twenty of them: 16 s on an H100's host.
+Several threads took the same 16 s, as the compiler holds the interpreter's lock; processes hand their work on by
+Triton's cache on the disk, where the first job finds it, too.
 """
 
 from __future__ import annotations
