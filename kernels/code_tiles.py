@@ -82,6 +82,14 @@ def elements_of_rows(SIZE: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def in_order_of_rows(x, BITS: tl.constexpr):
+    """x [rows, elements] with those of `elements_of_rows` at each index, moved in registers."""
+    PIECES: tl.constexpr = 32 // BITS
+    halves = x.reshape(x.shape[0], x.shape[1] // PIECES, 2, PIECES // 2)
+    return tl.permute(halves, (0, 3, 1, 2)).reshape(x.shape)
+
+
+@triton.jit
 def columns_of_codes(first, second, lift, dtype: tl.constexpr, BITS: tl.constexpr):
     """[elements, 2 * rows] of two tiles [rows, words] of one group: a row of each by turns, the elements in the order
     of `elements_of_columns`."""

@@ -15,6 +15,9 @@ from flexbatch.kernels.attention import multiprocessors_of
 from flexbatch.kernels.code_tiles import LIFT
 from flexbatch.kernels.coded_matrix import CodedMatrix
 
+MOST_TOKENS = 64
+"""For which it is faster than `coded_gemm`."""
+
 
 @dataclass(frozen=True)
 class CodedLaunch:

@@ -131,9 +131,10 @@ def linear(x: Tensor, matrix: Tensor | coded_matrix.CodedMatrix, bias: Tensor | 
     if isinstance(matrix, Tensor):
         return F.linear(x, matrix, bias)
     if x.is_cuda:
-        from flexbatch.kernels import coded_linear
+        from flexbatch.kernels import coded_gemm, coded_linear
 
-        return coded_linear.coded_linear(x, matrix, bias)
+        few = len(x) <= coded_linear.MOST_TOKENS
+        return (coded_linear.coded_linear if few else coded_gemm.coded_gemm)(x, matrix, bias)
     form = matrix.bits, matrix.group, matrix.columns, x.element_size(), "cpu"
     if _compiled(x.dtype) and coded_matrix.multiplied(*form):
         return native_coded.linear(x, matrix, bias)
