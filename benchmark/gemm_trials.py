@@ -1,5 +1,6 @@
-"""The trials of products of many tokens with a matrix in codes, for `kernel_tuning`: expanded whole first, expanded a
-part at a time into a buffer that stays in the chip's cache, and expanded in registers (`coded_gemm`)."""
+"""The trials of products of many tokens with a matrix in codes, for `kernel_tuning`: expanded first, and expanded in
+registers (`coded_gemm`). Parts of 12 and 24 MiB that were expanded into the chip's cache and multiplied there one after
+another took an H100 longer than expanding whole matrices, at any number of tokens but 64."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmark.kernel_cases import MIB, Row
+from benchmark.kernel_cases import Row
 from benchmark.kernel_trials import BEYOND_CACHE_BYTES, Recorded, Trial, difference, expanded
 from flexbatch.kernels import quant
 from flexbatch.kernels.coded_gemm import GemmLaunch, coded_gemm
@@ -19,29 +20,31 @@ from flexbatch.kernels.coded_matrix import CodedMatrix
 GEMM_SHAPES = {"gate and up": (28672, 4096), "down": (4096, 14336), "qkv": (6144, 4096), "out": (4096, 4096)}
 """Llama-3-8B's."""
 GEMM_LAUNCHES = {  # by tokens: rows, tokens, warps, stages, programs of a multiprocessor
+    16: [(128, 16, 4, 4, 3), (64, 16, 4, 4, 4)],
     32: [(128, 32, 4, 4, 3), (64, 32, 4, 4, 4), (128, 32, 8, 4, 2)],
-    64: [(128, 64, 8, 3, 2), (128, 64, 4, 3, 3), (128, 64, 4, 4, 2), (64, 64, 4, 4, 4), (64, 64, 4, 3, 2)],
-    128: [(128, 128, 8, 3, 2), (128, 128, 8, 3, 1), (128, 128, 4, 3, 2), (64, 128, 4, 4, 2), (128, 64, 4, 3, 3)],
+    64: [(128, 64, 8, 3, 2), (128, 64, 4, 3, 3), (64, 64, 4, 3, 2), (64, 64, 4, 4, 4)],
+    128: [(128, 128, 8, 3, 2), (128, 128, 8, 3, 1), (128, 128, 4, 3, 2), (64, 128, 4, 3, 3), (64, 128, 4, 3, 2)],
     256: [
         *((128, 256, 8, stages, 1) for stages in (3, 4)),
         *((64, 256, 4, 3, depth) for depth in (1, 2)),
         *((128, 128, 8, 3, depth) for depth in (1, 2)),
         (128, 128, 4, 3, 2),
-        (256, 128, 8, 4, 1),
-        (64, 128, 4, 4, 1),
-        (64, 128, 4, 3, 2),
+        (256, 128, 8, 3, 1),
     ],
-    512: [(128, 256, 8, 3, 1), (128, 256, 8, 4, 1), (64, 256, 4, 3, 2), (128, 128, 8, 3, 2), (128, 128, 8, 3, 1)],
-    1024: [(128, 256, 8, 4, 1), (128, 128, 8, 3, 2), (256, 128, 8, 4, 1)],
+    512: [
+        *((128, 256, 8, stages, 1) for stages in (3, 4)),
+        *((64, 256, 4, 3, depth) for depth in (1, 2)),
+        (128, 128, 8, 3, 2),
+        (256, 128, 8, 3, 1),
+    ],
+    1024: [(128, 256, 8, 3, 1), (128, 256, 8, 4, 1), (64, 256, 4, 3, 2), (256, 128, 8, 3, 1)],
 }
 EIGHT_BITS = (256, 64, 512)
-SLAB_BYTES = (12 * MIB, 24 * MIB)
-"""Of a part that is expanded at a time; an H100's cache holds 50 MB, in two halves."""
 
 
 def gemm_trials() -> Iterator[Trial]:
     """The tokens of a block first, then others, then 8 bits."""
-    for tokens in (256, 512, 128, 64, 1024, 32):
+    for tokens in (256, 512, 128, 64, 1024, 32, 16):
         for name in GEMM_SHAPES:
             yield from trials_of(name, tokens, 4)
     for tokens in EIGHT_BITS:
@@ -73,18 +76,3 @@ def trials_of(name: str, tokens: int, bits: int) -> Iterator[Trial]:
         yield trial(launch, partial(coded_gemm, launch=GemmLaunch(*launch)))
     if tokens <= 128:
         yield trial("few", coded_linear)
-    for num_bytes in SLAB_BYTES if bits == 4 else ():
-        step = num_bytes // (2 * columns) // 128 * 128
-        yield trial(f"by {num_bytes // MIB} MiB", partial(by_parts, dense=dense[:step]))
-
-
-def by_parts(x: Tensor, matrix: CodedMatrix, dense: Tensor) -> Tensor:
-    """Rows of the matrix expanded into ``dense`` and multiplied, as many as it holds at a time."""
-    out = x.new_empty(len(x), len(matrix.codes))
-    for start in range(0, len(matrix.codes), len(dense)):
-        part = slice(start, start + len(dense))
-        codes, parameters = matrix.codes[part], matrix.parameters[part]
-        target = dense[: len(codes)]
-        quant.dequantize(codes, parameters, dense.shape[1], matrix.bits, matrix.group, out=target)
-        torch.mm(x, target.t(), out=out[:, part])
-    return out

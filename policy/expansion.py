@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from flexbatch.policy.hardware import Hardware
-from flexbatch.policy.limits import CODED_TOKENS
+from flexbatch.policy.limits import CODED_PASS_TOKENS, CODED_TOKENS
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.policy import Policy
 
@@ -31,7 +31,8 @@ def in_codes(hardware: Hardware, policy: Policy, tokens: np.ndarray) -> np.ndarr
     has in it what is expanded for many tokens."""
     if hardware.device == "cpu":
         return np.full(np.shape(tokens), hardware.coded(policy.weight_bits) is not None)
-    few = np.asarray(tokens) / policy.num_gpu_batches <= CODED_TOKENS
+    tokens = np.asarray(tokens)
+    few = (tokens / policy.num_gpu_batches <= CODED_TOKENS) | (tokens <= CODED_PASS_TOKENS)
     return few & (policy.weight_bits != 16)
 
 

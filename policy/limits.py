@@ -41,9 +41,10 @@ an H200 38 ms, and its host 57 ms to launch kernel by kernel."""
 MAX_PIECE_TOKENS = 8192
 """Tokens of the largest pass with prompts that runs in pieces, whatever the settings say: a GPU computes more of them
 for longer than any host launches."""
-CODED_TOKENS = 64
-"""Tokens of a micro-batch that a GPU multiplies with quantized matrices as they are stored, at most. A layer of
-OPT-6.7B with 4 bits takes an H100 78 us for 4 tokens where expanding it takes 343, and an H200 168 us for 64."""
+CODED_TOKENS, CODED_PASS_TOKENS = 128, 512
+"""Tokens of a micro-batch that a GPU multiplies with quantized matrices as they are stored, at most, and those of a
+pass, however many micro-batches it has: of more, what expanding a layer costs once is made up for by faster products.
+"""
 DISK_THREADS = 4
 """Requests that the disk's transfer queue has under way together."""
 MIN_GROUP, MAX_GROUP = 16, 64

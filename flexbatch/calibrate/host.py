@@ -43,6 +43,8 @@ or 1.2 ms a pass and 0.37 or 0.5 ms a tick."""
 ROUNDS = 2
 """Every measurement of the host is repeated so often, and the fastest counts: other users of it come and go within
 seconds."""
+EXPANDED = max(CODED_TOKENS, CODED_PASS_TOKENS // 2) + 1
+"""Sequences of a micro-batch, of which two have more tokens than a GPU multiplies with weights in codes."""
 ATTENDED_SEQUENCES, ATTENDED_HEADS, ATTENDED_LAYERS, ATTENDED_CONTEXTS = 32, 32, 4, (128, 512)
 """Sequences of a micro-batch, heads, layers and prompt tokens of the passes that CPU attention is measured in, with
 layers as wide as those of models of 7 billion: calls of 67 and 268 MB, eight of them a pass. Of 0.67 GB a pass
@@ -204,7 +206,7 @@ def host_rates(device: torch.device, phases: Phases | None = None) -> dict[str, 
     ``cpu_attention_seconds`` and, with a GPU, ``cpu_attention_during_h2d``, ``h2d_during_cpu_attention`` and ALONE.
     """
     gpu, phases = device.type == "cuda", phases or Phases()
-    baseline = {"few": resident(8), "many": resident(128)}
+    baseline = {"few": resident(8), "many": resident(EXPANDED if gpu else 128)}
     if gpu:
         baseline |= {f"graph of {sequences}": resident(sequences, 1) for sequences in GRAPHED}
     others = {

@@ -62,6 +62,7 @@ class TickHalves:
     def begin_pass(self, tokens: list[int]) -> None:
         """What becomes of the experts in host memory in a pass whose micro-batches have so many tokens: whether the CPU
         computes some, and which, and whether the others cross the link only as they are hit."""
+        self.weights.pass_tokens = sum(tokens)
         experts, hits = self.weights.cpu_experts, self.weights.hit_experts
         self.weights.fetches_hits = hits is not None and sum(tokens) <= hits.max_tokens
         if experts is None:

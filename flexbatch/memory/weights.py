@@ -21,7 +21,7 @@ from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import READY, Handle, TransferQueues, together
 from flexbatch.memory.weight_plan import PlacedTensor, WeightPlan
 from flexbatch.memory.weight_tensors import WeightTensors
-from flexbatch.policy.limits import CODED_TOKENS
+from flexbatch.policy.limits import CODED_PASS_TOKENS, CODED_TOKENS
 
 BUFFERS = ("weight slab ", "disk staging ", "dequantization ")
 
@@ -38,8 +38,9 @@ class WeightStore:
         self.plan, self.tiers, self.queues, self.dtype = plan, tiers, queues, dtype
         self.device = queues.device
         self.staged = self.device.type == "cuda" if staged is None else staged
-        self.coded_tokens = CODED_TOKENS if self.device.type == "cuda" else native_coded.most_tokens(dtype)
-        """Tokens that are multiplied with quantized matrices as they are stored, at most."""
+        most = (CODED_TOKENS, CODED_PASS_TOKENS) if self.device.type == "cuda" else (native_coded.most_tokens(dtype), 0)
+        self.coded_tokens, self.coded_pass_tokens, self.pass_tokens = *most, 0
+        """Tokens that are multiplied with quantized matrices as they are stored, at most; of a pass; this pass's."""
         self.tensors = WeightTensors(plan, tiers, self.device, dtype)
         self.views, self.files, self.cpu_slabs = self.tensors.views, self.tensors.files, self.tensors.cpu_slabs
         self.open_buffers()
@@ -189,7 +190,8 @@ class WeightStore:
         if (ready := self.ready.get(layer)) is None:
             ready = self.ready[layer] = self.collect(layer)
         if self.dequantization.lacks(layer, stage):
-            if tokens <= self.coded_tokens and (coded := self.coded(layer, stage)):
+            few = tokens <= self.coded_tokens or max(tokens, self.pass_tokens) <= self.coded_pass_tokens
+            if few and (coded := self.coded(layer, stage)):
                 return ready | coded
             lease = self.leases.get(layer)
             views = [self.compute_view(tensor, layer, lease) for tensor in self.plan.expanded(layer, stage)]

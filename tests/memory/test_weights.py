@@ -142,6 +142,17 @@ def test_a_few_tokens_get_codes(bits: int) -> None:
                 store.release(layer, READY)
 
 
+def test_tokens_of_small_passes_get_codes_whatever_their_micro_batches_are() -> None:
+    """Up to so many of a micro-batch, or of the whole pass."""
+    arch = tiny_arch(1, hidden_size=64, intermediate_size=96, head_dim=16)
+    with open_store(arch, Split(1, 0), 4, group=32, dtype=torch.float16) as (store, _):
+        store.coded_tokens, store.coded_pass_tokens = 4, 16
+        for tokens, of_pass, coded in ((4, 99, True), (5, 16, True), (5, 17, False), (17, 0, False)):
+            store.pass_tokens = of_pass
+            assert isinstance(store.weights(0, "pre", tokens)["qkv.weight"], CodedMatrix) == coded
+            store.release(0, READY)
+
+
 def test_a_slab_is_not_claimed_while_a_layer_holds_it() -> None:
     arch = tiny_arch(4)
     with open_store(arch, MIXED) as (store, _):
