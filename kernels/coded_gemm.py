@@ -33,7 +33,12 @@ class GemmLaunch:
 
 
 def choose_launch(tokens: int) -> GemmLaunch:
-    return GemmLaunch(128, 128) if tokens <= 128 else GemmLaunch(128, 256)
+    """Of those that were tried (`benchmark.gemm_trials`), by the sum over the matrices of Llama-3-8B."""
+    if tokens > 128:
+        return GemmLaunch(64, 256, warps=4, depth=2)
+    if tokens > 32:
+        return GemmLaunch(128, 64 if tokens <= 64 else 128, depth=2)
+    return GemmLaunch(128, 32, warps=4, stages=4, depth=3)
 
 
 def choose_splits(blocks: int, steps: int, multiprocessors: int, depth: int) -> int:

@@ -12,14 +12,14 @@ from flexbatch.policy.policy import Policy
 
 PRODUCTS_OF_LAYER = 4
 """Queries, keys and values; what attention gives; up, with the gate; down."""
-CODED_TILES = (8, 16, 64)
+CODED_TILES = (8, 16, 32, 64, 128, 256)
 """Tokens of the tiles that they are multiplied in; a tile that is not full takes as long as one that is."""
-START_SECONDS = (3.5e-6, 4e-6, 14e-6)
+START_SECONDS = (3.5e-6, 4e-6, 9e-6, 9e-6, 14e-6, 17e-6)
 """Of a product in tiles of these, beside what its elements take, and what a plain one takes to begin and end."""
-BANDWIDTH_SHARES = (0.64, 0.58, 0.58)
+BANDWIDTH_SHARES = (0.64, 0.58, 0.58, 0.58, 0.58, 0.58)
 """Of the GPU's memory bandwidth, at which matrices in codes are read."""
-RATE_SHARES = {4: 0.38, 8: 0.25}
-"""Of the best rate of plain products, what the largest tiles reach of 4 and 8 bits: codes are expanded for each.
+RATE_SHARES = {4: (np.inf, np.inf, 0.20, 0.36, 0.53, 0.72), 8: (np.inf, np.inf, 0.16, 0.27, 0.45, 0.66)}
+"""Of the best rate of plain products, what tiles reach of 4 and 8 bits: codes are expanded for each.
 
 All by the best launches of the matrices of OPT-6.7B and Llama-3-8B in benchmark/results/kernel-tuning-h100.jsonl and
 kernel-tuning-coded-h200.jsonl: seconds against elements are lines, the same on both cards where no memory bounds
@@ -44,11 +44,10 @@ def coded_seconds(
         return hardware.gemm_seconds(elements, tokens, weight_bits=bits)
     tile = np.minimum(np.searchsorted(CODED_TILES, tokens), len(CODED_TILES) - 1)
     reading = stored_bytes / (np.asarray(BANDWIDTH_SHARES)[tile] * hardware.gpu_bandwidth)
-    rate = RATE_SHARES.get(bits, min(RATE_SHARES.values())) * max(hardware.gemm.values)
-    tiles = np.maximum(1.0, np.ceil(np.asarray(tokens) / CODED_TILES[-1]))
-    multiplying = 2.0 * elements * CODED_TILES[-1] * tiles / rate
-    products = np.where(tile == len(CODED_TILES) - 1, np.maximum(reading, multiplying), reading)
-    return products + PRODUCTS_OF_LAYER * np.asarray(START_SECONDS)[tile]
+    size = np.asarray(CODED_TILES)[tile]
+    rate = np.asarray(RATE_SHARES.get(bits, RATE_SHARES[8]))[tile] * max(hardware.gemm.values)
+    multiplying = 2.0 * elements * size * np.ceil(np.maximum(1, tokens) / size) / rate
+    return np.maximum(reading, multiplying) + PRODUCTS_OF_LAYER * np.asarray(START_SECONDS)[tile]
 
 
 def expanded_bytes(

@@ -31,6 +31,7 @@ from flexbatch.calibrate.passes import (
 from flexbatch.calibrate.phases import Phases
 from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.models.specs import weight_specs
+from flexbatch.policy.limits import CODED_PASS_TOKENS, CODED_TOKENS
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.trace import RecordingTracer, Span, Tracer
 
@@ -206,7 +207,7 @@ def host_rates(device: torch.device, phases: Phases | None = None) -> dict[str, 
     ``cpu_attention_seconds`` and, with a GPU, ``cpu_attention_during_h2d``, ``h2d_during_cpu_attention`` and ALONE.
     """
     gpu, phases = device.type == "cuda", phases or Phases()
-    baseline = {"few": resident(8), "many": resident(EXPANDED if gpu else 128)}
+    baseline = {"few": resident(8), "many": resident(EXPANDED)}
     if gpu:
         baseline |= {f"graph of {sequences}": resident(sequences, 1) for sequences in GRAPHED}
     others = {

@@ -12,7 +12,7 @@ from flexbatch.policy.cost import IN_VIEW, STREAMED_IN_VIEW, PassModel
 from flexbatch.policy.curve import Curve
 from flexbatch.policy.expansion import CODED_TILES, coded_seconds
 from flexbatch.policy.hardware import Hardware, load_hardware
-from flexbatch.policy.limits import CODED_TOKENS
+from flexbatch.policy.limits import CODED_PASS_TOKENS, CODED_TOKENS
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.policy import Policy, Split
@@ -243,6 +243,11 @@ def test_graphs_compute_what_fills_them_up():
     assert seconds(33, 0, cache=Split(0, 1)) < 0.6 * seconds(33, 0)
 
 
+def of_few(batches: int) -> int:
+    """Tokens of the largest pass in so many micro-batches that is multiplied with codes."""
+    return max(CODED_TOKENS * batches, CODED_PASS_TOKENS)
+
+
 def test_quantized_products_are_launched_as_they_run():
     """Expansion once a layer, whatever the number of micro-batches; products of few tokens with codes in every tick,
     and neither at 16 bits. A profile that lacks them has them by their kernels."""
@@ -250,7 +255,7 @@ def test_quantized_products_are_launched_as_they_run():
     for batches in (1, 4):
         for bits, few, many in ((16, 0.0, 0.0), (8, 0.25 * batches, 1.0), (4, 0.25 * batches, 1.0)):
             policy = Policy(Split(0, 1), Split(1, 0), Split(1, 0), 80, batches, weight_bits=bits)
-            for sequences, each in ((64 * batches, few), (65 * batches, many)):
+            for sequences, each in ((CODED_TOKENS * batches, few), (of_few(batches) + 1, many)):
                 load = PassLoad.decode(sequences, 100)
                 assert float(PassModel(shape, machine, policy, load).tick_seconds) == 32 * each
     assert small(launch_seconds=8.0).expansion_launch_seconds == pytest.approx(3.0)
@@ -258,8 +263,8 @@ def test_quantized_products_are_launched_as_they_run():
 
 
 def test_a_few_tokens_are_multiplied_with_codes():
-    """On a GPU: of a micro-batch of 64 tokens nothing is expanded, of 65 all. Codes are read at a share of the memory
-    bandwidth by each of two micro-batches, and tiles take their time full or not."""
+    """On a GPU: of a pass of so many tokens, or of such micro-batches, nothing is expanded, of one more all. Codes are
+    read at a share of the memory bandwidth by each of two micro-batches, and tiles take their time full or not."""
     shape = public_shape("opt-6.7b")
 
     def seconds(hardware: Hardware, tokens: int, bits: int = 4) -> float:
@@ -269,24 +274,31 @@ def test_a_few_tokens_are_multiplied_with_codes():
 
     fast, slow = small(expand=1e18), small(expand=1e12)
     expansion = 32 * (shape.block_bytes(4) + shape.block_bytes(16)) / 1e12
-    assert seconds(slow, 64) == pytest.approx(seconds(fast, 64))
-    assert seconds(slow, 65) - seconds(fast, 65) == pytest.approx(expansion, rel=1e-3)
+    most = of_few(2) // 2
+    assert seconds(slow, most) == pytest.approx(seconds(fast, most))
+    assert seconds(slow, most + 1) - seconds(fast, most + 1) == pytest.approx(expansion, rel=1e-3)
     narrow, wide = (dataclasses.replace(fast, gpu_bandwidth=rate) for rate in (1e9, 1e18))
     stored = shape.weight_bytes(shape.block_elements, 4)
-    for tokens, share in ((8, 0.64), (16, 0.58), (17, 0.58), (64, 0.58)):
+    for tokens, share in ((8, 0.64), (16, 0.58), (17, 0.58), (64, 0.58), (most, 0.58)):
         reading = seconds(narrow, tokens) - seconds(wide, tokens)
         reading -= seconds(narrow, tokens, 16) - seconds(wide, tokens, 16)
         assert reading == pytest.approx(32 * 2 * stored / (share * 1e9), rel=0.02), tokens
-    of_tokens = {tokens: float(coded_seconds(wide, 4, 1e8, 1.0, np.asarray(tokens))) for tokens in (8, 9, 16, 17, 64)}
-    assert of_tokens[8] < of_tokens[9] == of_tokens[16] < of_tokens[17] == of_tokens[64]
+    some = (8, 9, 16, 17, 32, 33, 64, 256, 257, 512)
+    of_tokens = {tokens: float(coded_seconds(wide, 4, 1e8, 1.0, np.asarray(tokens))) for tokens in some}
+    assert of_tokens[8] < of_tokens[9] == of_tokens[16] < of_tokens[17] == of_tokens[32]
+    assert of_tokens[32] < of_tokens[33] == of_tokens[64] < of_tokens[256] < of_tokens[257] == of_tokens[512]
     fast, slow = (dataclasses.replace(hardware, device="cpu") for hardware in (fast, slow))
     assert seconds(slow, 64) - seconds(fast, 64) == pytest.approx(expansion, rel=1e-3)
 
 
 def test_tiles_of_codes_are_those_of_the_kernel():
-    coded_linear = pytest.importorskip("flexbatch.kernels.coded_linear")
-    found = [coded_linear.choose_launch(tokens).tokens for tokens in range(1, CODED_TOKENS + 1)]
-    assert found == [next(tile for tile in CODED_TILES if tile >= tokens) for tokens in range(1, CODED_TOKENS + 1)]
+    pytest.importorskip("triton")
+    from flexbatch.kernels import coded_gemm, coded_linear
+
+    few, all_tokens = coded_linear.MOST_TOKENS, range(1, CODED_TILES[-1] + 1)
+    found = [(coded_linear if tokens <= few else coded_gemm).choose_launch(tokens).tokens for tokens in all_tokens]
+    assert found == [next(tile for tile in CODED_TILES if tile >= tokens) for tokens in all_tokens]
+    assert coded_gemm.choose_launch(4096).tokens == CODED_TILES[-1]
 
 
 def test_products_with_codes_cost_what_was_measured():
