@@ -191,6 +191,21 @@ def test_triton(name, splits, device):
     assert_close(attention.paged_attention(*arguments, **options, splits=splits), wanted, products)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_wide_tiles_of_long_contexts(splits, device):
+    """By the bound that a caller gives: these contexts end within a tile."""
+    from flexbatch.kernels import attention
+
+    case, bounds = Case((1, 1, 1), (300, 7, 129), dtype=torch.float16), {"max_query_len": 1, "max_context_len": 4096}
+    assert attention.choose_launch(case.dtype, case.head_dim, 16, 2, 4096).block_n == 128
+    assert attention.choose_launch(case.dtype, case.head_dim, 16, 2, 500).block_n == 64
+    assert attention.choose_launch(case.dtype, case.head_dim, 4, 2, 4096).block_n == 64
+    arguments, options = case.build()
+    wanted = attention_reference.paged_attention(*arguments, **options)
+    arguments, options = case.build(device)
+    assert_close(attention.paged_attention(*arguments, **options | bounds, splits=splits), wanted)
+
+
 def test_triton_looks_pages_up_once(device):
     from flexbatch.kernels import attention
 
