@@ -13,6 +13,7 @@ import torch
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.execution.executor import Executor
+from flexbatch.kernels import ops
 from flexbatch.memory.files import DiskFile
 from flexbatch.memory.transfer import Handle
 from flexbatch.memory.weights import WeightStore
@@ -264,3 +265,27 @@ def test_a_trace_has_a_span_for_every_tick(folder: Path, tmp_path: Path) -> None
         assert len(ticks) % 4 == 0 and passes * 4 <= len(ticks) <= passes * 12
         assert {"disk_read", "disk_write", "compute"} <= set(llm.tracer.summary())
         assert torch.is_inference_mode_enabled() is False
+
+
+def test_cpu_attention_appends_and_attends_with_as_many_threads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teams of two sizes end a thread and start another with every call."""
+    asked: list[tuple[str, int]] = []
+
+    def noting(name: str) -> None:
+        before = getattr(ops, name)
+
+        def noted(*tensors: Any, threads: int = 0, **options: Any) -> Any:
+            asked.append((name, threads))
+            return before(*tensors, threads=threads, **options)
+
+        monkeypatch.setattr(ops, name, noted)
+
+    with engine(folder, None, **HOST) as llm:
+        llm.prepare(random_prompts(LENGTHS), PARAMS)
+        assert llm.runner is not None
+        llm.runner.executor.halves.attention.cpu_threads = 3
+        for name in ("append_rows", "paged_attention"):
+            noting(name)
+        tokens(llm)
+    found = Counter(asked)
+    assert found["append_rows", 3] == found["paged_attention", 3] > 0
