@@ -19,7 +19,7 @@ import numpy as np
 
 from flexbatch.policy.affine import COLUMNS, KINDS, RESIDENT, evaluate, slowest, total
 from flexbatch.policy.collectives import sum_seconds, sums_of_pass
-from flexbatch.policy.decode_graphs import runs_graphs, sequences_of
+from flexbatch.policy.decode_graphs import recorded_sequences, runs_graphs
 from flexbatch.policy.expansion import in_codes
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
@@ -96,7 +96,7 @@ class PassModel:
             return self.stages
         buckets = piece_buckets(self.policy)
         pieced = np.where(self.in_pieces, tokens_of(buckets, self.tokens), self.tokens)
-        sequences = sequences_of(np.asarray(self.load.decode_sequences))
+        sequences = recorded_sequences(np.asarray(self.load.decode_sequences), self.in_graphs)
         padded = np.where(self.in_graphs, sequences, pieced)
         return PassStages(self.shape, self.hardware, self.policy, self.load, self.hits, padded).stages()
 

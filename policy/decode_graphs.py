@@ -43,6 +43,25 @@ def sequences_of(sequences: np.ndarray) -> np.ndarray:
     return np.where(whole <= 32, 2.0 ** np.ceil(np.log2(whole)), np.ceil(whole / 32) * 32)
 
 
+def recorded_sequences(sequences: np.ndarray, graphs: np.ndarray) -> np.ndarray:
+    """Sequences of the graph that each pass of a job runs in, of those that are ``graphs``, in their order: of the
+    least that is there and covers it, until what that computes for nothing has cost as much as a graph of its own.
+
+    At the end of a job most sizes come once or twice, and run in the graph of the full block.
+    """
+    wanted = np.atleast_1d(np.where(graphs, sequences_of(sequences), 0.0))
+    found, there, wasted = wanted.copy(), set[float](), dict[float, float]()
+    for index, bucket in enumerate(wanted.tolist()):
+        if not bucket or bucket in there:
+            continue
+        if wasted.get(bucket, 0.0) >= RECORDING_PASSES:
+            there.add(bucket)
+        covering = min((other for other in there if other >= bucket), default=None)
+        wasted[bucket] = wasted.get(bucket, 0.0) + (RECORDING_PASSES if covering is None else 1 - bucket / covering)
+        found[index] = covering or bucket
+    return found if np.ndim(sequences) else found[0]
+
+
 def graph_bytes(
     num_layers: int,
     hidden_bytes: int,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,7 +18,7 @@ from flexbatch import LLM, Completion, SamplingParams
 from flexbatch.execution.graphs import DecodeGraphs, Key, smallest_covering
 from flexbatch.execution.inputs import AttentionGroup, MicroBatchInputs
 from flexbatch.execution.sampling import NOT_FINITE, most_likely
-from flexbatch.policy.decode_graphs import MAX_GRAPHS, RECORDING_PASSES, bucket_of
+from flexbatch.policy.decode_graphs import MAX_GRAPHS, RECORDING_PASSES, bucket_of, recorded_sequences
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
 from tests.tiny_models import make_model, random_prompts
 
@@ -155,6 +156,25 @@ def test_a_block_that_stays_smaller_gets_a_graph_of_its_own(count: int, passes: 
     assert [key[0] for key in graphs.captured] == [512]
     graphs.run(decode_inputs(count, 30, 16), hidden_of)
     assert [key[0] for key in graphs.captured] == [512, count]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_plan_counts_the_graphs_that_passes_run_in(seed: int) -> None:
+    """Blocks that fill and drain, over and over: in the same graphs of other sizes, pass by pass."""
+    chance, recorder = random.Random(seed), Recorder()
+    graphs = DecodeGraphs(torch.device("cpu"), 16, 512, recorder, most=99)
+    counts = [chance.randint(1, 200)]
+    while len(counts) < 300:
+        counts.append(max(1, min(200, counts[-1] + chance.choice((0, 0, 0, 1, -1, -9, -60, 90)))))
+    ran = []
+    for count in counts:
+        before = {graph: graph.replays for graph in recorder.made}
+        result = graphs.run(decode_inputs(count, 20, 16), hidden_of)
+        used = [graph for graph in recorder.made if graph.replays > before.get(graph, 0)]
+        assert (result is None) == (not used)
+        ran.append(len(used[0].hidden) if used else bucket_of(count))
+    told = recorded_sequences(np.array(counts), np.ones(len(counts), dtype=bool))
+    assert told.tolist() == ran and len({*ran}) > 1
 
 
 def test_no_graphs_where_the_budget_has_no_room() -> None:
