@@ -1,11 +1,7 @@
 /* The gated MLPs of experts over routed rows, where the weights lie (layout: experts_reference.py). Every weight is read
  * once for up to 64 rows of its expert: expanded to float32 a piece at a time, which stays in the first-level cache. */
-#include <math.h>
-#include <stdlib.h>
+#include "native_experts.h"
 
-#include "native_rows.h"
-
-enum { SILU = 0, RELU = 1, GELU = 2, GELU_TANH = 3, CLAMPED = 4 };
 /* PIECE: inputs of a weight row that are expanded together. TOGETHER: weight rows that share a load of an input. MOST:
  * routed rows that share an expanded piece. BLOCK: outputs of an item of work. */
 enum { PIECE = 512, TOGETHER = 4, MOST = 64, BLOCK = 16 };
@@ -14,25 +10,6 @@ enum { AT_ONCE = 4 }; /* routed rows whose sums are in registers with those of T
 #else
 enum { AT_ONCE = 2 };
 #endif
-
-typedef struct {
-    int64_t outputs, inputs;   /* of one expert's matrix, as it is stored */
-    int64_t bits, group;       /* 16 stands for the compute dtype, also when that is float32 */
-    int64_t floats;            /* whether codes are MXFP4's, with a byte for a scale */
-} matrix_t;
-
-typedef struct {
-    const char *x;             /* [tokens, hidden] */
-    char *out;                 /* [rows, hidden] */
-    const int64_t *addresses;  /* of every expert: gate and up, their parameters, down, its parameters */
-    const int32_t *experts, *starts; /* of every group of rows: its expert; where it begins, and the last one's end */
-    const int32_t *tokens, *positions; /* of every row, group after group: its row of x and of out */
-    const float *scales;       /* of every row, what its input is multiplied by; or none */
-    const float *gate_up_bias, *down_bias; /* [experts, outputs], or none */
-    matrix_t gate_up, down;
-    int64_t groups, rows, dtype, activation, threads;
-    float gain, limit;
-} experts_t;
 
 typedef struct {
     float *inputs, *inner;     /* of every row, padded with zeros to whole vectors */
@@ -46,8 +23,6 @@ static buffers_t buffers(const experts_t *e, float *memory) {
     return b;
 }
 
-/* Sixteen codes of MXFP4 to the doubles of what they stand for. */
-static const int8_t DOUBLES[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 #if defined(__SSSE3__)
 #include <tmmintrin.h>
 static inline void look_up(uint8_t *codes, int64_t n) {
@@ -60,14 +35,6 @@ static inline void look_up(uint8_t *codes, int64_t n) {
     for (int64_t i = 0; i < n; i++) codes[i] = (uint8_t)DOUBLES[codes[i]];
 }
 #endif
-
-/* 2^(scale - 128); the two smallest are no normal numbers. */
-static inline float half_of_power(uint8_t scale) {
-    const uint32_t bits = scale > 1 ? (uint32_t)(scale - 1) << 23 : 1u << (21 + scale);
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
 
 static inline void expand_floats(const int8_t *restrict codes, float *restrict out, float scale) {
     for (int i = 0; i < 32; i++) out[i] = codes[i] * scale;
@@ -164,30 +131,6 @@ static inline float rounded(float x, int64_t dtype) {
     return dtype == FLOAT32 ? x : scalar((const char *)&half, dtype);
 }
 
-static inline vec sigmoid(vec x) {
-    const vec small = exp_negative((vec)((ivec)x | (int32_t)0x80000000)), whole = 1.0f / (1.0f + small);
-    return choose(x < splat(0.0f), small * whole, whole);
-}
-
-static inline vec smaller(vec a, vec b) { return choose(a > b, b, a); }
-
-static vec activated(const experts_t *e, vec gate, vec up) {
-    switch (e->activation) {
-    case SILU: return gate * sigmoid(gate) * up;
-    case RELU: return choose(gate < splat(0.0f), splat(0.0f), gate) * up;
-    case GELU_TANH:
-        return 0.5f * gate * (1.0f + tanh_vec(0.7978845608f * (gate + 0.044715f * gate * gate * gate))) * up;
-    case GELU:
-        for (int i = 0; i < LANES; i++) gate[i] *= 0.5f * (1.0f + erff(gate[i] * 0.70710678f));
-        return gate * up;
-    default:
-        gate = smaller(gate, splat(e->limit));
-        up = smaller(up, splat(e->limit));
-        up = choose(up < splat(-e->limit), splat(-e->limit), up); /* so that a NaN stays one */
-        return (up + 1.0f) * (gate * sigmoid(gate * e->gain));
-    }
-}
-
 /* Outputs [begin, begin + BLOCK) of gate and up of a group, and what the activation makes of them. */
 static void first_item(const experts_t *e, const buffers_t *b, int64_t group, int64_t begin) {
     const int64_t expert = e->experts[group], width = e->down.inputs, *address = e->addresses + 4 * expert;
@@ -258,6 +201,7 @@ static void read_input(const experts_t *e, const buffers_t *b, int64_t row) {
 
 /* Bytes that `flexbatch_expert_rows` needs for this call. */
 int64_t flexbatch_experts_bytes(const experts_t *e) {
+    if (flexbatch_experts_in_tiles(e)) return flexbatch_expert_tile_bytes(e);
     const buffers_t b = buffers(e, NULL);
     return e->rows * (b.input_floats + b.inner_floats) * (int64_t)sizeof(float);
 }
@@ -265,6 +209,10 @@ int64_t flexbatch_experts_bytes(const experts_t *e) {
 /* `memory`: as many bytes as `flexbatch_experts_bytes` says, at a multiple of 64. Items are taken in their order, so
  * that what the threads read lies together. */
 void flexbatch_expert_rows(const experts_t *e, float *memory) {
+    if (flexbatch_experts_in_tiles(e)) {
+        flexbatch_expert_tiles(e, (char *)memory);
+        return;
+    }
     const buffers_t b = buffers(e, memory);
     const int64_t first = (e->down.inputs + BLOCK - 1) / BLOCK, second = (e->down.outputs + BLOCK - 1) / BLOCK;
     const int64_t most = e->groups * (first > second ? first : second);

@@ -20,7 +20,7 @@ from flexbatch.policy.curve import Curve
 HIDDEN, WIDTH, GROUP = 2048, 768, 64
 """Of one expert: those of Qwen3-30B-A3B."""
 FORMS = ("16", "8", "4", "mxfp4")
-ROWS = (1, 4, 16, 64)
+ROWS = (1, 4, 16, 64, 256)
 """That every expert is given in a measurement."""
 SECONDS = {"cuda": 0.1, "cpu": 0.08}
 MOST_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}

@@ -59,16 +59,17 @@ ACTIVATIONS = [
     rows=st.sampled_from([0, 1, 2, 3, 7, 130]), hidden=st.integers(1, 70), width=st.integers(1, 40),
     form=st.sampled_from(["dense", "8", "4", "mxfp4"]), group=st.sampled_from([16, 32, 64, 5, 128]),
     dtype=st.sampled_from(list(TOLERANCE)), options=st.sampled_from(ACTIVATIONS), biased=st.booleans(),
-    scaled=st.booleans(), one=st.booleans(), long=st.booleans(), seed=st.integers(0, 99),
+    scaled=st.booleans(), one=st.booleans(), long=st.booleans(), whole=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_any_layer(
     rows: int, hidden: int, width: int, form: str, group: int, dtype: torch.dtype, options: dict, biased: bool,
-    scaled: bool, one: bool, long: bool, seed: int,
+    scaled: bool, one: bool, long: bool, whole: bool, seed: int,
 ) -> None:  # fmt: skip
-    """Every format and size, also of more inputs than are expanded together, with all rows on one expert or none."""
+    """Every format and size, also of more inputs than are expanded together, with all rows on one expert or none.
+    whole: of sizes that fit matrix tiles."""
     if long:
         hidden += 1000
-    if form == "mxfp4":
+    if form == "mxfp4" or whole:
         hidden, width = 32 * (hidden // 32 + 1), 32 * (width // 32 + 1)
     experts_here = layer(seed, hidden, width, form, group, dtype, biased, [0, 2, 3], **options)
     random = torch.Generator().manual_seed(seed + 1)
@@ -95,6 +96,20 @@ def test_long_rows(form: str, rows: int) -> None:
     wanted = expert_rows(x.double(), tokens, chosen, widened(here, torch.float32))
     got = native_experts.expert_rows(x, tokens, chosen, native_experts.ExpertTable.of(here, COUNT))
     assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("scale", [0, 1, 2, 3, 100, 127, 250, 251, 252])
+def test_every_scale_of_mxfp4_in_bfloat16(scale: int) -> None:
+    """Bit for bit, but that the smallest numbers may count as zeros."""
+    codes, scales = {0: torch.arange(512).byte().view(32, 16)}, {0: torch.full((32, 1), scale).byte()}
+    one = torch.eye(32, dtype=torch.bfloat16)
+    down = StoredMatrices(codes, scales, 4, 32, floats=True)
+    here = StoredExperts(StoredMatrices({0: torch.cat([one, one])}), down, 32, 32, "relu")
+    wanted = down.dense(0, 32, torch.empty(0)).T
+    table = native_experts.ExpertTable.of(here, 1)
+    got = native_experts.expert_rows(one, torch.arange(32), torch.zeros(32).long(), table).float()
+    seen = wanted.abs() >= 2.0**-126
+    assert torch.equal(got[seen], wanted[seen]) and (got[~seen].abs() < 2.0**-126).all()
 
 
 def widened(layer: StoredExperts, dtype: torch.dtype) -> StoredExperts:
@@ -131,10 +146,12 @@ def test_as_on_the_compute_device(form: str) -> None:
     assert torch.allclose(experts.weighted(rows.view(40, 3, -1), shares), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_a_row_does_not_depend_on_its_company() -> None:
+@pytest.mark.parametrize(("hidden", "width"), [(600, 48), (608, 64)], ids=["vectors", "tiles"])
+@pytest.mark.parametrize("form", ["dense", "4"])
+def test_a_row_does_not_depend_on_its_company(form: str, hidden: int, width: int) -> None:
     """Bit for bit, however many others its expert has, and on however many threads."""
-    here = layer(5, 600, 48, "4", 64, torch.bfloat16, False, [1])
-    table, x = native_experts.ExpertTable.of(here, COUNT), torch.randn(200, 600).to(torch.bfloat16)
+    here = layer(5, hidden, width, form, 64, torch.bfloat16, False, [1])
+    table, x = native_experts.ExpertTable.of(here, COUNT), torch.randn(200, hidden).to(torch.bfloat16)
     one = torch.ones(200, dtype=torch.long)
     together = native_experts.expert_rows(x, torch.arange(200), one, table, threads=2)
     for index in (0, 1, 63, 64, 199):
