@@ -19,7 +19,7 @@ shift
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 HW=$O/hardware.json
-ONE_GPU=(tests:200 codes:60 resident:240 reservation:170 loading:100 drawn:330 users:260 experts:200 experts-whole:590 experts-parts:530 rows-16:460 rows-4:520 row-70b:300)
+ONE_GPU=(tests:200 codes:60 resident:240 reservation:170 loading:100 drawn:330 users:260 experts:300 experts-whole:770 experts-parts:680 rows-16:460 rows-4:520 row-70b:300)
 
 # A command's output goes to FOLDER/NAME.log and .err; it is ended by TERM, on which benchmarks write what they have.
 step() { # NAME SECONDS COMMAND...
@@ -78,7 +78,7 @@ drawn() {
 experts() {
     local end=$((SECONDS + $1)) runs=(python3 -m benchmark.policy_runs "$O/experts.jsonl" --hardware "$HW" --few-layers)
     step experts-plans 50 "${runs[@]}" --plan "$O/experts-plans.json" --processes 6
-    step experts "$((end - SECONDS - 40))" "${runs[@]}" --plans "$O/experts-plans.json" --seconds "$((end - SECONDS - 52))" --limit 30
+    step experts "$((end - SECONDS - 40))" "${runs[@]}" --plans "$O/experts-plans.json" --seconds "$((end - SECONDS - 52))" --limit 75
     step experts-errors 10 python3 -m benchmark.pass_errors "$O/experts.jsonl" --hardware "$HW"
     step hit-experts 25 python3 -m benchmark.hit_experts --hardware "$HW" --sequences 9 40 --output "$O/hit-experts.json"
 }
@@ -97,11 +97,11 @@ expert-jobs() { # SECONDS MODEL[/SHARE]:SECONDS...
 }
 
 experts-whole() {
-    expert-jobs "$1" qwen3-30b-a3b:310 deepseek-v2-lite:70 glm-4.5-air/4:100 gpt-oss-120b/4:105
+    expert-jobs "$1" qwen3-30b-a3b:420 deepseek-v2-lite:80 glm-4.5-air/4:130 gpt-oss-120b/4:135
 }
 
 experts-parts() {
-    expert-jobs "$1" glm-4.5-air/4:100 gpt-oss-120b/4:105 mixtral-8x7b/4:95 qwen3-235b-a22b/4:130 qwen3-30b-a3b/4:95
+    expert-jobs "$1" glm-4.5-air/4:130 gpt-oss-120b/4:135 mixtral-8x7b/4:125 qwen3-235b-a22b/4:160 qwen3-30b-a3b/4:125
 }
 
 # A published row, placed by hand and as the engine chooses, in one run.

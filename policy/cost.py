@@ -19,9 +19,9 @@ import numpy as np
 
 from flexbatch.policy.affine import COLUMNS, KINDS, RESIDENT, evaluate, slowest, total
 from flexbatch.policy.collectives import sum_seconds, sums_of_pass
-from flexbatch.policy.decode_graphs import recorded_sequences, runs_graphs
+from flexbatch.policy.decode_graphs import LAUNCHES_OF_EXPERTS, recorded_sequences, runs_graphs
 from flexbatch.policy.expansion import in_codes
-from flexbatch.policy.hardware import Hardware
+from flexbatch.policy.hardware import KERNELS_OF_TICK, Hardware
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import PassLoad
@@ -118,11 +118,13 @@ class PassModel:
 
     @property
     def tick_seconds(self) -> np.ndarray:
-        """Launching every tick of one pass, its sums between GPUs, and of quantized weights once a layer the expansion,
-        or with every tick products with their codes."""
+        """Launching every tick of one pass, those of experts with what routes, its sums between GPUs, and of quantized
+        weights once a layer the expansion, or with every tick products with their codes."""
         layers, hardware = self.shape.num_layers, self.hardware
         sums = sums_of_pass(self.shape, hardware, self.batches) * hardware.interconnect_launch_seconds
-        plain = (layers + 1) * self.batches * hardware.launch_seconds + sums
+        routed = layers - self.shape.dense_layers if self.shape.experts else 0
+        ticks = (layers + 1 + routed * LAUNCHES_OF_EXPERTS / KERNELS_OF_TICK) * self.batches
+        plain = ticks * hardware.launch_seconds + sums
         if self.policy.weight_bits == 16:
             return np.asarray(plain)
         coded = self.batches * hardware.coded_launch_seconds
