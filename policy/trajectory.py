@@ -21,6 +21,9 @@ from flexbatch.policy.workload import RequestLengths, Workload
 WALKED, FEW_BLOCKS = 1024, 8
 """Sequences that are walked one by one while policies are compared; four times as many of a job of few blocks, whose
 end depends on its longest sequences. Of a longer job a part is walked."""
+ESTIMATED = 128
+"""Sequences of a job for which pages of likely answers are estimated anew in every pass while policies are compared:
+that takes ten times as long as the rest of a walk. Of 800 a search took 5 to 8 s, and chose the same block."""
 BLOCKS, LEAST = 10, 640
 """Of a longer job, blocks and sequences that are walked, at least. The passes from the end of the second block until
 the last one is all that is left are taken for the rest."""
@@ -77,8 +80,7 @@ def passes_of(
         return JobPasses(load, np.ones(1), finished * workload.mean_output, some, none)
     tokens = workload.num_sequences * workload.mean_output
     if exact and workload.in_order is not None:
-        # Estimating anew in every pass takes ten times as long as the rest of the walk: not for long jobs in a search.
-        likely = workload.grows and (sizes is not None or workload.num_sequences <= WALKED)
+        likely = workload.grows and (sizes is not None or workload.num_sequences <= ESTIMATED)
         expected = ExpectedPages(workload.in_order[1], limit=workload.most_output) if likely else None
         found = sizes or pools(workload, policy, likely, window)
         walked = walk(workload.requests, policy, found, micro_batch_tokens(policy), expected)
