@@ -4,8 +4,8 @@
 
 A setting is a model of one of five families, bits of its weights and its cache, budgets below what it needs, and a job
 of a prime number of prompts of ragged lengths: no block that anybody would choose divides it. Budgets and lengths are
-drawn first, then as many prompts as can be expected to run in `JOB_SECONDS`, by weights that cross a link of
-`LINK_BYTES` a second once in a pass.
+drawn first, then as many prompts as can be expected to run in `JOB_SECONDS`: by round numbers of a large GPU, and by
+nothing that a plan or a run has said.
 """
 
 from __future__ import annotations
@@ -32,11 +32,15 @@ MODELS = (
 )
 """OPT, Llama, Mistral, Falcon and GPT-BigCode: multi-head, grouped and multi-query attention; windows; tied heads."""
 BITS = ((16, 16), (16, 16), (16, 8), (16, 4), (8, 16), (8, 8), (4, 16), (4, 4))
-JOB_SECONDS = (4.0, 12.0)
-LINK_BYTES = 40e9
-LEAST_SECONDS = 0.02
-"""Of a pass: models on the GPU are bound by launches and attention."""
-WORKSPACE_GIB = 1.5
+JOB_SECONDS = (8.0, 13.0)
+"""Long enough that half a second of kernels, graphs and results is not half of the error, as it was of jobs of 1 to
+6 s, and short enough that twenty of them run on a borrowed machine."""
+LINK_BYTES, MEMORY_BYTES, OPERATIONS = 40e9, 2e12, 350e12
+"""A second."""
+LEAST_SECONDS = 0.006
+"""Of a pass, beside reading its weights and multiplying: launches, attention, the head."""
+WORKSPACE_GIB, SPARE_GIB = 1.5, 1.0
+"""Of the gpu tier beside weights and cache; what passes leave of it for more weights, or more sequences."""
 LIMIT_SECONDS = 75.0
 
 
@@ -48,7 +52,7 @@ def primes(below: int) -> list[int]:
     return [number for number in range(2, below) if sieve[number]]
 
 
-PRIMES = primes(4000)
+PRIMES = primes(10000)
 
 
 def drawn(generator: random.Random) -> Setting:
@@ -68,9 +72,12 @@ def drawn(generator: random.Random) -> Setting:
     on_gpu = generator.uniform(0.0, 1.0) if resident < 1 else 1.0
     gpu = WORKSPACE_GIB + weights * resident + on_gpu * block * sequence + dequantization_gib(shape, weight_bits)
     cpu = 1.0 + weights * max(0.05, 1.1 - resident) + (1 - on_gpu) * block * sequence
-    pass_seconds = max(LEAST_SECONDS, (1 - resident) * weights * GIB / LINK_BYTES)
-    waves = generator.uniform(*JOB_SECONDS) / (pass_seconds * (sum(gen_len) / 2 + 2))
-    wanted = max(29.0, min(block * waves, 3000.0))
+    away = (1 - resident) * weights - SPARE_GIB
+    held = block + max(0.0, -away) / sequence
+    seconds, link = generator.uniform(*JOB_SECONDS), max(0.0, away) * GIB / LINK_BYTES
+    answer = min(answer, max(4, int(seconds / max(link, LEAST_SECONDS)) - 2))  # a wave takes as many passes
+    gen_len = min(gen_len[0], answer), answer
+    wanted = expected_prompts(seconds, shape, weights, link, held, prompt_len, gen_len)
     return Setting(
         model,
         (round(gpu, 2), round(min(cpu, 100.0), 2)),
@@ -80,6 +87,17 @@ def drawn(generator: random.Random) -> Setting:
         bits(weight_bits, cache_bits),
         limit_seconds=LIMIT_SECONDS,
     )
+
+
+def expected_prompts(
+    seconds: float, shape: ModelShape, weights: float, link: float, block: float, *lengths: tuple[int, int]
+) -> float:
+    """Prompts that run in so many seconds, about: ``weights`` GiB, of which a part takes ``link`` seconds a pass, and
+    so many sequences in flight. lengths: of prompts and answers."""
+    tokens, passes = sum(map(sum, lengths)) / 2, sum(lengths[1]) / 2 + 2
+    computed = block / passes * 2 * tokens * shape.total_elements / OPERATIONS
+    pass_seconds = max(link, LEAST_SECONDS + weights * GIB / MEMORY_BYTES + computed)
+    return min(max(29.0, block * seconds / (passes * pass_seconds)), PRIMES[-1])
 
 
 def sequence_gib(shape: ModelShape, cache_bits: int, tokens: float) -> float:

@@ -19,7 +19,7 @@ shift
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 HW=$O/hardware.json
-ONE_GPU=(tests:200 codes:60 resident:240 reservation:170 loading:100 drawn:330 users:260 experts:300 experts-whole:770 experts-parts:680 rows-16:460 rows-4:520 row-70b:300)
+ONE_GPU=(tests:200 codes:60 resident:240 reservation:170 loading:100 drawn:440 users:260 experts:300 experts-whole:770 experts-parts:680 rows-16:460 rows-4:520 row-70b:300)
 
 # A command's output goes to FOLDER/NAME.log and .err; it is ended by TERM, on which benchmarks write what they have.
 step() { # NAME SECONDS COMMAND...
@@ -68,9 +68,10 @@ loading() {
 
 # The seed has never been used to fit anything.
 drawn() {
-    local runs=(python3 -m benchmark.policy_runs "$O/drawn.jsonl" --hardware "$HW" --seed 5 --count 26)
+    local runs=(python3 -m benchmark.policy_runs "$O/drawn.jsonl" --hardware "$HW" --seed 8 --count 26)
     step drawn-plans 90 "${runs[@]}" --plan "$O/drawn-plans.json" --processes "$(nproc)"
-    step drawn "$(($1 - 60))" "${runs[@]}" --plans "$O/drawn-plans.json" --seconds "$(($1 - 80))"
+    step drawn-kernels 80 "${runs[@]}" --plans "$O/drawn-plans.json" --compile 8
+    step drawn "$(($1 - 120))" "${runs[@]}" --plans "$O/drawn-plans.json" --seconds "$(($1 - 130))"
     step drawn-errors 20 python3 -m benchmark.pass_errors "$O/drawn.jsonl" --hardware "$HW"
 }
 

@@ -27,6 +27,10 @@ CHUNKS = (12, 48, 200)
 """Prompt tokens of short chunks: one for each height of tile that attention is compiled for."""
 
 
+WARM_BLOCKS = 2
+"""Blocks of prompts that a job on the GPU is preceded by."""
+
+
 class PassLog(monitor.PassMeter):
     """Keeps every pass and changes nothing: the policy that was planned is the one that is measured."""
 
@@ -147,28 +151,38 @@ def chosen_here(setting: Setting, hardware: str) -> dict[str, Any]:
     }
 
 
+def warm_up(llm: ObservedLLM, setting: Setting) -> None:
+    """Kernels compile or are loaded when a shape comes for the first time (0.5 to 2 s each on a fresh machine, 3 of
+    13 s in a job of OPT-6.7B), the link wakes up: a block's prompts and its first passes, and short chunks alone, of
+    which few programs split their context."""
+    prompts, params = prompts_of(llm, setting, "warm-up"), greedy(setting)[: llm.policy.block_size]
+    few = [dataclasses.replace(each, max_tokens=min(4, each.max_tokens)) for each in params]
+    llm.generate(prompts[: len(few)], few)
+    shortly = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
+    for size in CHUNKS:
+        llm.generate([max(setting.prompts(llm.arch.vocab_size, f"chunk {size}"), key=len)[:size]], shortly)
+
+
+def prompts_of(llm: ObservedLLM, setting: Setting, what: str) -> list[list[int]]:
+    """Other ones for every job that is measured."""
+    return setting.prompts(llm.arch.vocab_size, f"{what} {llm.num_measured}")
+
+
+def greedy(setting: Setting) -> list[SamplingParams]:
+    return [SamplingParams(max_tokens=output, temperature=0, ignore_eos=True) for _, output in setting.lengths()]
+
+
 def measure(llm: ObservedLLM, setting: Setting) -> dict[str, Any]:
     """One job: its policy, lengths, time and every pass; a line of the file."""
     llm.num_measured += 1
-    warm_up, prompts = (
-        setting.prompts(llm.arch.vocab_size, f"{what} {llm.num_measured}") for what in ("warm-up", "measured")
-    )
-    params = [SamplingParams(max_tokens=output, temperature=0, ignore_eos=True) for _, output in setting.lengths()]
+    prompts, params = prompts_of(llm, setting, "measured"), greedy(setting)
     llm.prepare(prompts, params)
-    # Kernels compile or are loaded when a shape comes for the first time (0.5 to 2 s each on a fresh machine, 3 of 13 s
-    # in a job of OPT-6.7B), the link wakes up: a block's prompts and its first passes, and short chunks alone, of which
-    # few programs split their context. Of a block on the GPU also the graphs are captured, which takes the whole job,
-    # and new ones for every policy.
     if llm.num_measured == 1:
-        few = [
-            dataclasses.replace(each, max_tokens=min(4, each.max_tokens)) for each in params[: llm.policy.block_size]
-        ]
-        llm.generate(warm_up[: len(few)], few)
-        shortly = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
-        for size in CHUNKS:
-            llm.generate([max(setting.prompts(llm.arch.vocab_size, f"chunk {size}"), key=len)[:size]], shortly)
+        warm_up(llm, setting)
     if all(split.gpu == 1 for split in (llm.policy.weights, llm.policy.cache, llm.policy.activations)):
-        llm.generate(warm_up, params)
+        # Graphs are recorded, new ones for every policy: those of full blocks. What the job still makes is told apart.
+        count = WARM_BLOCKS * llm.policy.block_size
+        llm.generate(prompts_of(llm, setting, "recorded")[:count], params[:count])
     before, started = llm.report(), time.perf_counter()
     completions = llm.generate(prompts, params)
     seconds = time.perf_counter() - started

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmark.policy_error import plan_of
+from benchmark.set_up import as_words
 from flexbatch.policy.affine import point_of
 from flexbatch.policy.cost import RESOURCES, PassModel
 from flexbatch.policy.hardware import Hardware, load_hardware
@@ -99,10 +101,29 @@ def counts(run: dict, hardware: Hardware) -> str:
     """Passes predicted and run, and what of the job was outside of passes."""
     plan, passes = plan_of(run, hardware), run["passes"]
     outside = run["seconds"] - sum(each["seconds"] for each in passes) if "seconds" in run else 0.0
-    rate = plan.predicted_tokens_per_second / run["tokens_per_second"] - 1
+    made = as_words(run.get("set_up", {}))
     return (
-        f"{run['name']}: {plan.passes:.0f} passes predicted, {len(passes)} run; {outside:.2f} s outside of passes; "
-        f"throughput {rate:+.1%}"
+        f"{run['name']}: {plan.passes:.0f} passes predicted, {len(passes)} run; {outside:.2f} s outside of passes "
+        f"(set-up: {made}); throughput {job_error(run, hardware):+.1%}, "
+        f"{job_error(run, hardware, beside_set_up=True):+.1%} beside set-up"
+    )
+
+
+def job_error(run: dict, hardware: Hardware, beside_set_up: bool = False) -> float:
+    """Predicted over measured throughput of the whole job, less 1. Set-up is priced by no plan: it comes once."""
+    rate, predicted = run["tokens_per_second"], plan_of(run, hardware).predicted_tokens_per_second
+    if beside_set_up and "seconds" in run:
+        made = sum(each["seconds"] for each in run.get("set_up", {}).values())
+        rate *= run["seconds"] / (run["seconds"] - made)
+    return predicted / rate - 1
+
+
+def summary(runs: list[dict], hardware: Hardware) -> str:
+    """Of all jobs, with and without set-up."""
+    whole, beside = ([abs(job_error(run, hardware, each)) for run in runs] for each in (False, True))
+    return (
+        f"{len(runs)} jobs: throughput {statistics.median(whole):.1%} median, {max(whole):.1%} worst; beside set-up "
+        f"{statistics.median(beside):.1%} median, {max(beside):.1%} worst"
     )
 
 
@@ -121,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         hardware = load_hardware(options.hardware)
         lines = table(kind for run in runs for kind in kinds_of(run, hardware))
-        print("\n".join([*lines, "", *(counts(run, hardware) for run in runs)]), file=data)
+        print("\n".join([*lines, "", *(counts(run, hardware) for run in runs), summary(runs, hardware)]), file=data)
     return 0
 
 

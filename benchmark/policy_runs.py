@@ -10,9 +10,11 @@
 
 Settings whose names are in the file already are left out, so that a run that was cut goes on where it stopped. A
 child process runs them; after an error of the GPU, which no later setting would survive, another child goes on with
-the rest. On a borrowed machine plans are made first, in all cores at once, and the shortest jobs run first:
+the rest. On a borrowed machine plans are made first, in all cores at once, then kernels are compiled, and the shortest
+jobs run first:
 
     python -m benchmark.policy_runs drawn.jsonl --hardware machine.json --seed 1 --plan plans.json --processes 16
+    python -m benchmark.policy_runs drawn.jsonl --hardware machine.json --seed 1 --plans plans.json --compile 8
     python -m benchmark.policy_runs drawn.jsonl --hardware machine.json --seed 1 --plans plans.json
 """
 
@@ -35,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.drawn_settings import draw
+from benchmark.kernels_ahead import compile_ahead
 from benchmark.machine import machine
 from benchmark.observed import chosen_here, measure, open_engine
 from benchmark.policy_neighbors import run_neighborhood
@@ -111,10 +114,7 @@ def run_here(names: list[str], arguments: argparse.Namespace) -> int:
     """In this process. Returns 1 after an error that the next setting may not survive."""
     import torch
 
-    plans = {
-        name: {key: value for key, value in plan.items() if key not in NOT_SETTINGS}
-        for name, plan in plans_of(arguments).items()
-    }
+    plans = settings_of(arguments)
     table, run = table_of(arguments), run_neighborhood if arguments.neighbors else run_setting
     for name in names:
         started = time.perf_counter()
@@ -178,6 +178,14 @@ def plans_of(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return json.loads(arguments.plans.read_text()) if arguments.plans else {}
 
 
+def settings_of(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What plans leave nothing to choose of, by name."""
+    return {
+        name: {key: value for key, value in plan.items() if key not in NOT_SETTINGS}
+        for name, plan in plans_of(arguments).items()
+    }
+
+
 def shortest_first(names: list[str], plans: dict[str, dict[str, Any]]) -> list[str]:
     """A run that is cut has then measured the most settings. Settings without a plan come last, in their order."""
     return sorted(names, key=lambda name: plans.get(name, {}).get("predicted_seconds", math.inf))
@@ -201,7 +209,7 @@ def write_plans(path: Path, settings: dict[str, Setting], hardware: str, process
     return refused
 
 
-def main() -> int:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m benchmark.policy_runs", description=(__doc__ or "").partition("\n\n")[0]
     )
@@ -237,7 +245,18 @@ def main() -> int:
         help="run what --plan has written; settings that it lacks are chosen for now",
     )
     parser.add_argument("--processes", type=int, default=1, help="that --plan makes plans in (default: 1)")
+    parser.add_argument(
+        "--compile",
+        type=int,
+        metavar="PROCESSES",
+        help="run nothing: compile the kernels of what --plans has, in so many processes",
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> int:
+    parser = argument_parser()
     arguments = parser.parse_args()
     table = table_of(arguments)
     names = arguments.only or list(table)
@@ -246,6 +265,11 @@ def main() -> int:
     if arguments.plan:
         settings = {name: table[name] for name in names}
         return 1 if write_plans(arguments.plan, settings, arguments.hardware, arguments.processes) else 0
+    if arguments.compile:
+        compile_ahead(
+            {name: table[name] for name in names}, settings_of(arguments), arguments.hardware, arguments.compile
+        )
+        return 0
     if arguments.child:
         return run_here(names, arguments)
     arguments.runs.parent.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,8 @@ class Setting:
         if not self.layers:
             return self.model
         name = f"{self.model}-{self.layers}-layers"
-        SHAPES[name] = {**SHAPES[self.model], "num_hidden_layers": self.layers}
+        whole = SHAPES[self.model]
+        SHAPES[name] = {**whole, "n_layer" if "n_layer" in whole else "num_hidden_layers": self.layers}
         return name
 
     @property

@@ -39,7 +39,7 @@ def test_ranks_record_the_same_passes(size, tmp_path):
     wanted = [generated(each) for each in json.loads(json.dumps(made))]
     for each, one, several in zip(made, wanted, results(tmp_path, ranks), strict=True):
         assert several["answers"] == json.loads(json.dumps(one["answers"])), each
-        assert several["recorded"] > 2 and several["replays"] > 10, each
+        assert several["recorded"] >= 2 and several["replays"] > 10, each
 
 
 def test_ranks_record_the_same_pieces(tmp_path):

@@ -128,10 +128,11 @@ def test_launching_sums_is_in_a_plan():
     machine, shape = load_hardware("h200"), public_shape("llama-3-8b")
     slow = shared_by(dataclasses.replace(machine, interconnect_launch_seconds=1e-4), 2, 2)
     fast, everything = shared_by(machine, 2, 2), Split(1.0, 0.0)
-    policy = Policy(everything, everything, everything, 64, 1)
-    models = [PassModel(shape, hardware, policy, PassLoad.decode(64, 200)) for hardware in (fast, slow)]
-    before, after = (model.launched(point_of(policy)) for model in models)
-    assert after - before == pytest.approx((2 * 32 + 1) * 1e-4)
+    for batches, sums in ((1, 0), (2, 2 * (2 * 32 + 1))):
+        policy = Policy(everything, everything, everything, 64 // batches, batches)
+        models = [PassModel(shape, hardware, policy, PassLoad.decode(64, 200)) for hardware in (fast, slow)]
+        before, after = (model.launched(point_of(policy)) for model in models)
+        assert after - before == pytest.approx(sums * 1e-4)
     one = PassModel(shape, dataclasses.replace(slow, tensor_ranks=1), policy, PassLoad(prompt_tokens=64.0))
     same = PassModel(shape, dataclasses.replace(fast, tensor_ranks=1), policy, PassLoad(prompt_tokens=64.0))
     assert np.all(one.launched(point_of(policy)) == same.launched(point_of(policy))), "one GPU adds up nothing"

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from benchmark import pass_errors, policy_neighbors, policy_runs
+from benchmark import kernels_ahead, pass_errors, policy_neighbors, policy_runs
 from benchmark.policy_error import plan_of
 from benchmark.policy_settings import EXPERTS, FEW_LAYERS, NEIGHBORHOODS, SETTINGS, Setting
 from flexbatch.models.shapes import SHAPES
@@ -28,16 +28,18 @@ TINY = Setting(
 )
 
 
+SMALL = {
+    "hidden_size": 64,
+    "word_embed_proj_dim": 64,
+    "ffn_dim": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+}
+
+
 def run(monkeypatch, tmp_path, names, *extra, table=None):
-    sizes = {
-        "hidden_size": 64,
-        "word_embed_proj_dim": 64,
-        "ffn_dim": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "vocab_size": 512,
-    }
-    monkeypatch.setitem(SHAPES, "tiny", SHAPES["opt-125m"] | sizes)
+    monkeypatch.setitem(SHAPES, "tiny", SHAPES["opt-125m"] | SMALL)
     monkeypatch.setattr(policy_runs, "SETTINGS", table or {"tiny": TINY})
     monkeypatch.setattr(policy_runs, "NEIGHBORHOODS", table or {"tiny": TINY})
     monkeypatch.setattr(
@@ -68,6 +70,44 @@ def test_a_run_is_recorded_with_what_prices_it(monkeypatch, tmp_path):
     # Of late passes one in four is timed.
     timed = [each["busy"] for each in passes if each["busy"]]
     assert timed and all(busy["gpu_compute"] > 0 for busy in timed)
+
+
+def test_kernels_are_compiled_ahead_by_two_layers_of_the_planned_block(monkeypatch, tmp_path):
+    monkeypatch.setitem(SHAPES, "tiny", SHAPES["opt-125m"] | SMALL)
+    opened, prompts = [], []
+    open_engine = kernels_ahead.open_engine
+
+    def watched(setting, hardware, fixed):
+        llm = open_engine(setting, hardware, fixed)
+        generate = llm.generate
+        monkeypatch.setattr(llm, "generate", lambda *job: prompts.append(len(job[0])) or generate(*job))
+        opened.append((llm.arch.num_layers, llm.policy.gpu_batch_size, llm.policy.cache.cpu))
+        return llm
+
+    monkeypatch.setattr(kernels_ahead, "open_engine", watched)
+    fixed = {"percent": (100, 0, 0, 100, 100, 0), "gpu_batch_size": 3, "num_gpu_batches": 1}
+    assert isinstance(kernels_ahead.run_few_layers(TINY, "cpu", fixed), dict)
+    assert opened == [(2, 3, 1.0)] and prompts == [3, 1, 1, 1]
+    assert public_shape(dataclasses.replace(TINY, model="starcoder", layers=2).shape).num_layers == 2
+
+
+def test_what_a_job_set_up_is_told_apart_from_its_error():
+    run = {
+        **{"name": "one", "model": "opt-1.3b", "percent": [100, 0, 100, 0, 100, 0], "passes": [{"seconds": 3.0}]},
+        **{"gpu_batch_size": 8, "num_gpu_batches": 1, "prompt_lens": [50] * 8, "output_lens": [8] * 8},
+        **{"seconds": 5.0, "set_up": {"compiled_kernels": {"count": 2, "seconds": 1.0}}},
+    }
+    machine = load_hardware("h100")
+    predicted = plan_of({**run, "tokens_per_second": 1.0}, machine).predicted_tokens_per_second
+    run["tokens_per_second"] = 0.8 * predicted
+    assert pass_errors.job_error(run, machine) == pytest.approx(0.25)
+    assert pass_errors.job_error(run, machine, beside_set_up=True) == pytest.approx(0.0)
+    assert "2.00 s outside of passes (set-up: compiled_kernels 2: 1.00 s); throughput +25.0%, " in (
+        pass_errors.counts(run, machine)
+    )
+    assert pass_errors.summary([run], machine) == (
+        "1 jobs: throughput 25.0% median, 25.0% worst; beside set-up 0.0% median, 0.0% worst"
+    )
 
 
 def test_passes_are_told_apart_as_the_engine_runs_them():
