@@ -19,7 +19,7 @@ shift
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 HW=$O/hardware.json
-ONE_GPU=(tests:200 codes:60 resident:240 reservation:170 loading:100 drawn:440 users:260 experts:300 experts-whole:770 experts-parts:680 rows-16:460 rows-4:520 row-70b:300)
+ONE_GPU=(tests:200 codes:60 resident:480 reservation:170 loading:100 drawn:440 users:260 experts:300 experts-whole:770 experts-parts:680 rows-16:460 rows-4:520 row-70b:300)
 
 # A command's output goes to FOLDER/NAME.log and .err; it is ended by TERM, on which benchmarks write what they have.
 step() { # NAME SECONDS COMMAND...
@@ -43,19 +43,25 @@ codes() {
     step codes "$1" python3 -m benchmark.kernel_tuning --sections shared coded --seconds "$(($1 / 2))" --output "$O/codes.jsonl"
 }
 
-# A model that lies on the GPU; at equal memory with fewer bits; all host; a long context; few sequences.
-resident() {
-    local each=$(($1 / 5))
-    bench qwen3-0.6b "$each" gpu_busy --model qwen3-0.6b --lengths 20 60
-    bench llama-3-8b "$each" gpu_busy --model llama-3-8b
-    for bits in "4 4" "4 16" "16 16"; do
-        bench "llama-3-8b-28-${bits/ /-}" "$each" gpu_busy --model llama-3-8b --gpu-memory 28GiB --weight-bits "${bits% *}" --cache-bits "${bits#* }" --prompts 500 --passes 0
-    done
-    bench llama-3-8b-16-4-16 "$each" gpu_busy --model llama-3-8b --gpu-memory 16GiB --weight-bits 4 --prompts 500 --passes 0
-    for bits in 4 16; do
-        bench "opt-6.7b-$bits" "$each" gpu_busy --model opt-6.7b --prompts 4 --lengths 512 512 --weight-bits "$bits"
-    done
-    bench mixed "$each" mixed_passes --model llama-3-8b --prompts 700 --block 400 --max-tokens 200 --piece-tokens 2048 0
+# A model that lies on the GPU; all host; at equal memory with fewer bits; few sequences; long contexts; prompts that come
+# while others decode.
+resident() { # SECONDS
+    local end=$((SECONDS + $1))
+    job() { # NAME SECONDS MODULE ARGUMENTS...
+        [ "$((SECONDS + $2 / 2))" -ge "$end" ] || bench "$@"
+    }
+    job llama-3-8b 100 gpu_busy --model llama-3-8b
+    job qwen3-0.6b 40 gpu_busy --model qwen3-0.6b --lengths 20 60
+    local bits=(gpu_busy --model llama-3-8b --prompts 500 --passes 0)
+    job llama-3-8b-28-4-4 60 "${bits[@]}" --gpu-memory 28GiB --weight-bits 4 --cache-bits 4
+    job llama-3-8b-28-4-16 60 "${bits[@]}" --gpu-memory 28GiB --weight-bits 4
+    job llama-3-8b-28-16-16 50 "${bits[@]}" --gpu-memory 28GiB
+    job llama-3-8b-16-4-16 60 "${bits[@]}" --gpu-memory 16GiB --weight-bits 4
+    job opt-6.7b-4 30 gpu_busy --model opt-6.7b --prompts 4 --lengths 512 512 --weight-bits 4
+    job opt-6.7b-16 30 gpu_busy --model opt-6.7b --prompts 4 --lengths 512 512
+    job context-4096 45 gpu_busy --model llama-3.1-8b --prompts 61 --lengths 4096 4096 --passes 8
+    job context-16384 45 gpu_busy --model llama-3.1-8b --prompts 17 --lengths 16384 16384 --passes 8
+    job mixed 60 mixed_passes --model llama-3-8b --prompts 700 --block 400 --max-tokens 200 --piece-tokens 2048 0
 }
 
 reservation() {

@@ -22,7 +22,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmark.card_state import CardState
-from benchmark.machine import publish
+from benchmark.machine import publish_each
 from benchmark.part_times import Parts, PartTimes
 from benchmark.pass_times import PassTimes
 from benchmark.set_up import made_between
@@ -123,7 +123,8 @@ def busy(spans: list[tuple[float, float, str]]) -> dict[str, Any]:
     }
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What the timed job tells, and then with what the profiled one does, which takes as long again."""
     chance = random.Random(0)
     sampled = {"temperature": 0.8, "top_p": 0.9, "seed": 1} if args.sampled else {"temperature": 0.0}
     params = SamplingParams(max_tokens=args.new_tokens, ignore_eos=True, **sampled)
@@ -171,6 +172,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         }
         if torch.cuda.is_available():
             report["card"] = card.report()
+        yield report
         if torch.cuda.is_available() and args.passes:
             job, needed = prompts(), host.turns // 3 + args.passes + 2  # nothing is profiled behind them
             reading = Window(*passes.with_prompts(args.passes // 4))
@@ -179,7 +181,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             report["profiled"] = window.report()
             if reading.count:
                 report["profiled_with_prompts"] = reading.report()
-    return report
+            yield report
 
 
 def main() -> int:
@@ -197,7 +199,7 @@ def main() -> int:
     parser.add_argument("--sampled", action="store_true", help="temperature 0.8 and top-p 0.9, not greedy")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    return publish(lambda: measure(args), args.output)
+    return publish_each(lambda: measure(args), args.output)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,19 @@ def machine() -> dict[str, str]:
 
 def publish(measure: Callable[[], dict[str, Any]], output: Path | None) -> int:
     """Measure, print the machine and what was measured as JSON, and write it to ``output`` as well. Returns 0."""
+    return publish_each(lambda: iter([measure()]), output)
+
+
+def publish_each(measure: Callable[[], Iterator[dict[str, Any]]], output: Path | None) -> int:
+    """The same for reports that tell more and more: each is written once it is there, so that a run which is ended keeps
+    what it has, and the last is printed."""
     with data_apart() as stdout:
-        text = json.dumps({"machine": machine(), **measure()}, indent=1, default=str)
+        about, text = machine(), ""
+        for report in measure():
+            text = json.dumps({"machine": about, **report}, indent=1, default=str)
+            if output is not None:
+                output.write_text(text + "\n", encoding="utf-8")
         print(text, file=stdout)
-    if output is not None:
-        output.write_text(text + "\n", encoding="utf-8")
     return 0
 
 
