@@ -34,8 +34,8 @@ def publish(measure: Callable[[], dict[str, Any]], output: Path | None) -> int:
 
 
 def publish_each(measure: Callable[[], Iterator[dict[str, Any]]], output: Path | None) -> int:
-    """The same for reports that tell more and more: each is written once it is there, so that a run which is ended keeps
-    what it has, and the last is printed."""
+    """The same for reports that tell more and more: each is written once it is there, so that a run which is ended
+    keeps what it has, and the last is printed."""
     with data_apart() as stdout:
         about, text = machine(), ""
         for report in measure():
