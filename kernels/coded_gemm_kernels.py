@@ -34,7 +34,7 @@ def arrange_chunks_kernel(
 def coded_gemm_kernel(
     arranged, words, parameters, bias, out, num_tokens, num_rows, columns, lift, BIASED: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
-    SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, WAITED: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of tokens, blocks of rows, SPLITS of the columns): out [tokens, rows], or what each split adds to
     it, [splits, tokens, rows] in float32. words [rows, words of a row], parameters [rows, groups, 2]; a step takes a
@@ -48,8 +48,8 @@ def coded_gemm_kernel(
     chunks = columns // CHUNK
     lo = tl.program_id(2) * chunks // SPLITS
     hi = (tl.program_id(2) + 1) * chunks // SPLITS
-    # Else zeros take the place of sums after a loop that may not run, and each product waits for the one before: at 256
-    # tokens 385 of an H100's TFLOP/s.
+    # Else zeros take the place of sums after a loop that may not run, and each of a step's products waits for the one
+    # before.
     tl.assume(lo < hi)
     code_at = words + safe * (chunks * WORDS) + tl.arange(0, WORDS)[None, :]
     # Scale and minimum as two elements: as a word their tile would be loaded by few threads, sixteen values each.
@@ -62,6 +62,10 @@ def coded_gemm_kernel(
         part = tl.load(x_at + chunk * CHUNK)
         matrix = weights_of_codes(code, scale, minimum, lift, dtype, BITS)
         acc = tl.dot(matrix, tl.trans(part), acc, input_precision="ieee")
+        if WAITED:
+            # A use in the loop that costs nothing, so that the products have ended when the next step expands its
+            # codes: Triton 3.6 lets them run on, and at 8 bits overwrites the registers that they read.
+            acc = tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
     if BIASED:
         acc += tl.load(bias + safe).to(tl.float32)
     inside = (row < num_rows)[:, None] & (token < num_tokens)[None, :]

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,3 +30,14 @@ def test_no_kernel_returns_out_of_a_branch(path):
         if isinstance(inner, ast.Return)
     ]
     assert not early
+
+
+def test_no_product_with_codes_runs_on_while_the_next_ones_are_expanded():
+    """The registers that tensor cores read are written again in the next step, and the compiler does not wait: at 8
+    bits it wrote into those of products that ran."""
+    command = [sys.executable, "-m", "tests.kernels.hopper_forms"]
+    compiled = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, stdout=subprocess.PIPE, check=True)
+    for form in json.loads(compiled.stdout):
+        loop = form[form.index("scf.for") : form.rindex("scf.yield")]
+        assert "warp_group_dot" in loop, "products are those of tensor cores, with codes in registers"
+        assert set(re.findall(r"pendings = (\d+)", loop)) == {"0"}
