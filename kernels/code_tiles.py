@@ -110,6 +110,16 @@ def elements_of_columns(SIZE: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def ended(acc, COMPILED: tl.constexpr):
+    """``acc`` once the products of a step that add up in it have ended: a use in the loop that costs nothing. Triton
+    3.6 lets products run on into the next step, which expands its codes into the registers that they read (H100, 8
+    bits, tiles of 128 tokens: wrong numbers). The interpreter has no inline assembly."""
+    if COMPILED:
+        acc = tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    return acc
+
+
+@triton.jit
 def scale_and_minimum(pair, dtype: tl.constexpr):
     """Of pairs of two 16-bit floats."""
     if dtype == tl.bfloat16:

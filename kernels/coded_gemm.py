@@ -71,8 +71,8 @@ def coded_gemm(
     kernels.coded_gemm_kernel[blocks[0], blocks[1], splits](
         arranged, matrix.codes.view(torch.int32), matrix.parameters, given, target, tokens, rows, columns, LIFT,
         BIASED=biased and splits == 1, BITS=matrix.bits, GROUP=matrix.group, CHUNK=chunk,
-        BLOCK_R=launch.rows, BLOCK_T=launch.tokens, SPLITS=splits, STAGES=launch.stages, WAITED=x.is_cuda,
-        num_warps=launch.warps,  # the interpreter has no inline assembly
+        BLOCK_R=launch.rows, BLOCK_T=launch.tokens, SPLITS=splits, STAGES=launch.stages, COMPILED=x.is_cuda,
+        num_warps=launch.warps,
     )  # fmt: skip
     if splits > 1:
         kernels.add_splits_kernel[(triton.cdiv(out.numel(), ADDED),)](

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flexbatch.kernels.code_tiles import in_order_of_rows, weights_of_codes
+from flexbatch.kernels.code_tiles import ended, in_order_of_rows, weights_of_codes
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def arrange_chunks_kernel(
 def coded_gemm_kernel(
     arranged, words, parameters, bias, out, num_tokens, num_rows, columns, lift, BIASED: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
-    SPLITS: tl.constexpr, STAGES: tl.constexpr, WAITED: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of tokens, blocks of rows, SPLITS of the columns): out [tokens, rows], or what each split adds to
     it, [splits, tokens, rows] in float32. words [rows, words of a row], parameters [rows, groups, 2]; a step takes a
@@ -61,11 +61,7 @@ def coded_gemm_kernel(
         scale, minimum = tl.split(tl.load(pair_at + chunk * CHUNK // GROUP * 2))
         part = tl.load(x_at + chunk * CHUNK)
         matrix = weights_of_codes(code, scale, minimum, lift, dtype, BITS)
-        acc = tl.dot(matrix, tl.trans(part), acc, input_precision="ieee")
-        if WAITED:
-            # A use in the loop that costs nothing, so that the products have ended when the next step expands its
-            # codes: Triton 3.6 lets them run on, and at 8 bits overwrites the registers that they read.
-            acc = tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+        acc = ended(tl.dot(matrix, tl.trans(part), acc, input_precision="ieee"), COMPILED)
     if BIASED:
         acc += tl.load(bias + safe).to(tl.float32)
     inside = (row < num_rows)[:, None] & (token < num_tokens)[None, :]

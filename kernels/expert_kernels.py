@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flexbatch.kernels.code_tiles import ended
 from flexbatch.kernels.norm_rope import activated, clamped
 
 
@@ -73,7 +74,7 @@ def _code(value):
 @triton.jit
 def _product(
     x, x_row, codes, parameters, weight_row, columns, acc, BITS: tl.constexpr, FLOATS: tl.constexpr,
-    GROUP: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr, WHOLE: tl.constexpr,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr, WHOLE: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     """acc [weight rows, tokens] plus the product of coded rows with rows of x. x_row: offsets of the tokens' rows.
     GROUPS: of a step, with so many BYTES each, or one of them and a part of its bytes; WHOLE: steps fill a row."""
@@ -82,6 +83,9 @@ def _product(
     GROUP_BYTES: tl.constexpr = GROUP // PIECES
     dtype: tl.constexpr = x.dtype.element_ty
     row_bytes = columns // PIECES
+    # Else zeros take the place of sums after a loop that may not run, and each of a step's products waits for the one
+    # before.
+    tl.assume(row_bytes > 0)
     row_groups = (columns + GROUP - 1) // GROUP
     group = tl.arange(0, GROUPS)
     byte = tl.arange(0, STEP)
@@ -119,12 +123,9 @@ def _product(
             even = _code(code if BITS == 8 else code & 15) * factor + shift
             odd = even if BITS == 8 else _code(code >> 4) * factor + shift
         acc = tl.dot(even.to(dtype).reshape(even.shape[0], STEP), tl.trans(first), acc, input_precision="ieee")
-        if BITS == 8:
-            # A use in the loop, so that the product has ended when the next step expands its codes: Triton 3.6 lets
-            # it run on and overwrites the registers that it reads (H100, tiles of 128 tokens: wrong numbers).
-            acc += 0.0
-        else:
+        if BITS != 8:
             acc = tl.dot(odd.to(dtype).reshape(odd.shape[0], STEP), tl.trans(second), acc, input_precision="ieee")
+        acc = ended(acc, COMPILED)
         scale, low = next_scale, next_low
     return acc
 
@@ -150,7 +151,7 @@ def _plain_product(x, x_row, matrix, weight_row, columns, acc, STEP: tl.constexp
 def _of_expert(
     x, x_row, table, num_experts, expert, weight_row, columns, BITS: tl.constexpr, FLOATS: tl.constexpr,
     GROUP: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr, WHOLE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     """Rows ``weight_row`` of an expert's matrix, found through the table, times rows of x: [rows, tokens] float32."""
     acc = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), dtype=tl.float32)
@@ -162,7 +163,8 @@ def _of_expert(
         codes = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
         parameters = tl.load(table + num_experts + expert).to(tl.pointer_type(tl.uint8) if FLOATS else x.dtype)
         acc = _product(
-            x, x_row, codes, parameters, weight_row, columns, acc, BITS, FLOATS, GROUP, GROUPS, BYTES, WHOLE
+            x, x_row, codes, parameters, weight_row, columns, acc, BITS, FLOATS, GROUP, GROUPS, BYTES, WHOLE,
+            COMPILED,
         )  # fmt: skip
     return acc
 
@@ -172,7 +174,7 @@ def gate_up_kernel(
     x, inner, table, biases, order, tiles, num_tiles, num_experts, width, columns, gain, limit,
     REPEATED: tl.constexpr, BITS: tl.constexpr, FLOATS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     BYTES: tl.constexpr, WHOLE: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr, HALVES: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TOGETHER: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TOGETHER: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of tokens x blocks of gates and their ups): inner [rows sorted by expert, width]. Row r of the sorted
     is token order[r] // REPEATED. HALVES: even columns are written before the odd ones."""
@@ -189,7 +191,7 @@ def gate_up_kernel(
         row = tl.minimum(block * HALF + row - side * HALF, width - 1) + side * width
         acc = _of_expert(
             x, token * columns, table, num_experts, expert, row, columns, BITS, FLOATS, GROUP, GROUPS, BYTES,
-            WHOLE, BLOCK_ROWS, BLOCK_TOKENS,
+            WHOLE, BLOCK_ROWS, BLOCK_TOKENS, COMPILED,
         )  # fmt: skip
         if BIASED:
             acc += tl.load(biases + expert * (2 * width) + row).to(tl.float32)[:, None]
@@ -207,6 +209,7 @@ def down_kernel(
     inner, out, table, biases, order, tiles, num_tiles, num_experts, size, columns, BITS: tl.constexpr,
     FLOATS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BYTES: tl.constexpr, WHOLE: tl.constexpr,
     BIASED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TOGETHER: tl.constexpr,
+    COMPILED: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of tokens x blocks of outputs): row order[r] of out [rows, size] from row r of inner."""
     tile, block = _cell(tl.program_id(0), num_tiles, tl.cdiv(size, BLOCK_ROWS), TOGETHER)
@@ -219,7 +222,7 @@ def down_kernel(
         inner_row = tl.minimum(position, end - 1).to(tl.int64) * columns
         acc = _of_expert(
             inner, inner_row, table, num_experts, expert, row, columns, BITS, FLOATS, GROUP, GROUPS, BYTES,
-            WHOLE, BLOCK_ROWS, BLOCK_TOKENS,
+            WHOLE, BLOCK_ROWS, BLOCK_TOKENS, COMPILED,
         )  # fmt: skip
         if BIASED:
             acc += tl.load(biases + expert * size + row).to(tl.float32)[:, None]

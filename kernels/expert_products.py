@@ -161,7 +161,7 @@ def gate_up_rows(
         halves(x) if stacks.in_halves else x, inner, stacks.addresses, biases, order, tiles, len(tiles),
         stacks.num_experts, both // 2, columns, gate.gain, gate.limit, REPEATED=len(order) // len(x),
         ACTIVATION="clamped" if gate.limit else gate.activation, HALVES=in_halves,
-        **_options(stacks, biases, launch, x.element_size()),
+        **_options(stacks, biases, launch, x),
     )  # fmt: skip
     return inner
 
@@ -175,18 +175,16 @@ def down_rows(
     programs = len(tiles) * triton.cdiv(size, launch.rows)
     expert_kernels.down_kernel[(programs,)](
         inner, out, stacks.addresses, biases, order, tiles, len(tiles), stacks.num_experts, size, columns,
-        **_options(stacks, biases, launch, inner.element_size()),
+        **_options(stacks, biases, launch, inner),
     )  # fmt: skip
     return out
 
 
-def _options(
-    stacks: ExpertStacks, biases: Tensor | None, launch: ExpertLaunch, element_bytes: int
-) -> dict[str, object]:
+def _options(stacks: ExpertStacks, biases: Tensor | None, launch: ExpertLaunch, x: Tensor) -> dict[str, object]:
     """What both kernels are compiled for. Weights are expanded as everywhere, without fused additions."""
     form, columns = stacks.form, stacks.shape[1]
     if form.bits == 16:
-        group = step = launch.step // element_bytes
+        group = step = launch.step // x.element_size()
         in_step = 1
     else:
         group, step = form.group, launch.step * 8 // form.bits
@@ -196,6 +194,7 @@ def _options(
     return {
         "BITS": form.bits, "FLOATS": form.floats, "GROUP": group, "GROUPS": max(1, step // group), "BYTES": in_step,
         "WHOLE": columns % step == 0, "BIASED": biases is not None, "BLOCK_ROWS": launch.rows,
-        "BLOCK_TOKENS": launch.tokens, "TOGETHER": TOGETHER, "num_warps": launch.warps, "num_stages": launch.stages,
+        "BLOCK_TOKENS": launch.tokens, "TOGETHER": TOGETHER, "COMPILED": x.is_cuda,
+        "num_warps": launch.warps, "num_stages": launch.stages,
         "enable_fp_fusion": False,
     }  # fmt: skip

@@ -20,7 +20,7 @@ def coded_gemm_form(bits: int, tokens: int) -> str:
     """`coded_gemm_kernel` before machine code."""
     launch, names = choose_launch(tokens), coded_gemm_kernel.arg_names
     constants = {"BIASED": False, "BITS": bits, "GROUP": 64, "CHUNK": 64, "BLOCK_R": launch.rows, "SPLITS": 1}
-    constants |= {"BLOCK_T": launch.tokens, "STAGES": launch.stages, "WAITED": True}
+    constants |= {"BLOCK_T": launch.tokens, "STAGES": launch.stages, "COMPILED": True}
     pointers = {"arranged": "*bf16", "words": "*i32", "parameters": "*bf16", "bias": "*bf16", "out": "*bf16"}
     aligned = [*pointers, "num_rows", "columns", "lift"]
     source = ASTSource(
