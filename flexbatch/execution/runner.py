@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from flexbatch.execution.block_sizes import BlockSizes
 from flexbatch.execution.executor import Executor
 from flexbatch.execution.pass_batch import Lead
@@ -48,6 +50,10 @@ class Runner:
     routed: RoutedRows | None
     give_back: Callable[[], None]
     """Frees whatever it has in the tiers."""
+
+    def __post_init__(self) -> None:
+        token_bytes = self.executor.arch.workspace_elements * self.executor.dtype.itemsize
+        keep_workspace(self.executor.device, self.sizes.max_micro_batch_tokens * token_bytes)
 
     def holds(self, policy: Policy, sizes: BlockSizes) -> bool:
         """Whether a block of these sizes can run here."""
@@ -140,6 +146,15 @@ def open_runner(
             routed,
         )
     return Runner(policy, sizes, cache, activations, host_buffers, rotary, executor, routed, give_back)
+
+
+def keep_workspace(device: torch.device, num_bytes: int) -> None:
+    """Have torch's allocator keep one block of the size of the largest pass's workspace, from which passes cut theirs.
+    Otherwise each pass that has a few tokens more than all before it gets larger blocks from the driver, while those
+    that have become too small stay; when the GPU is full, all are given back, which waits for the device."""
+    if device.type == "cuda":
+        with contextlib.suppress(torch.OutOfMemoryError):
+            torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
 def routed_rows(weights: WeightStore, sizes: BlockSizes, tiers: Tiers, queues: TransferQueues) -> RoutedRows | None:

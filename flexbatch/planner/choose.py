@@ -73,7 +73,7 @@ def choose_policy(problem: Problem, hardware: Callable[[], Hardware], requiremen
         # Refused by the caller with the exact table when it does not fit.
         return Choice(baseline, priced(problem, machine, baseline))
     with_graphs = counting_graphs(problem, machine, requirements)
-    for policy in resident(problem, baseline):
+    for policy in resident(problem, baseline, machine.device):
         if not overshoot(with_graphs(policy), problem.budgets):
             return Choice(policy, priced(problem, machine, policy))
     logger.info("planning where everything goes, for %s sequences", f"{problem.job.num_requests:,}")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flexbatch import LLM, SamplingParams
+from flexbatch.execution.runner import keep_workspace
 from tests.engine.test_parity import ACTIVATIONS, CACHE, GRID, NEW_TOKENS, WEIGHTS
 from tests.tiny_models import make_model
 
@@ -141,3 +142,17 @@ def test_rotary_tables_are_there_once(tmp_path):
         llm.generate([[5, 6, 7]], SamplingParams(max_tokens=4, temperature=0))
         # The table of all positions takes 256 MB; pages that are left over for growing sequences take up to 64 MB.
         assert torch.cuda.memory_allocated() - before < 128 << 20
+
+
+def test_the_workspace_of_passes_is_kept_in_one_block():
+    """Tensors of any sizes within it take nothing more of the device."""
+    torch.cuda.empty_cache()
+    allocated = torch.cuda.memory_allocated()
+    keep_workspace(torch.device("cuda"), 256 << 20)
+    kept = torch.cuda.memory_reserved()
+    assert torch.cuda.memory_allocated() == allocated and kept >= 256 << 20
+    for size in (10, 11, 13, 17, 19):
+        held = [torch.empty(size << 20, dtype=torch.uint8, device="cuda") for _ in range(10)]
+        assert torch.cuda.memory_reserved() == kept
+        del held
+    keep_workspace(torch.device("cuda"), 1 << 50)  # more than there is

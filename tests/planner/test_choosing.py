@@ -139,7 +139,7 @@ def test_small_jobs_are_not_searched_for():
 
 def test_a_block_without_a_budget_is_planned_with_the_prompts_that_its_passes_have():
     """1,009 prompts of 200 tokens are not read in one pass, whose workspace would take 30 GiB and leave no graphs."""
-    found = plan("llama-3.1-8b", Job((200,) * 1009, (100,) * 1009), hardware="h100", gpu_memory="77GiB")["plan"]
+    found = plan("llama-3.1-8b", Job((200,) * 1009, (100,) * 1009), hardware="h100", gpu_memory="44GiB")["plan"]
     assert not found.missing and found.policy.prefill_budget == 0 and found.policy.gpu_batch_size == 1009
     assert found.memory["gpu"]["workspace"] < 2 * 2**30 and found.memory["gpu"]["decode graphs"]
 
@@ -218,3 +218,24 @@ def test_what_is_chosen_fits_on_public_shapes(model, hardware, gpu, cpu, batch):
         return
     for tier, budget in report["budgets"].items():
         assert sum(need["num_bytes"] for need in report["memory"] if need["tier"] == tier) <= budget
+
+
+@pytest.mark.parametrize(
+    ("count", "given", "budget"),
+    [
+        (1000, {"gpu_memory": "74GiB"}, 32768),
+        (1000, {"gpu_memory": "61GiB"}, 16384),
+        (1000, {"gpu_memory": "58.5GiB"}, 0),
+        (1000, {"gpu_memory": "57.5GiB"}, 4096),
+        (256, {"gpu_memory": "74GiB"}, 0),
+        (1000, {"gpu_memory": "74GiB", "prefill_budget": 2048}, 2048),
+        (1000, {"gpu_memory": "140GiB", "hardware": "cpu"}, 0),
+    ],
+    ids=str,
+)
+def test_large_jobs_on_a_gpu_read_their_prompts_in_few_passes(count, given, budget):
+    """As many prompt tokens a pass as the block leaves memory for; of few requests, and on a CPU, the usual number."""
+    given = {"hardware": "h100", "cpu_memory": "40GiB", **given}
+    job = Job(tuple(147 + i % 380 for i in range(count)), tuple(20 + i % 380 for i in range(count)))
+    found = plan("llama-3-8b", job, **given)["plan"].policy
+    assert (found.gpu_batch_size, found.prefill_budget, found.cache.gpu) == (count, budget, 1)
