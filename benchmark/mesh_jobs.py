@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.part_times import TURN, PartTimes
+from benchmark.pass_times import PassTimes
 
 SIZES = {"dp": "data_parallel_size", "pp": "pipeline_parallel_size", "tp": "tensor_parallel_size"}
 RESERVE_GIB = 1.0
@@ -139,7 +140,7 @@ def measured(
             llm.generate(prompts_before, params)
         prepared = time.perf_counter()
         logger.debug("warm; the job begins")
-        with PartTimes(host_parts()) as parts:
+        with PartTimes(host_parts()) as parts, PassTimes() as times:
             answers = llm.generate(prompts, params)
         ended = time.perf_counter()
         logger.debug("the job took %.2f s", ended - prepared)
@@ -168,6 +169,7 @@ def measured(
             "answers": " ".join(f"{zlib.crc32(str(answer.token_ids).encode()):x}" for answer in answers),
             "host_pages_gib": host_pages(),
             "host_ms_a_pass": parts.per_turn(),
+            "passes_by_kind": times.report(),
             "hardware": {name: whole[name] for name in RATES},
             **{name: report[name] for name in names if name in report},
         }
