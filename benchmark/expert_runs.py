@@ -67,10 +67,10 @@ class Run:
 
 RUNS = {
     "qwen3-30b-a3b": Run(1303),
-    "mixtral-8x7b": Run(547),
+    "mixtral-8x7b": Run(509),
     "gpt-oss-120b": Run(2477, weight_bits=4),
     "glm-4.5-air": Run(653, weight_bits=4),
-    "qwen3-235b-a22b": Run(373, weight_bits=4, cache_bits=4),
+    "qwen3-235b-a22b": Run(293, weight_bits=4, cache_bits=4),
     "deepseek-v2-lite": Run(499, memory=None),
     "gpt-oss-20b": Run(499, weight_bits=4, memory=None),
     "olmoe-1b-7b": Run(499, memory=None),

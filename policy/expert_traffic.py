@@ -52,7 +52,8 @@ def leaves_experts(shape: ModelShape, policy: Policy, tokens: np.ndarray) -> np.
     experts = shape.experts
     if experts is None or not policy.cpu_experts:
         return np.zeros(np.shape(tokens), dtype=bool)
-    return np.asarray(tokens / policy.num_gpu_batches <= cpu_expert_tokens(experts.count, experts.top_k))
+    most = cpu_expert_tokens(experts.count, experts.top_k, policy.gpu_batch_size)
+    return np.asarray(tokens / policy.num_gpu_batches <= most)
 
 
 def fetches_hits(shape: ModelShape, tokens: np.ndarray) -> np.ndarray:

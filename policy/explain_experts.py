@@ -24,7 +24,7 @@ def experts_of(plan: Plan, experts: ExpertShape) -> dict[str, Any]:
         "tokens_of_micro_batch": tokens,
         "reached": float(experts.hit(tokens)),
         "on_cpu": policy.weights.cpu * policy.cpu_experts * experts.count,
-        "on_cpu_up_to_tokens": cpu_expert_tokens(experts.count, experts.top_k),
+        "on_cpu_up_to_tokens": cpu_expert_tokens(experts.count, experts.top_k, policy.gpu_batch_size),
         "hit_alone_up_to_tokens": hit_expert_tokens(experts.count, experts.top_k),
     }
 

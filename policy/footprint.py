@@ -83,7 +83,7 @@ def memory_rows(
     tokens = batch + prompt_tokens_per_pass(workload, policy)
     hidden, two_hidden = batches * tokens * shape.hidden_bytes, 2.0 * tokens * shape.hidden_bytes
     between, away = (hidden + two_hidden) * (shape.stages > 1), dict.fromkeys(STAGED, two_hidden)
-    exchange = attention_exchange_bytes(shape, policy) + expert_exchange_bytes(shape, policy, tokens)
+    exchange = attention_exchange_bytes(shape, policy) + expert_exchange_bytes(shape, policy)
     tails = 2 * shape.stages * batch * batches * PAGE_TOKENS * row * shape.num_layers
     gpu = {
         "weights": affine(weights_gpu=weights),
@@ -155,13 +155,13 @@ def attention_exchange_bytes(shape: ModelShape, policy: Policy) -> float:
     return 8.0 * tokens * (shape.num_heads + shape.num_kv_heads) * shape.head_dim * shape.element_bytes
 
 
-def expert_exchange_bytes(shape: ModelShape, policy: Policy, tokens: float) -> float:
+def expert_exchange_bytes(shape: ModelShape, policy: Policy) -> float:
     """Routed rows on their way to the CPU's experts and back, and what these make of them on the way."""
     experts = shape.experts
     if experts is None or not policy.cpu_experts:
         return 0.0
     hidden, top_k = shape.hidden_size, experts.top_k
-    most = min(tokens, cpu_expert_tokens(experts.count, top_k))
+    most = cpu_expert_tokens(experts.count, top_k, policy.gpu_batch_size)
     buffers = NUM_EXPERT_BUFFERS * expert_buffer_bytes(most, hidden, top_k, shape.element_bytes)
     return buffers + most * expert_scratch_bytes(hidden, top_k, experts.width)
 

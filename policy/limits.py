@@ -102,15 +102,16 @@ EXPERT_TILES = (16, 32, 64, 128)
 fit."""
 
 
-CPU_EXPERT_ROWS = 128
+CPU_EXPERT_ROWS = 256
 """Rows that an expert is given in a pass of which the CPU computes experts, in the mean of all experts, at most. With
 more the products take the time, not the weights' bytes, and the link brings the weights sooner; without AMX that is so
-from a fourth of them on, which plans know by what was measured."""
+from an eighth of them on, which plans know by what was measured."""
 
 
-def cpu_expert_tokens(count: int, top_k: int) -> int:
-    """Tokens of a micro-batch of which the CPU computes experts, at most."""
-    return CPU_EXPERT_ROWS * count // top_k
+def cpu_expert_tokens(count: int, top_k: int, decoding: int) -> int:
+    """Tokens of a micro-batch of which the CPU computes experts, at most: twice as many as of a full one without
+    prompts, ``decoding``. Buffers for all that prompts bring would take the memory of sequences."""
+    return min(2 * decoding, CPU_EXPERT_ROWS * count // top_k)
 
 
 HIT_SHARE = 0.7

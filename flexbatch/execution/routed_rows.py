@@ -13,13 +13,15 @@ from flexbatch.memory.cpu_experts import LeftOut
 from flexbatch.memory.files import align
 from flexbatch.memory.tiers import Pool
 from flexbatch.memory.transfer import READY, ROW_BYTES, Handle, TransferQueues
+from flexbatch.models.expert_arch import Experts
 from flexbatch.models.experts import RowsElsewhere
 from flexbatch.policy.limits import EXPERT_INDEX, NUM_EXPERT_BUFFERS, cpu_expert_tokens, expert_buffer_bytes
+from flexbatch.policy.policy import Policy
 
 
-def buffer_tokens(count: int, top_k: int, micro_batch_tokens: int) -> int:
-    """Tokens that a buffer holds, for ``count`` experts."""
-    return min(micro_batch_tokens, cpu_expert_tokens(count, top_k))
+def buffer_tokens(experts: Experts, policy: Policy, max_query_nodes: int) -> int:
+    """Tokens that a buffer holds: of sequences that decode, with trees of so many nodes."""
+    return cpu_expert_tokens(experts.count, experts.top_k, policy.gpu_batch_size * (1 + max_query_nodes))
 
 
 @dataclass

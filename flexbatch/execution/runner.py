@@ -124,7 +124,7 @@ def open_runner(
         heads = arch.num_heads, arch.num_kv_heads, arch.head_dim
         host_buffers = HostBuffers(sizes.max_cpu_attention_tokens, *heads, dtype, tiers.cpu, queues)
         weights.leave_to_cpu(policy.cpu_experts)
-        routed = routed_rows(weights, sizes, tiers, queues)
+        routed = routed_rows(weights, policy, sizes, tiers, queues)
         rotary = Rotary(arch, sizes.longest, dtype, tiers.gpu)
         executor = Executor(
             arch,
@@ -157,10 +157,12 @@ def keep_workspace(device: torch.device, num_bytes: int) -> None:
             torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
-def routed_rows(weights: WeightStore, sizes: BlockSizes, tiers: Tiers, queues: TransferQueues) -> RoutedRows | None:
+def routed_rows(
+    weights: WeightStore, policy: Policy, sizes: BlockSizes, tiers: Tiers, queues: TransferQueues
+) -> RoutedRows | None:
     """The way to the CPU's experts; None where it has none."""
     arch, experts = weights.plan.arch, weights.plan.arch.experts
     if experts is None or weights.cpu_experts is None:
         return None
-    tokens = buffer_tokens(experts.count, experts.top_k, sizes.max_micro_batch_tokens)
+    tokens = buffer_tokens(experts, policy, sizes.max_query_nodes)
     return RoutedRows(tokens, arch.hidden_size, experts.top_k, weights.dtype, tiers.cpu, queues)

@@ -121,7 +121,7 @@ def expert_requirements(
     if experts is None or not policy.cpu_experts:
         return []
     hidden, top_k = arch.hidden_size, experts.top_k
-    tokens = buffer_tokens(experts.count, top_k, sizes.max_micro_batch_tokens)
+    tokens = buffer_tokens(experts, policy, sizes.max_query_nodes)
     buffers = NUM_EXPERT_BUFFERS if cuda else 0
     rows = buffers * expert_buffer_bytes(tokens, hidden, top_k, dtype.itemsize)
     biases = sum(

@@ -125,7 +125,7 @@ def test_passes_of_many_tokens_stream_all(reference, tmp_path, monkeypatch):
         assert tokens(llm, model.prompts) == model.token_ids
         assert tokens(llm, model.prompts) == model.token_ids
         assert checked(llm) > 0
-        assert llm.runner.routed.max_tokens == 4 * 6 // 3
+        assert llm.runner.routed.max_tokens == 2 * llm.policy.gpu_batch_size < 4 * 6 // 3
     assert any(name.startswith("experts ") for name in brought)
 
 
