@@ -25,7 +25,7 @@ ONE_GPU=(tests:200 codes:90 resident:480 reservation:170 loading:100 drawn:440 u
 step() { # NAME SECONDS COMMAND...
     local name=$1 seconds=$2 started=$SECONDS
     shift 2
-    timeout -k 8 "$seconds" "$@" >"$O/$name.log" 2>"$O/$name.err"
+    timeout -k 20 "$seconds" "$@" >"$O/$name.log" 2>"$O/$name.err"
     echo "$name: exit code $?, $((SECONDS - started)) s; $(tail -qn 1 "$O/$name.log" "$O/$name.err" | tr '\n' ' ' | cut -c1-300)"
 }
 
@@ -85,6 +85,7 @@ drawn() {
 experts() {
     local end=$((SECONDS + $1)) runs=(python3 -m benchmark.policy_runs "$O/experts.jsonl" --hardware "$HW" --few-layers)
     step experts-plans 50 "${runs[@]}" --plan "$O/experts-plans.json" --processes 6
+    step experts-kernels 90 "${runs[@]}" --plans "$O/experts-plans.json" --compile 5
     step experts "$((end - SECONDS - 40))" "${runs[@]}" --plans "$O/experts-plans.json" --seconds "$((end - SECONDS - 52))" --limit 75
     step experts-errors 10 python3 -m benchmark.pass_errors "$O/experts.jsonl" --hardware "$HW"
     step hit-experts 25 python3 -m benchmark.hit_experts --hardware "$HW" --sequences 9 40 --output "$O/hit-experts.json"

@@ -12,8 +12,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,20 @@ class Timeline:
         path.write_text(json.dumps({"traceEvents": chrome_events(spans), "displayTimeUnit": "ms"}), encoding="utf-8")
 
 
-def within(spans: list[Span], start: float, end: float) -> float:
-    """Seconds between start and end in which one of the spans, sorted by start, ran."""
-    cut = [Span("", "", max(span.start, start), min(span.end, end)) for span in spans if span.end > start]
-    return covered(span for span in cut if span.end > span.start)
+class Busy:
+    """When one of some spans ran. Thousands of gaps are asked for: of 9,500 spans, each looked through for every gap,
+    that took 20 s, longer than who had ended the run would wait for its row."""
+
+    def __init__(self, spans: Iterable[Span]) -> None:
+        self.spans = sorted(spans, key=lambda span: span.start)
+        self.starts = [span.start for span in self.spans]
+        self.longest = max((span.end - span.start for span in self.spans), default=0.0)
+
+    def within(self, start: float, end: float) -> float:
+        """Seconds between start and end in which one of the spans ran."""
+        first, last = bisect_left(self.starts, start - self.longest), bisect_left(self.starts, end)
+        near = self.spans[first:last]
+        return covered(Span("", "", max(span.start, start), min(span.end, end)) for span in near if span.end > start)
 
 
 def passes_of(spans: Iterable[Span]) -> list[tuple[float, float]]:
@@ -75,7 +85,7 @@ def idle_of(spans: list[Span]) -> dict[str, Any]:
     link, attended, computed = (
         [span for span in spans if span.resource == resource] for resource in ("h2d", "cpu_attention", "compute")
     )
-    attending, computing = partial(within, attended), partial(within, computed)
+    attending, computing = Busy(attended).within, Busy(computed).within
     passes = passes_of(spans)[1:]
     if not passes or not link:
         return {}
