@@ -49,6 +49,7 @@ def opened(args: argparse.Namespace) -> ObservedLLM:
         percent=(0, 100, 100, 0, 100, 0),
         gpu_batch_size=max(args.sequences),
         num_gpu_batches=1,
+        cpu_experts=0.0,  # they round otherwise, and other ones are there from time to time
         gpu_memory=args.gpu_memory,
         cpu_memory=args.cpu_memory,
     )
