@@ -25,10 +25,14 @@ from flexbatch.policy.policy import Policy
 
 LEAST_GAIN = 0.1
 """Of throughput, that another block must promise before sequences in flight are read anew for it."""
-GROWTH = 4
-"""Times as many sequences that a block has buffers for which is made while lengths are learned: the first answers of a
-job are its short ones, and how long the others are is estimated with care. A block of 800 answers of Llama-3-8B on an
-H100 had 34, 63, 75, 103 and 176 sequences; made anew each time, it read 30,000 tokens twice."""
+LEAST_GAIN_IN_PLACE = 0.02
+"""The same where the block goes on as it is, with more sequences."""
+GROWTHS = (4, 2)
+"""Times as many sequences that a block has buffers for which is made while lengths are learned, where these cost no
+more than `GROWTH_COST` of its throughput: the first answers of a job are its short ones, and how long the others are is
+estimated with care. A block of 800 answers of Llama-3-8B on an H100 had 34, 63, 75, 103 and 176 sequences; made anew
+each time, it read 30,000 tokens twice."""
+GROWTH_COST = 0.05
 SEARCH_SHARE = 0.05
 """Of the time that is left, that a search may take where a block of another size is there without one. Two searches in
 the middle of a job of 110 s on an H200 took 30 s of it, all that twice as many sequences in flight had gained."""
@@ -57,21 +61,34 @@ def resized(rest: Problem, before: EnginePlan, job: Job, held: CacheSizes | None
         with_graphs = counting_graphs(rest, machine, lambda policy: plan.without_graphs(plan.sizes(job)))
         return bool(overshoot(with_graphs(plan.made_for), rest.budgets))
 
-    found: EnginePlan | None = None
-    for scaled in (False, True):
-        if (anew := largest(most, partial(made_anew, before, most, scaled), exceeds)) is not None:
-            found = faster(dataclasses.replace(anew, plan=estimated(rest, machine, anew.policy)), found)
-    if held is None or not before.most:
+    def sized(scaled: bool, growth: int, size: int) -> EnginePlan:
+        policy, grown = of_size(before.policy, size, scaled), min(most, growth * size)
+        return dataclasses.replace(before, policy=policy, most=grown if grown > size else 0)
+
+    def made_anew(growth: int) -> EnginePlan | None:
+        found: EnginePlan | None = None
+        for scaled in (False, True):
+            if (anew := largest(most, partial(sized, scaled, growth), exceeds)) is not None:
+                found = faster(dataclasses.replace(anew, plan=estimated(rest, machine, anew.policy)), found)
         return found
-    grown = largest(
-        min(most, before.most),
-        lambda size: dataclasses.replace(before, policy=of_size(before.policy, size, False)),
-        lambda plan: not held.covers(plan.sizes(job).cache),
-    )
-    if grown is None:
-        return found
-    grown = dataclasses.replace(grown, plan=estimated(rest, machine, grown.policy))
-    return found if found is not None and gains(found, grown) else grown
+
+    if (plain := made_anew(1)) is None:
+        return None
+    if held is not None and before.most:
+        grown = largest(
+            min(most, before.most),
+            lambda size: dataclasses.replace(before, policy=of_size(before.policy, size, False)),
+            lambda plan: not held.covers(plan.sizes(job).cache),
+        )
+        if grown is not None:
+            grown = dataclasses.replace(grown, plan=estimated(rest, machine, grown.policy))
+            if not gains(plain, grown):
+                return grown
+    for growth in GROWTHS if grows(before) else ():
+        found = made_anew(growth)
+        if found is not None and not gains(plain, found, GROWTH_COST):
+            return found
+    return plain
 
 
 def largest(most: int, make: Callable[[int], EnginePlan], exceeds: Callable[[EnginePlan], bool]) -> EnginePlan | None:
@@ -80,11 +97,9 @@ def largest(most: int, make: Callable[[int], EnginePlan], exceeds: Callable[[Eng
     return make(size) if size else None
 
 
-def made_anew(before: EnginePlan, most: int, scaled: bool, size: int) -> EnginePlan:
-    """The block with so many sequences of a micro-batch, and room to grow to `GROWTH` times as many, at ``most``."""
-    grows = before.policy.cache.gpu >= 1 and before.policy.activations.gpu >= 1 and before.speculation is None
-    capacity = min(most, GROWTH * size) if grows else 0
-    return dataclasses.replace(before, policy=of_size(before.policy, size, scaled), most=capacity)
+def grows(plan: EnginePlan) -> bool:
+    """Whether its block can have more sequences by and by: nothing but buffers depends on their number."""
+    return plan.policy.cache.gpu >= 1 and plan.policy.activations.gpu >= 1 and plan.speculation is None
 
 
 def estimated(rest: Problem, machine: Hardware, policy: Policy) -> Plan:
@@ -126,14 +141,15 @@ def is_faster(rest: Problem, before: EnginePlan, found: EnginePlan | None) -> bo
     assert before.plan is not None
     if found is None or found.plan is None or found.policy == before.policy:
         return False
-    return gains(found, dataclasses.replace(before, plan=estimated(rest, before.plan.hardware, before.policy)))
+    least = LEAST_GAIN_IN_PLACE if before.most and found.made_for == before.made_for else LEAST_GAIN
+    return gains(found, dataclasses.replace(before, plan=estimated(rest, before.plan.hardware, before.policy)), least)
 
 
-def gains(found: EnginePlan, other: EnginePlan) -> bool:
+def gains(found: EnginePlan, other: EnginePlan, least: float = LEAST_GAIN) -> bool:
     """Whether it promises more than another plan for the same job, by more than a plan is off."""
     assert found.plan is not None and other.plan is not None
     rate, than = found.plan.predicted_tokens_per_second, other.plan.predicted_tokens_per_second
-    return rate > (1 + LEAST_GAIN) * than
+    return rate > (1 + least) * than
 
 
 def reason(rest: Job, answers: int, before: Policy, found: Policy) -> str:

@@ -9,8 +9,9 @@ import pytest
 
 from flexbatch.config import EngineConfig
 from flexbatch.execution.job import Job
+from flexbatch.planner import learned
 from flexbatch.planner import planner as planning
-from flexbatch.planner.learned import GROWTH, of_size
+from flexbatch.planner.learned import GROWTHS, of_size
 from flexbatch.planner.placements import overshoot
 from flexbatch.planner.planner import Planner
 from flexbatch.planner.spare_pages import with_spare_pages
@@ -71,7 +72,7 @@ def test_a_block_grows_in_the_pages_that_it_has():
     assert planner.engine_plan.most == 0
     first = planner.adopt_lengths(learned_job(250), pass_seconds=0.01)
     largest, sizes = first.made_for, first.sizes(learned_job(250))
-    assert first.most == GROWTH * first.policy.gpu_batch_size
+    assert first.most == GROWTHS[0] * first.policy.gpu_batch_size
     assert sizes.max_micro_batch_tokens == largest.gpu_batch_size + first.policy.prompt_tokens_per_micro_batch
     held = with_spare_pages(first, sizes, learned_job(250)).cache
     job = learned_job(100)
@@ -116,3 +117,14 @@ def test_a_block_that_the_user_fixed_in_part_is_searched_for_only_where_that_may
     assert planner.adopt_lengths(learned_job(120), pass_seconds=1e-4) is None and len(searches) == 1
     planner.adopt_lengths(learned_job(120), pass_seconds=10.0)
     assert len(searches) == 2
+
+
+def test_buffers_for_more_sequences_take_little_of_the_cache(monkeypatch):
+    """Of a small model in little memory they took half of it."""
+    planner, job = planned(), learned_job(120)
+    problem, before = planner._problem(job), planner.engine_plan
+    grows = learned.resized(problem, before, job)
+    assert grows.most > grows.policy.gpu_batch_size
+    monkeypatch.setattr(learned, "GROWTH_COST", -1.0)
+    plain = learned.resized(problem, before, job)
+    assert plain.most == 0 and plain.policy.gpu_batch_size >= grows.policy.gpu_batch_size
