@@ -22,14 +22,14 @@ import dataclasses
 import random
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from benchmark.machine import publish
+from benchmark.machine import publish_each
 from benchmark.set_up import as_words, made_between
 from flexbatch import LLM, SamplingParams
 from flexbatch.execution.pass_batch import NOTHING_DECODED, DecodedTokens, PassBatch
@@ -148,7 +148,8 @@ def compared(name: str, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """After every job what is known by then."""
     chance = random.Random(args.seed)
     settings = {
         "dummy_weights": args.model != "demo",
@@ -184,7 +185,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     print(f"{name}, {reserve}: {shown}", file=sys.stderr, flush=True)
             if runs:
                 found.append(compared(name, runs))
-    return {"settings": vars(args), "jobs": found}
+                yield {"settings": vars(args), "jobs": found}
 
 
 def main() -> int:
@@ -204,7 +205,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    return publish(lambda: measure(args), args.output)
+    return publish_each(lambda: measure(args), args.output)
 
 
 if __name__ == "__main__":
