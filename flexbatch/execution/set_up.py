@@ -47,8 +47,8 @@ def _knobs() -> Any:
     return knobs
 
 
-COMPILED, LOADED, DECODE_GRAPHS, PIECE_GRAPHS, REPLANS = (
-    *("compiled_kernels", "loaded_kernels", "decode_graphs", "piece_graphs", "replans"),
+COMPILED, LOADED, DECODE_GRAPHS, PIECE_GRAPHS, COMPARISONS = (
+    *("compiled_kernels", "loaded_kernels", "decode_graphs", "piece_graphs", "plan_comparisons"),
 )
 """Kinds of set-up: kernels that Triton compiled, or found compiled on the disk; graphs that were recorded, of whole
 decode passes and of the pieces between two attentions; and how often a plan was compared with the lengths of answers,

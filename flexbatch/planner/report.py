@@ -16,7 +16,7 @@ from flexbatch.execution.pass_batch import PassBatch
 from flexbatch.execution.runner import Runner
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
-from flexbatch.execution.set_up import REPLANS, Made, SetUp
+from flexbatch.execution.set_up import COMPARISONS, Made, SetUp
 from flexbatch.memory.tiers import Tiers
 from flexbatch.planner import tables
 from flexbatch.planner.engine_plan import EnginePlan
@@ -74,7 +74,7 @@ class Statistics(RunObserver):
         finally:
             seconds = time.perf_counter() - started
             self.seconds += seconds
-            self.set_up[REPLANS] = self.set_up.get(REPLANS, Made()) + Made(1, seconds)
+            self.set_up[COMPARISONS] = self.set_up.get(COMPARISONS, Made()) + Made(1, seconds)
 
     @property
     def set_up_seconds(self) -> float:
