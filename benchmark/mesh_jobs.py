@@ -126,7 +126,6 @@ def measured(
     settings = {"gpu_memory": f"{gpu_gib - RESERVE_GIB}GiB", "dtype": "bfloat16", **case.settings, **sizes, **more}
     params = SamplingParams(max_tokens=case.new_tokens, temperature=0, ignore_eos=True)
     with LLM(case.model, dummy_weights=True, **settings) as llm:
-        logger.debug("engine open")
         prompts = random_prompts(case.prompts, case.prompt_tokens, llm.arch.vocab_size, seed=1)
         opened = time.perf_counter()
         llm.prepare(prompts, params)

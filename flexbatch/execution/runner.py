@@ -51,10 +51,6 @@ class Runner:
     give_back: Callable[[], None]
     """Frees whatever it has in the tiers."""
 
-    def __post_init__(self) -> None:
-        token_bytes = self.executor.arch.workspace_elements * self.executor.dtype.itemsize
-        keep_workspace(self.executor.device, self.sizes.max_micro_batch_tokens * token_bytes)
-
     def holds(self, policy: Policy, sizes: BlockSizes) -> bool:
         """Whether a block of these sizes can run here."""
         return (
@@ -109,17 +105,11 @@ def open_runner(
     """
     load_kernels(queues.device, policy)
     dtype, width, page_tokens = layout.dtype, arch.hidden_size, layout.page_tokens
+    batches, most_tokens = policy.num_gpu_batches, sizes.max_micro_batch_tokens
     with tiers.all_or_nothing() as give_back:
         cache = KVCache(layout, sizes.cache, tiers, queues, CacheOrders() if lead is not None else None)
         activations = ActivationStore(
-            policy.activations,
-            policy.num_gpu_batches,
-            sizes.max_micro_batch_tokens,
-            width,
-            dtype,
-            page_tokens,
-            tiers,
-            queues,
+            policy.activations, batches, most_tokens, width, dtype, page_tokens, tiers, queues
         )
         heads = arch.num_heads, arch.num_kv_heads, arch.head_dim
         host_buffers = HostBuffers(sizes.max_cpu_attention_tokens, *heads, dtype, tiers.cpu, queues)
@@ -145,6 +135,7 @@ def open_runner(
             lead,
             routed,
         )
+    keep_workspace(queues.device, most_tokens * arch.workspace_elements * dtype.itemsize)
     return Runner(policy, sizes, cache, activations, host_buffers, rotary, executor, routed, give_back)
 
 
