@@ -59,8 +59,8 @@ resident() { # SECONDS
     job llama-3-8b-16-4-16 60 "${bits[@]}" --gpu-memory 16GiB --weight-bits 4
     job opt-6.7b-4 30 gpu_busy --model opt-6.7b --prompts 4 --lengths 512 512 --weight-bits 4
     job opt-6.7b-16 30 gpu_busy --model opt-6.7b --prompts 4 --lengths 512 512
-    job context-4096 45 gpu_busy --model llama-3.1-8b --prompts 61 --lengths 4096 4096 --passes 8
-    job context-16384 45 gpu_busy --model llama-3.1-8b --prompts 17 --lengths 16384 16384 --passes 8
+    job context-4096 50 gpu_busy --model llama-3.1-8b --prompts 31 --lengths 4096 4096 --passes 8
+    job context-16384 50 gpu_busy --model llama-3.1-8b --prompts 7 --lengths 16384 16384 --passes 8
     job mixed 60 mixed_passes --model llama-3-8b --prompts 700 --block 400 --max-tokens 200 --piece-tokens 2048 0
 }
 
