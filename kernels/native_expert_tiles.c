@@ -35,13 +35,6 @@ int64_t flexbatch_expert_tile_bytes(const experts_t *e) {
     return num_bytes;
 }
 
-/* The 16 numbers that 4-bit codes of a group stand for. */
-static inline __m256i numbers_of(const char *parameters) {
-    const __m512 codes = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    return (__m256i)_mm512_cvtneps_pbh(_mm512_fmadd_ps(codes, _mm512_set1_ps(scalar(parameters, BFLOAT16)),
-        _mm512_set1_ps(scalar(parameters + 2, BFLOAT16))));
-}
-
 static inline __m512 doubles_of_codes(void) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)DOUBLES)));
 }
@@ -50,24 +43,6 @@ static inline __m512 doubles_of_codes(void) {
 static inline __m512i scaled_doubles(uint8_t power) {
     const __m512 numbers = _mm512_mul_ps(doubles_of_codes(), _mm512_set1_ps(half_of_power(power)));
     return _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(numbers));
-}
-
-static inline __m512i looked_up(const uint8_t *codes, __m512i numbers) {
-    const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
-    const __m512i low = _mm512_and_si512(pairs, _mm512_set1_epi32(15)),
-        high = _mm512_slli_epi32(_mm512_and_si512(pairs, _mm512_set1_epi32(240)), 12);
-    return _mm512_permutexvar_epi16(_mm512_or_si512(low, high), numbers);
-}
-
-static inline __m512i of_bytes(const uint8_t *codes, const char *parameters) {
-    const __m512 scale = _mm512_set1_ps(scalar(parameters, BFLOAT16)),
-        minimum = _mm512_set1_ps(scalar(parameters + 2, BFLOAT16));
-    __m512 halves[2];
-    for (int i = 0; i < 2; i++) {
-        const __m128i bytes = _mm_loadu_si128((const __m128i *)(codes + i * SIDE));
-        halves[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), scale, minimum);
-    }
-    return (__m512i)_mm512_cvtne2ps_pbh(halves[1], halves[0]);
 }
 
 /* Inputs [begin, end) of a weight row. What follows in the row comes nearer. */
@@ -96,9 +71,8 @@ static void expand_row(const matrix_t *m, const char *values, const char *parame
     }
     for (int64_t i = begin; i < end;) {
         const int64_t g = i / m->group, stop = (g + 1) * m->group < end ? (g + 1) * m->group : end;
-        const __m512i numbers = m->bits == 4 ? _mm512_castsi256_si512(numbers_of(own + 4 * g)) : _mm512_setzero_si512();
-        for (; i < stop; i += STEP, codes += STEP * m->bits / 8, out += 64)
-            _mm512_store_si512(out, m->bits == 4 ? looked_up(codes, numbers) : of_bytes(codes, own + 4 * g));
+        expand_group(codes, m->bits, own + 4 * g, stop - i, out);
+        codes += (stop - i) * m->bits / 8, out += 2 * (stop - i), i = stop;
     }
 }
 

@@ -1,7 +1,8 @@
-/* Query rows of a group in matrix tiles: up to 16 of them against bfloat16 keys and values, all heads in one sweep over
- * the token rows. With 8 query heads for each of keys, vectors of float32 multiply for longer than memory takes to bring
- * the keys: 27 to 42 GB/s of an H100's host that brings 58. Products of bfloat16 are exact and added in float32; weights
- * are cut in two parts of 16 bits, so that results are those of float32 to its last digits. */
+/* Query rows of a group in matrix tiles: up to 16 of them against keys and values in bfloat16, or rounded to it, all heads
+ * in one sweep over the token rows. With 8 query heads for each of keys, vectors of float32 multiply for longer than
+ * memory takes to bring the keys: 27 to 42 GB/s of an H100's host that brings 58. Products of bfloat16 are exact and
+ * added in float32; weights are cut in two parts of 16 bits, so that results are those of float32 to its last digits. Of
+ * 8 and 4 bits numbers are rounded as for a GPU's products. */
 #include "native_attention.h"
 
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
@@ -14,8 +15,9 @@
 #define FEWEST 3      /* rows: with one or two vectors keep up with memory */
 
 int flexbatch_in_tiles(const attention_t *a, int32_t rows) {
-    return rows >= FEWEST && rows <= ROWS && a->cache.dtype == BFLOAT16 && a->cache.bits == 16
-        && a->cache.head_dim % 32 == 0 && !a->tree_masks && flexbatch_has_tiles();
+    const cache_t *c = &a->cache;
+    return rows >= FEWEST && rows <= ROWS && c->dtype == BFLOAT16 && (c->bits == 16 || c->group % 32 == 0)
+        && c->head_dim % 32 == 0 && !a->tree_masks && flexbatch_has_tiles();
 }
 
 /* Of every head queries, results, weights, maxima, sums and slopes; keys, values and scores of one head. */
@@ -53,8 +55,17 @@ int64_t flexbatch_tile_row_floats(const attention_t *a) {
     return floats;
 }
 
-static const char *vector_of(const attention_t *a, const char *row, int64_t head, int side) {
-    return row + (side * a->cache.num_kv_heads + head) * a->cache.head_dim * 2;
+/* The key (side 0) or value (side 1) of one head of a token row: where it lies, or rounded to bfloat16 in `buffer`. */
+static inline const char *read_vector(const cache_t *c, const char *row, int64_t head, int side, char *buffer) {
+    const int64_t vector = side * c->num_kv_heads + head;
+    if (c->bits == 16) return row + vector * c->head_dim * 2;
+    const char *parameters = row + 2 * c->num_kv_heads * codes_of_head(c) + vector * parameters_of_head(c);
+    const uint8_t *codes = (const uint8_t *)row + vector * codes_of_head(c);
+    for (int64_t d = 0; d < c->head_dim; d += c->group, parameters += 4) {
+        const int64_t n = c->head_dim - d < c->group ? c->head_dim - d : c->group;
+        expand_group(codes + d * c->bits / 8, c->bits, parameters, n, buffer + 2 * d);
+    }
+    return buffer;
 }
 
 /* Queries of one head: of every 32 elements a tile of pairs by rows. Rows without a query stay zero. */
@@ -78,7 +89,8 @@ static void multiply_keys(const attention_t *a, int64_t head, const char *const 
     const char *queries = p->queries + head * size * ROWS * 2;
     for (int t = 0; t < KEYS; t++) {
         prefetch_side(a, row[t], head, 1);
-        memcpy(p->keys + t * stride, vector_of(a, row[t], head, 0), stride);
+        const char *key = read_vector(&a->cache, row[t], head, 0, p->keys + t * stride);
+        if (key != p->keys + t * stride) memcpy(p->keys + t * stride, key, stride);
     }
     _tile_zero(0);
     _tile_zero(1);
@@ -165,7 +177,8 @@ static void add_values(const attention_t *a, int64_t head, const char *const *ro
     const char *weights = p->weights + head * 2 * ROWS * PAIR_BYTES;
     float *acc = p->acc + head * ROWS * size;
     for (int t = 0; t < KEYS; t += 2) {
-        const char *even = vector_of(a, row[t], head, 1), *odd = vector_of(a, row[t + 1], head, 1);
+        const char *even = read_vector(&a->cache, row[t], head, 1, p->keys),
+            *odd = read_vector(&a->cache, row[t + 1], head, 1, p->keys + 2 * size);
         char *to = p->values + t / 2 * stride;
         prefetch_side(a, ahead[t], head, 0);
         prefetch_side(a, ahead[t + 1], head, 0);
