@@ -15,7 +15,7 @@ from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.transfer import READY, Handle, TransferQueues
 from flexbatch.models.arch import Arch
-from flexbatch.models.experts import Halves
+from flexbatch.models.layers import LayerHalves
 from flexbatch.models.specs import sink_role
 from flexbatch.policy.schedule import Tick
 
@@ -40,7 +40,7 @@ class PendingTick:
     cpu_output: Tensor | None = None
     cpu_done: Handle = READY
     watch: Watch | None = None
-    halves: Halves | None = None
+    halves: LayerHalves | None = None
     """The rest of a layer whose experts are in part computed on the CPU."""
 
 

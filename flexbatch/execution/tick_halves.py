@@ -44,6 +44,8 @@ class TickHalves:
         self.host_buffers, self.rotary, self.attention = host_buffers, rotary, attention
         self.routing, self.routed, self.ranks = routing, routed, ends.ranks
         self.tracer: Tracer = queues.tracer
+        self.apart: dict[int, layers.Apart] = {}
+        """By micro-batch, the hidden states that the next layer adds up, where none of them leave the device."""
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
@@ -63,6 +65,7 @@ class TickHalves:
         """What becomes of the experts in host memory in a pass whose micro-batches have so many tokens: whether the CPU
         computes some, and which, and whether the others cross the link only as they are hit."""
         self.weights.pass_tokens = sum(tokens)
+        self.apart.clear()
         experts, hits = self.weights.cpu_experts, self.weights.hit_experts
         self.weights.fetches_hits = hits is not None and sum(tokens) <= hits.max_tokens
         if experts is None:
@@ -96,11 +99,13 @@ class TickHalves:
     ) -> tuple[PendingTick, tuple[Tensor, Tensor, Tensor]]:
         """Up to attention: queries, keys and values, with room for what attention makes of them."""
         weights = self.weights.weights(tick.layer, "pre", inputs.num_tokens)
-        hidden = self.ends.given(tick.layer, tick.micro_batch, inputs)
+        apart = self.apart.pop(tick.micro_batch, None)
+        hidden = self.ends.given(tick.layer, tick.micro_batch, inputs) if apart is None else apart.hidden
+        given = hidden if apart is None else apart
         if watch is not None and tick.layer == 0:
             watch(-1, inputs, hidden)
-        given = self.arch, tick.layer, weights, hidden, inputs.positions, self.rotary.tables, inputs.adapters
-        query, key, value = layers.pre_attention(*given, self.ranks)
+        arguments = self.arch, tick.layer, weights, given, inputs.positions, self.rotary.tables, inputs.adapters
+        query, key, value = layers.pre_attention(*arguments, self.ranks)
         output = query.new_empty(*query.shape[:-1], self.arch.value_dim)
         return PendingTick(tick, inputs, hidden, output, watch=watch), (query, key, value)
 
@@ -120,7 +125,10 @@ class TickHalves:
             stacks, given = self.weights.experts(tick.layer), (weights, pending.hidden, pending.attention, adapters)
             fetch_hit = partial(self.weights.fetch_hit, tick.layer)
             context = self.routing, self.ranks, stacks, self.elsewhere(tick.layer)
-            pending.halves = layers.post_attention(self.arch, tick.layer, *given, *context, fetch_hit=fetch_hit)
+            inner = pending.watch is None and tick.layer < self.arch.num_layers - 1
+            pending.halves = layers.post_attention(
+                self.arch, tick.layer, *given, *context, fetch_hit, inner and self.ends.activations.resident
+            )
             try:
                 next(pending.halves)
             except StopIteration as end:
@@ -135,12 +143,15 @@ class TickHalves:
             hidden = layers.end_of(pending.halves)
         self.store(pending, hidden, count)
 
-    def store(self, pending: PendingTick, hidden: Tensor, count: int) -> None:
+    def store(self, pending: PendingTick, hidden: Tensor | layers.Apart, count: int) -> None:
         """The hidden states of a layer; the last micro-batch gives the layer's slab back."""
         tick = pending.tick
-        if pending.watch is not None:
-            pending.watch(tick.layer, pending.inputs, hidden)
-        self.ends.take(tick.layer, tick.micro_batch, pending.inputs, hidden)
+        if isinstance(hidden, layers.Apart):
+            self.apart[tick.micro_batch] = hidden
+        else:
+            if pending.watch is not None:
+                pending.watch(tick.layer, pending.inputs, hidden)
+            self.ends.take(tick.layer, tick.micro_batch, pending.inputs, hidden)
         if tick.micro_batch == count - 1:
             self.weights.release(tick.layer, self.queues.mark())
 

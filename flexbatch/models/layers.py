@@ -7,9 +7,9 @@ of tensor parallelism, where the weights are a part of the layer's; None where t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,19 @@ Weights = Mapping[str, Any]
 """Tensors; what `_linear` multiplies with may be a `CodedMatrix`."""
 COLUMNS = 256
 """Parts of a vocabulary are multiples of so many tokens: whole tiles of a product."""
+
+
+class Apart(NamedTuple):
+    """Hidden states after a layer [T, H] as two parts, ours both, that the norm of the next layer adds up: one trip
+    through memory less, and one launch."""
+
+    hidden: Tensor
+    update: Tensor
+
+
+T = TypeVar("T")
+LayerHalves = Generator[None, None, Tensor | Apart]
+"""As `Halves`, of a layer."""
 
 
 def embed(
@@ -51,15 +64,18 @@ def pre_attention(
     arch: Arch,
     layer: int,
     weights: Weights,
-    hidden: Tensor,
+    hidden: Tensor | Apart,
     positions: Tensor,
     rope: RopeTables | None,
     adapters: PassAdapters | None = None,
     ranks: TensorRanks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query [T, Hq, D], key and value [T, Hkv, D] of ``hidden`` [T, H] at ``positions`` [T]; of latent attention the
-    key is the value."""
-    normed = hidden if arch.post_norm else _norm(arch, weights, "attn_norm", hidden)
+    key is the value. What is `Apart` is added up into its first part."""
+    if isinstance(hidden, Apart):
+        normed = _norm(arch, weights, "attn_norm", hidden.update, hidden.hidden)
+    else:
+        normed = hidden if arch.post_norm else _norm(arch, weights, "attn_norm", hidden)
     if arch.latent is not None:
         assert rope is not None, "latent attention rotates"
         linear = partial(_linear_of, weights, layer, adapters)
@@ -103,7 +119,7 @@ def _normed_heads(arch: Arch, weights: Weights, query: Tensor, key: Tensor) -> t
     return query, key
 
 
-def end_of(halves: Halves) -> Tensor:
+def end_of(halves: Generator[None, None, T]) -> T:
     """The result of what has been begun or not."""
     try:
         while True:
@@ -124,8 +140,10 @@ def post_attention(
     stacks: experts.Stacks | None = None,
     elsewhere: Elsewhere | None = None,
     fetch_hit: FetchHit | None = None,
-) -> Halves:
-    """Hidden state [T, H] after the layer: output projection of ``attention`` [T, Hq, D], residuals and MLP.
+    apart: bool = False,
+) -> LayerHalves:
+    """Hidden state [T, H] after the layer: output projection of ``attention`` [T, Hq, D], residuals and MLP. apart: it
+    may be `Apart`, which it is where the next layer begins with a norm of it.
     ``hidden`` [T, H] is the layer's input. routing: counts the tokens of its experts; stacks: these, where they are not
     among the weights. elsewhere: where some experts are computed, whose results the second half needs. fetch_hit: is
     told which are about to be multiplied with."""
@@ -152,7 +170,7 @@ def post_attention(
         update = _norm(arch, weights, "post_mlp_norm", update)
     if arch.residual_scale != 1.0:
         update = update * arch.residual_scale
-    return hidden + update
+    return Apart(hidden, update) if apart else hidden + update
 
 
 def head(arch: Arch, weights: Weights, hidden: Tensor, adapters: PassAdapters | None = None) -> Tensor:
