@@ -19,7 +19,7 @@ shift
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 HW=$O/hardware.json
-ONE_GPU=(tests:200 codes:90 resident:480 reservation:170 loading:100 drawn:440 users:260 experts:300 experts-whole:770 experts-parts:680 rows-16:460 rows-4:520 row-70b:300)
+ONE_GPU=(tests:200 codes:90 ceilings:90 resident:480 reservation:170 loading:100 drawn:440 users:260 experts:300 experts-whole:770 experts-parts:680 rows-16:460 rows-4:520 row-70b:300)
 
 # A command's output goes to FOLDER/NAME.log and .err; it is ended by TERM, on which benchmarks write what they have.
 step() { # NAME SECONDS COMMAND...
@@ -41,6 +41,12 @@ tests() {
 
 codes() {
     step codes "$1" python3 -m benchmark.kernel_tuning --sections gemm shared coded --seconds "$(($1 * 2 / 3))" --output "$O/codes.jsonl"
+}
+
+# What a resident model is bound by: products at full power, and reading the cache of single tokens.
+ceilings() {
+    step layer-products "$(($1 / 2))" python3 -m benchmark.layer_products --output "$O/layer-products.json"
+    step decode "$(($1 / 2))" python3 -m benchmark.kernel_tuning --sections short --seconds "$(($1 / 2))" --processes 12 --output "$O/decode.jsonl"
 }
 
 # A model that lies on the GPU; all host; at equal memory with fewer bits; few sequences; long contexts; prompts that come

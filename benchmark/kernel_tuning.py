@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmark.decode_trials import short_trials
 from benchmark.gemm_trials import gemm_trials
 from benchmark.kernel_cases import DECODE, MIB, PREFILL, Row, attention_call, seconds
 from benchmark.kernel_timings import attention_flops, ceilings
@@ -158,6 +159,7 @@ SECTIONS = {
     "prefill": prefill_trials,
     "decode": decode_trials,
     "shared": shared_trials,
+    "short": short_trials,
     "coded": coded_trials,
     "gemm": gemm_trials,
     "quant": quant_trials,
@@ -165,7 +167,7 @@ SECTIONS = {
 }
 
 
-COMPILED_AHEAD = ("prefill", "decode", "shared", "coded", "gemm", "quant")
+COMPILED_AHEAD = ("prefill", "decode", "shared", "short", "coded", "gemm", "quant")
 
 
 def compile_ahead(parts: int, sections: Iterable[str]) -> None:
