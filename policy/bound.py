@@ -66,6 +66,7 @@ def machine_bound(
         "expand_start_seconds",
         "request_seconds",
         "sequence_seconds",
+        "away_sequence_seconds",
         "cpu_attention_seconds",
         "exchange_seconds",
         "synchronize_seconds",

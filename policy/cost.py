@@ -116,6 +116,11 @@ class PassModel:
         each = hardware.sequence_seconds * (self.load.decode_sequences + finished)
         return hardware.pass_seconds + each + hardware.request_seconds * finished
 
+    def composed(self, point: np.ndarray) -> np.ndarray:
+        """What the host does once in each pass at a placement, which nothing hides."""
+        away = np.asarray(self.load.decode_sequences) * (1 - point[COLUMNS["cache_gpu"]])
+        return self.host_seconds + away * self.hardware.away_sequence_seconds
+
     @property
     def tick_seconds(self) -> np.ndarray:
         """Launching every tick of one pass, those of experts with what routes, its sums between GPUs, and of quantized
@@ -168,7 +173,7 @@ class PassModel:
 
     def launched(self, point: np.ndarray) -> np.ndarray:
         """Seconds of launching in each pass at a placement, composing it included, whatever hides it."""
-        return self.host_seconds + self._ticks(point)
+        return self.composed(point) + self._ticks(point)
 
     def _ticks(self, point: np.ndarray) -> np.ndarray:
         """Seconds of launching the ticks of each pass at a placement."""
@@ -214,7 +219,7 @@ class PassModel:
 
     def pass_seconds(self, point: np.ndarray) -> np.ndarray:
         """Predicted time of each pass at a placement."""
-        return self.host_seconds + together(self._ticks(point), self.busy_seconds(point), self.in_view(point))
+        return self.composed(point) + together(self._ticks(point), self.busy_seconds(point), self.in_view(point))
 
     def launching_seconds(self, point: np.ndarray) -> np.ndarray:
         """Of each pass at a placement, what no resource is busy for."""

@@ -17,6 +17,10 @@ KERNELS_OF_TICK, EXPANSIONS_OF_LAYER = 24, 9
 """What a tick launches: two norms, four GEMMs, rotary, append, attention, activation, residuals, copies and their
 events; and one expansion of each quantized matrix, which takes Triton's launcher twice as long as torch's own kernels
 (0.3 ms a layer of OPT-1.3B and Llama-3.2-1B, 8 bits, where a tick took 0.8)."""
+LAUNCHES = {"staging": 13, "fetch": 2, "coded": 12, "expand": EXPANSIONS_OF_LAYER}
+"""What may come to that, in the same measure: by the parts of passes of Falcon-7B on an H100's host, where a tick took
+1.1 ms besides, gathering, draining and their events 0.6, and a slice of weights 0.1; and by profiles of three H100,
+where products with codes took a tick half as long again."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,8 @@ class Hardware:
     """Per pass: composing it, sampling, committing."""
     sequence_seconds: float = 0.0
     """Per pass and sequence: its share of composing, sampling and committing."""
+    away_sequence_seconds: float = 0.0
+    """The same besides, of a sequence whose cache is not on the GPU: those that are there are kept in arrays."""
     cpu_attention_seconds: float = 0.0
     """Fixed cost of one call of CPU attention, per layer and micro-batch: its threads start and meet."""
     exchange_seconds: float = 0.0

@@ -8,10 +8,11 @@ from statistics import median
 
 import torch
 
-from flexbatch.calibrate.links import Timer
-from flexbatch.calibrate.passes import PROMPT_TOKENS, resident, run_job, run_passes, small_arch
+from flexbatch.calibrate.passes import PROMPT_TOKENS, resident, run_job, small_arch
+from flexbatch.calibrate.replays import recorded_seconds, replayed_seconds
+from flexbatch.execution.runner import Runner
 from flexbatch.models.specs import weight_specs
-from flexbatch.trace import RecordingTracer, Tracer
+from flexbatch.trace import Tracer
 
 HEAD_DIM, HEADS = 128, 32
 """Of layers as wide as those of models of 7 billion."""
@@ -23,13 +24,15 @@ FEW_PIECES, MANY_PIECES = 2, 10
 RECORDING, READING = 3, 7
 """Passes of a prompt in which pieces are recorded or kernels loaded, and that are timed."""
 ROUNDS = 2
+RECORDED_BY, REPLAYS = 5, 20
+"""Tokens of the answers of a job that has a graph at its end, and how often that is replayed in a row."""
 WIDTH = 8192
 """Of the product whose rate that of a layer's products is compared with, which the profile's curve is measured by."""
 
 
 def graph_seconds(device: torch.device) -> float:
     """Returns the seconds of a layer in a graph beside what its products take at the rate of a large one, by the
-    device's clock: on the host's, 0.02 ms a layer are lost in what composing a pass takes now and then.
+    device's clock.
 
     Among small kernels each product begins and ends more slowly than behind one like it. Of layers too small to compute
     anything 0.020 to 0.025 ms were found on H100, and 0.033 to 0.046 were missing in the graphs of OPT-6.7B,
@@ -41,18 +44,25 @@ def graph_seconds(device: torch.device) -> float:
 
 
 def replay_seconds(num_layers: int, device: torch.device) -> float:
-    """Of the graph of a decode pass."""
-    tracer = RecordingTracer(device)
-    run_passes(small_arch(num_layers, HEAD_DIM, HEADS), resident(SEQUENCES, 1), device, tracer)
-    # The median: a pass with prompts asks for a graph, too, and gets none at once.
-    return median(span.end - span.start for span in tracer.spans() if span.name == "layers")
+    """Of the graph of a decode pass, replayed by itself: what is copied to its inputs before takes the host longer than
+    a layer."""
+    found = []
+
+    def time_replays(runner: Runner) -> None:
+        graphs = runner.executor.graphs
+        assert graphs is not None and graphs.captured, "no pass was recorded"
+        found.append(replayed_seconds(next(reversed(graphs.captured.values())).graph.replay, device, REPLAYS))
+
+    policy, arch = resident(SEQUENCES, 1), small_arch(num_layers, HEAD_DIM, HEADS)
+    run_job(arch, policy, device, Tracer(), SEQUENCES, PROMPT_TOKENS, RECORDED_BY, at_end=time_replays)
+    return found[0]
 
 
 def element_seconds(device: torch.device) -> float:
     """Of the weights of a large product with as many tokens."""
     weight = torch.ones(WIDTH, WIDTH, dtype=torch.bfloat16, device=device)
     x = torch.ones(SEQUENCES, WIDTH, dtype=weight.dtype, device=device)
-    return Timer(device, 0.05)(partial(torch.nn.functional.linear, x, weight)) / weight.numel()
+    return recorded_seconds(partial(torch.nn.functional.linear, x, weight), device) / weight.numel()
 
 
 def piece_seconds(device: torch.device) -> float:

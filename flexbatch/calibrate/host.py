@@ -31,7 +31,7 @@ from flexbatch.calibrate.passes import (
 from flexbatch.calibrate.phases import Phases
 from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.models.specs import weight_specs
-from flexbatch.policy.limits import CODED_PASS_TOKENS, CODED_TOKENS
+from flexbatch.policy.hardware import KERNELS_OF_TICK, LAUNCHES
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.trace import RecordingTracer, Span, Tracer
 
@@ -44,8 +44,7 @@ or 1.2 ms a pass and 0.37 or 0.5 ms a tick."""
 ROUNDS = 2
 """Every measurement of the host is repeated so often, and the fastest counts: other users of it come and go within
 seconds."""
-EXPANDED = max(CODED_TOKENS, CODED_PASS_TOKENS // 2) + 1
-"""Sequences of a micro-batch, of which two have more tokens than a GPU multiplies with weights in codes."""
+MANY_SEQUENCES = 128
 ATTENDED_SEQUENCES, ATTENDED_HEADS, ATTENDED_LAYERS, ATTENDED_CONTEXTS = 32, 32, 4, (128, 512)
 """Sequences of a micro-batch, heads, layers and prompt tokens of the passes that CPU attention is measured in, with
 layers as wide as those of models of 7 billion: calls of 67 and 268 MB, eight of them a pass. Of 0.67 GB a pass
@@ -158,8 +157,10 @@ class HostPasses:
     """Decode passes of a few policies, measured in rounds: of each the fastest counts, and the machine's other users
     come and go between rounds."""
 
-    def __init__(self, policies: dict[str, Policy], device: torch.device) -> None:
-        cells = [(name, layers) for name in policies for layers in (FEW, MANY)]
+    def __init__(self, policies: dict[str, Policy], device: torch.device, of_few: dict[str, Policy]) -> None:
+        """of_few: measured with few layers only."""
+        cells = [(name, layers) for name in policies for layers in (FEW, MANY)] + [(name, FEW) for name in of_few]
+        policies = policies | of_few
         rounds = [[decode_seconds(layers, policies[name], device) for name, layers in cells] for _ in range(ROUNDS)]
         self.seconds = {cell: min(times) for cell, times in zip(cells, zip(*rounds, strict=True), strict=True)}
 
@@ -180,20 +181,20 @@ def request_seconds(device: torch.device, pass_seconds: float) -> float:
     return max(0.0, min(found))
 
 
-def python_rates(passes: HostPasses, policies: dict[str, Policy], graph: float) -> dict[str, float]:
+def python_rates(passes: HostPasses, policies: dict[str, Policy]) -> dict[str, float]:
     """``pass_seconds``, ``sequence_seconds`` and ``launch_seconds`` by non-negative least squares over ``policies``;
-    a graph's ticks cost the host nothing."""
+    the layers of a graph cost the host nothing, and the GPU what these small ones take."""
     terms, seconds = [], []
     for name, policy in policies.items():
         for layers in (FEW, MANY):
-            one_graph = policy.num_gpu_batches == 1
-            terms.append([1, policy.block_size, 0 if one_graph else policy.num_gpu_batches * (layers + 1)])
-            seconds.append(passes.seconds[name, layers] - (layers + 1) * graph * one_graph)
+            ticks, one_graph = policy.num_gpu_batches * (layers + 1), policy.num_gpu_batches == 1
+            terms.append([1, policy.block_size, ticks * (not one_graph), ticks * one_graph])
+            seconds.append(passes.seconds[name, layers])
     # Relative errors: a pass of ten layers is not five times as important as one of two.
     from scipy.optimize import nnls  # 0.4 s of imports that a known machine does not need
 
     found, _ = nnls(np.array(terms) / np.array(seconds)[:, None], np.ones(len(seconds)))
-    return dict(zip(("pass_seconds", "sequence_seconds", "launch_seconds"), found.tolist(), strict=True))
+    return dict(zip(("pass_seconds", "sequence_seconds", "launch_seconds"), found.tolist()[:3], strict=True))
 
 
 @torch.inference_mode()
@@ -201,46 +202,46 @@ def host_rates(device: torch.device, phases: Phases | None = None) -> dict[str, 
     """What passes of small models tell, as fields of `policy.hardware.Hardware`.
 
     ``pass_seconds``, ``sequence_seconds``, ``launch_seconds``: by least squares over a few shapes. ``graph_seconds``,
-    ``piece_seconds``: 0 without a GPU, where there are no graphs. ``exchange_seconds`` and ``synchronize_seconds``:
-    from how passes of one micro-batch grow with the layers; ``staging_seconds``, ``fetch_seconds``, ``coded_seconds``
-    and ``expand_seconds``: from how those of two do. ``request_seconds``: from a job in which all is coming and going.
+    ``piece_seconds``: 0 without a GPU, where there are no graphs. What else a tick may launch, by its share in
+    ``launch_seconds``. ``away_sequence_seconds``: from blocks of few and of many sequences whose cache is elsewhere.
+    ``exchange_seconds`` and ``synchronize_seconds``: from how passes of one micro-batch grow with the layers.
+    ``request_seconds``: from a job in which all is coming and going.
     ``cpu_attention_seconds`` and, with a GPU, ``cpu_attention_during_h2d``, ``h2d_during_cpu_attention`` and ALONE.
     """
     gpu, phases = device.type == "cuda", phases or Phases()
-    baseline = {"few": resident(8), "many": resident(EXPANDED)}
+    baseline = {"few": resident(8), "many": resident(MANY_SEQUENCES)}
     if gpu:
         baseline |= {f"graph of {sequences}": resident(sequences, 1) for sequences in GRAPHED}
     others = {
-        "staged": replace(baseline["few"], cache=ON_CPU),
-        "offloaded": replace(baseline["few"], cache=ON_CPU, weights=ON_CPU),
         "with_cpu_attention": with_cpu_attention(8),
         "in turn": replace(with_cpu_attention(8), overlap=False),
-        "in codes": replace(baseline["few"], weight_bits=8),
-        "expanded": replace(baseline["many"], weight_bits=8),
     }
+    away = {f"{name} away": replace(baseline[name], cache=ON_CPU) for name in ("few", "many")}
     threads = torch.get_num_threads()
     # There is nothing to share out, and on a busy machine each meeting of two threads costs a time slice.
     torch.set_num_threads(1)
     try:
         with phases.of("passes of small models"):
-            passes = HostPasses(baseline | others, device)
+            passes = HostPasses(baseline | others, device, away)
             coming_and_going = request_seconds(device, passes.seconds["few", FEW])
     finally:
         torch.set_num_threads(threads)
     rates = {"graph_seconds": 0.0, "piece_seconds": 0.0, "request_seconds": coming_and_going}
     if gpu:
         rates |= {"graph_seconds": graph_seconds(device), "piece_seconds": piece_seconds(device)}
-    rates |= python_rates(passes, baseline, rates["graph_seconds"])
-    layer = {name: passes.layer_seconds(name) for name in ("few", "many", *others)}
+    rates |= python_rates(passes, baseline)
+    layer = {name: passes.layer_seconds(name) for name in others}
+    more = baseline["many"].block_size - baseline["few"].block_size
+    each = (passes.seconds["many away", FEW] - passes.seconds["few away", FEW]) / more
     differences = {
         "exchange_seconds": layer["with_cpu_attention"] - rates["launch_seconds"],
         "synchronize_seconds": layer["in turn"] - layer["with_cpu_attention"],
-        "staging_seconds": (layer["staged"] - layer["few"]) / 2,
-        # As what is offloaded has it: what one pass launches less than another is no more than their noise.
-        "fetch_seconds": (layer["offloaded"] - layer["staged"]) / 2,
-        "coded_seconds": (layer["in codes"] - layer["few"]) / 2,
-        "expand_seconds": layer["expanded"] - layer["many"],
+        "away_sequence_seconds": each - rates["sequence_seconds"],
     }
+    # Measured by themselves, as what passes that do it take longer, these were 0 to 1 ms on hosts that change by a
+    # factor of two from one second to the next.
+    launch = rates["launch_seconds"] / KERNELS_OF_TICK
+    rates |= {f"{what}_seconds": count * launch for what, count in LAUNCHES.items()}
     rates |= {name: max(0.0, seconds) for name, seconds in differences.items()}
     if not gpu:
         return rates | {"cpu_attention_seconds": attention_seconds(device)}

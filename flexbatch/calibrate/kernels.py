@@ -23,6 +23,7 @@ from flexbatch.calibrate.experts import expert_curves, repeated
 from flexbatch.calibrate.fits import fit_curve
 from flexbatch.calibrate.host import ALONE, host_rates
 from flexbatch.calibrate.phases import Phases
+from flexbatch.calibrate.replays import recorded_seconds
 from flexbatch.kernels import native, ops, reference
 from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.policy.curve import Curve
@@ -37,25 +38,17 @@ DRAWN_TOKENS = 8192
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """The fastest of ``repeats`` after a warm-up; on a GPU each is ten calls in a row, so that launching hides
-    behind running."""
-    calls = 10 if device.type == "cuda" else 1
+    """The fastest of ``repeats`` after a warm-up; on a GPU by its own clock."""
+    if device.type == "cuda":
+        return recorded_seconds(work, device)
 
     def once() -> float:
-        synchronize(device)
         start = time.perf_counter()
-        for _ in range(calls):
-            work()
-        synchronize(device)
-        return (time.perf_counter() - start) / calls
+        work()
+        return time.perf_counter() - start
 
     once()
     return min(once() for _ in range(repeats))
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -133,7 +126,7 @@ def calls_of_a_profile(device: torch.device, dtype: torch.dtype) -> list[Callabl
         attend(1, 8, 1, PAGE_TOKENS),
         attend(1, 512, 1, PAGE_TOKENS),
         attend(1, 8, 4, PAGE_TOKENS),
-        lambda: page_rates(device, 4, 256),
+        lambda: [call() for _, call in page_calls(device, 4, 256).values()],
         *small_pass_calls(device),
     ]
 
@@ -160,22 +153,29 @@ def attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     return rates
 
 
-def page_rates(device: torch.device, num_pages: int = 1024, width: int = 8192) -> dict[str, Any]:
-    """Gather and scatter between pinned host pages and the GPU, and the dequantization of weights."""
+def page_calls(
+    device: torch.device, num_pages: int = 1024, width: int = 8192
+) -> dict[str, tuple[int, Callable[[], object]]]:
+    """Gather and scatter between pinned host pages and the GPU, and the dequantization of weights: bytes, and a call
+    that moves them."""
     page_bytes = 256 * 1024
     host = torch.empty(num_pages, page_bytes, dtype=torch.uint8, pin_memory=True).fill_(1)
     ids = torch.randperm(len(host), device=device)[: len(host) // 2]
+    narrow = ids.int()
     staging = torch.empty(len(ids), page_bytes, dtype=torch.uint8, device=device)
     weight = normal((width, width), torch.bfloat16, device)
     codes, parameters = ops.quantize(weight, 4, GROUP)
     dense = torch.empty_like(weight)
-    moved = sum(x.numel() * x.element_size() for x in (weight, codes, parameters))
+    moved = sum(x.nbytes for x in (weight, codes, parameters))
     return {
-        "gather": staging.numel() / seconds(lambda: ops.gather_pages(host, ids.int(), staging), device),
-        "scatter": staging.numel() / seconds(lambda: ops.scatter_rows(staging, host, ids), device),
-        "expand": moved
-        / seconds(lambda: ops.dequantize(codes, parameters, weight.shape[1], 4, GROUP, out=dense), device),
+        "gather": (staging.nbytes, lambda: ops.gather_pages(host, narrow, staging)),
+        "scatter": (staging.nbytes, lambda: ops.scatter_rows(staging, host, ids)),
+        "expand": (moved, lambda: ops.dequantize(codes, parameters, weight.shape[1], 4, GROUP, out=dense)),
     }
+
+
+def page_rates(device: torch.device) -> dict[str, Any]:
+    return {name: moved / seconds(call, device) for name, (moved, call) in page_calls(device).items()}
 
 
 def cpu_attention_rates(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from flexbatch.calibrate.fits import fit_curve, mean_rate
 from flexbatch.calibrate.identity import machine_key
 from flexbatch.calibrate.links import GATHER_SHARE, MIB, Timer, measure_links
 from flexbatch.calibrate.phases import Phases
+from flexbatch.calibrate.replays import recorded_seconds
 from flexbatch.policy.hardware import KERNELS_OF_TICK, Hardware
 
 logger = logging.getLogger("flexbatch")
@@ -117,7 +118,8 @@ def _compute(values: dict, errors: dict[str, float], dev: torch.device, dtype: t
     rates = []
     for tokens in TOKENS[dev.type]:
         x = torch.randn(tokens, columns, device=dev, dtype=dtype)
-        rates.append(2 * tokens * rows * columns / timer(partial(torch.nn.functional.linear, x, weight)))
+        product = partial(torch.nn.functional.linear, x, weight)
+        rates.append(2 * tokens * rows * columns / (recorded_seconds(product, dev) if gpu else timer(product)))
     values["gemm"], errors["gemm"] = fit_curve(TOKENS[dev.type], rates)
     source, target = (torch.empty((512 if gpu else 64) * MIB, dtype=torch.uint8, device=dev).fill_(1) for _ in range(2))
     values["gpu_bandwidth"] = 2 * source.numel() / timer(lambda: target.copy_(source))

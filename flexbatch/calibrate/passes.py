@@ -7,7 +7,7 @@ import contextlib
 import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -123,8 +123,10 @@ def run_job(
     num_requests: int,
     prompt_tokens: int = PROMPT_TOKENS,
     new_tokens: int = SHORT_ANSWER,
+    at_end: Callable[[Runner], None] = lambda runner: None,
 ) -> list[tuple[float, float]]:
-    """Seconds of every turn of the loop, and of its pass: between two passes sequences are admitted."""
+    """Seconds of every turn of the loop, and of its pass: between two passes sequences are admitted. at_end: is called
+    before the runner is closed."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
     generator = random.Random(0)
@@ -141,4 +143,5 @@ def run_job(
             end = time.perf_counter()
             turns.append((end - began, end - start))
             began = end
+        at_end(runner)
     return turns

@@ -58,7 +58,7 @@ def test_processes_that_hang_are_ended(tmp_path, monkeypatch):
 def test_all_that_a_gpu_measures_is_compiled(monkeypatch):
     """On a CPU the same calls run without a compiler; what needs a GPU's host memory is left out."""
     calls = []
-    monkeypatch.setattr("flexbatch.calibrate.kernels.page_rates", lambda *sizes: calls.append(sizes))
+    monkeypatch.setattr("flexbatch.calibrate.kernels.page_calls", lambda *sizes: calls.append(sizes) or {})
     monkeypatch.setattr("flexbatch.calibrate.kernels.CONTEXT", 64)
     monkeypatch.setattr("flexbatch.calibrate.kernels.HEAD_DIM", 16)
     found = calls_of_a_profile(CPU, torch.float32)

@@ -8,9 +8,8 @@ import random
 import pytest
 import torch
 
-from flexbatch.calibrate import graphs, host, passes
+from flexbatch.calibrate import graphs, host, passes, replays
 from flexbatch.models.arch import Arch
-from flexbatch.policy.limits import CODED_TOKENS
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.trace import Span, Tracer
 
@@ -21,14 +20,12 @@ CPU = torch.device("cpu")
 def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def seconds(num_layers: int, policy: Policy, device: torch.device) -> float:
         if policy.num_gpu_batches == 1 and policy.cpu_attention == 0:
-            return 2e-3 + 1e-5 * policy.block_size + 4e-5 * (num_layers + 1)
+            return 2e-3 + 1e-5 * policy.block_size + 2e-5 * (num_layers + 1)
         ticks = (num_layers + 1) * policy.num_gpu_batches
         more = 5e-4 * (policy.cpu_attention > 0) + 7e-4 * (not policy.overlap)
-        more += policy.num_gpu_batches * (8e-4 * (policy.cache.cpu - policy.cpu_attention) + 9e-4 * policy.weights.cpu)
-        if policy.weight_bits < 16:
-            # Of few tokens nothing is expanded, and every micro-batch is multiplied with codes.
-            more += 2e-4 if policy.gpu_batch_size > CODED_TOKENS else 6e-5 * policy.num_gpu_batches
-        return 2e-3 + 1e-5 * policy.block_size + 3e-4 * ticks + more * num_layers
+        more += policy.num_gpu_batches * 8e-4 * (policy.cache.cpu - policy.cpu_attention)
+        each = 1e-5 if policy.cache.gpu else 5e-5
+        return 2e-3 + each * policy.block_size + 3e-4 * ticks + more * num_layers
 
     def turns(arch: Arch, policy: Policy, device: torch.device, tracer: Tracer, count: int) -> list:
         """Blocks of two passes; the first loads kernels."""
@@ -47,15 +44,16 @@ def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch)
     wanted = {
         "pass_seconds": 2e-3,
         "sequence_seconds": 1e-5,
+        "away_sequence_seconds": 4e-5,
         "launch_seconds": 3e-4,
         "graph_seconds": 4e-5 if device == "cuda" else 0.0,
         "piece_seconds": 7e-5 if device == "cuda" else 0.0,
         "exchange_seconds": 5e-4,
         "synchronize_seconds": 7e-4,
-        "staging_seconds": 8e-4,
-        "fetch_seconds": 9e-4,
-        "coded_seconds": 6e-5,
-        "expand_seconds": 2e-4,
+        "staging_seconds": 3e-4 * 13 / 24,
+        "fetch_seconds": 3e-4 * 2 / 24,
+        "coded_seconds": 3e-4 * 12 / 24,
+        "expand_seconds": 3e-4 * 9 / 24,
         "request_seconds": 3e-5,
         "cpu_attention_seconds": 6e-4 if device == "cuda" else 4e-4,
         **(
@@ -75,6 +73,18 @@ def test_a_layer_of_a_graph_is_told_from_its_products(monkeypatch: pytest.Monkey
         layer = elements * 7e-13 + each
         monkeypatch.setattr(graphs, "replay_seconds", lambda layers, device, layer=layer: 3e-4 + layers * layer)
         assert graphs.graph_seconds(CPU) == pytest.approx(max(0.0, each), rel=0.02, abs=1e-8)
+
+
+@pytest.mark.gpu
+def test_what_is_recorded_takes_the_device_as_long_as_it_does() -> None:
+    """A copy of 64 MiB, at the memory's rate and not at the host's; and a layer of a graph."""
+    device = torch.device("cuda:0")
+    source = torch.ones(1 << 26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    rate = 2 * source.nbytes / replays.recorded_seconds(lambda: target.copy_(source), device)
+    assert 1e11 < rate < 2e13
+    with torch.inference_mode():
+        assert 1e-6 < graphs.graph_seconds(device) < 3e-4
 
 
 def test_pieces_are_timed_while_prompts_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +110,7 @@ def test_the_fastest_of_all_rounds_counts(late: bool, monkeypatch: pytest.Monkey
         return num_layers * (1e-3 if (len(calls) > 4) == late else 5e-3)
 
     monkeypatch.setattr(host, "decode_seconds", seconds)
-    timed = host.HostPasses({"one": passes.resident(8), "two": passes.resident(16)}, CPU)
+    timed = host.HostPasses({"one": passes.resident(8), "two": passes.resident(16)}, CPU, {})
     assert timed.layer_seconds("one") == timed.layer_seconds("two") == pytest.approx(1e-3)
     assert len(calls) == 8
 
@@ -127,6 +137,7 @@ def test_costs_of_this_machine() -> None:
     assert torch.get_num_threads() == threads
     names = {
         "sequence_seconds",
+        "away_sequence_seconds",
         "launch_seconds",
         "pass_seconds",
         "exchange_seconds",

@@ -30,6 +30,7 @@ def free_launch(name: str) -> Hardware:
         "graph_seconds",
         "pass_seconds",
         "sequence_seconds",
+        "away_sequence_seconds",
         "cpu_attention_seconds",
         "exchange_seconds",
         "synchronize_seconds",
@@ -350,6 +351,18 @@ def test_every_sequence_costs_the_host():
     assert float(
         PassModel(shape, small(sequence_seconds=1e-4), policy, load).pass_seconds(point_of(policy))
     ) == pytest.approx(base + 26e-4)
+
+
+def test_sequences_whose_cache_is_elsewhere_cost_the_host_more():
+    """By the share of the cache, on top of what everything else takes, and those that read prompts not."""
+    load, shape = PassLoad.decode(24, 500) + PassLoad.prefill(2, 100), public_shape("opt-6.7b")
+    for cache in (Split(1, 0), Split(0.25, 0.75), Split(0, 0.5, 0.5)):
+        policy = Policy(Split(0, 1), cache, Split(1, 0), 8, 3)
+        base, found = (
+            float(PassModel(shape, small(away_sequence_seconds=each), policy, load).pass_seconds(point_of(policy)))
+            for each in (0.0, 1e-3)
+        )
+        assert found - base == pytest.approx(24e-3 * (1 - cache.gpu))
 
 
 def test_fixed_costs_of_cpu_attention_and_of_disk_pages():
