@@ -33,7 +33,7 @@ def test_ranks_record_the_same_passes(size, tmp_path):
             again=[PROMPTS, LONGER],
             graphs=1,
         ),
-        engine(tmp_path, "olmoe", settings=RESIDENT, prompts=PROMPTS, params=params, graphs=2),
+        engine(tmp_path, "olmoe", settings=RESIDENT, prompts=PROMPTS, params=params, again=[PROMPTS] * 3, graphs=2),
     ]
     ranks = start(tmp_path, size, made)
     wanted = [generated(each) for each in json.loads(json.dumps(made))]
