@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from flexbatch.policy.affine import KINDS, VARIABLES, total
-from flexbatch.policy.cost import PassModel
+from flexbatch.policy.cost import JOINT, PassModel
 from flexbatch.policy.curve import Curve
 from flexbatch.policy.footprint import capacity
 from flexbatch.policy.hardware import Hardware
@@ -54,7 +54,8 @@ def machine_bound(
     longest = workload.longest_prompt
     anywhere = Split(1, 0)
     policy = Policy(anywhere, anywhere, anywhere, 1, 1, weight_bits, cache_bits, prefill_chunk=int(np.ceil(longest)))
-    best = float(max(hardware.gemm.values))
+    coded = hardware.coded(weight_bits)
+    best = float(max((*hardware.gemm.values, *(coded.values if coded else ()))))
     # The curve starts below one token: a sequence brings a fraction of a token to each micro-batch of the head.
     ideal = dataclasses.replace(
         hardware, gemm=Curve((1e-9,), (best,)), expand=IDEAL, gpu_bandwidth=IDEAL, launch_seconds=0.0, pass_seconds=0.0
@@ -72,6 +73,8 @@ def machine_bound(
         "synchronize_seconds",
         "link_seconds",
         "disk_read_seconds",
+        "interconnect_seconds",
+        "interconnect_launch_seconds",
     )
     no_fixed_costs: dict[str, Any] = dict.fromkeys((*fixed_costs, "attention_tile_keys"), 0.0)
     ideal = dataclasses.replace(ideal, **no_fixed_costs)
@@ -81,8 +84,12 @@ def machine_bound(
     # Of many sequences all experts cross the link in each pass, though a single one would hit few.
     experts, count = shape.experts, workload.num_sequences
     hits = experts is not None and count is not None and count <= hit_expert_tokens(experts.count, experts.top_k)
-    stages = PassModel(shape, ideal, policy, load, hits=hits).stages
-    rows = [total(stage.count * stage.seconds[name] for stage in stages) for name in stages[0].seconds]
+    rows = rows_of(PassModel(shape, ideal, policy, load, hits=hits))
+    if weight_bits != 16:
+        # By itself a sequence would be multiplied with codes, whose start and tiles many share in fact.
+        plain = rows_of(PassModel(shape, ideal, dataclasses.replace(policy, weight_bits=16), load, hits=hits))
+        alone = {name: row for name, row in rows.items() if "gpu_compute" not in JOINT.get(name, ())}
+        rows = alone | {name: plain[name] for name in ("gpu_compute", "gpu_memory")}
     lengths = Lengths.of(workload, policy)
     occupied = lengths.prompt + lengths.output / 2
     seconds = _solve(
@@ -91,12 +98,18 @@ def machine_bound(
         workload,
         constraints,
         policy,
-        rows,
+        rows.values(),
         shape.kept_layers(occupied, shape.window) * shape.token_bytes(cache_bits) * shape.stages,
     )
     if seconds is None:
         return None
     return MachineBound(finished * lengths.output / seconds[0], seconds[1])
+
+
+def rows_of(model: PassModel) -> dict[str, np.ndarray]:
+    """Seconds of a pass by what takes them, over all layers."""
+    stages = model.stages
+    return {name: total(stage.count * stage.seconds[name] for stage in stages) for name in stages[0].seconds}
 
 
 def _solve(
