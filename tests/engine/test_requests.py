@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flexbatch import LLM, SamplingParams
-from flexbatch.execution import executor
+from flexbatch.execution import head as head_of_passes
 from flexbatch.policy.limits import MIN_LOGIT_ROWS
 from tests.grids import grid
 from tests.tiny_models import make_model, make_tokenizer, random_prompts
@@ -112,8 +112,8 @@ def test_one_prompt_and_several_of_every_kind(folder, tmp_path):
 
 
 def test_logits_of_a_long_prompt_never_exist_at_once(folder, tmp_path, monkeypatch):
-    head, rows = executor.layers.head, []
-    monkeypatch.setattr(executor.layers, "head", lambda *given: rows.append(len(given[2])) or head(*given))
+    head, rows = head_of_passes.layers.head, []
+    monkeypatch.setattr(head_of_passes.layers, "head", lambda *given: rows.append(len(given[2])) or head(*given))
     (prompt,) = random_prompts([500])
     with start(folder, tmp_path, PLACEMENTS[0], prefill_chunk=512) as llm:
         (completion,) = llm.generate([prompt], SamplingParams(max_tokens=0, prompt_logprobs=1))
