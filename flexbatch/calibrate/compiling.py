@@ -39,12 +39,12 @@ def compiled_ahead(device: torch.device, processes: int = MOST_PROCESSES) -> Ite
         f"import sys; sys.path.insert(0, {str(PACKAGE_ROOT)!r}); from {__name__} import call_part; "
         f"call_part({str(device)!r}, int(sys.argv[1]), {count})"
     )
-    workers = [
-        subprocess.Popen([sys.executable, "-c", code, str(part)], stdin=subprocess.DEVNULL, stdout=2)
-        for part in range(count)
-    ]
+    workers: list[subprocess.Popen[bytes]] = []
     until = time.monotonic() + LIMIT_SECONDS
     try:
+        with contextlib.suppress(OSError):
+            for part in range(count):
+                workers.append(begun([sys.executable, "-c", code, str(part)]))
         yield
         for worker in workers:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -53,6 +53,13 @@ def compiled_ahead(device: torch.device, processes: int = MOST_PROCESSES) -> Ite
         for worker in workers:
             worker.kill()
             worker.wait()
+
+
+def begun(command: list[str]) -> subprocess.Popen[bytes]:
+    """A process that says nothing: of Ctrl-C, of a GPU that takes one process alone, or of memory, it is said where it
+    is measured, and once."""
+    silent = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=silent, stdout=silent, stderr=silent)
 
 
 def call_part(device: str, part: int, parts: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 
 import pytest
@@ -41,18 +40,62 @@ def test_parts_are_called_in_processes_beside_the_body(tmp_path, monkeypatch):
     assert all("call_part('cpu', int(sys.argv[1]), 3)" in each for each in told)
 
 
-def test_processes_that_hang_are_ended(tmp_path, monkeypatch):
+@pytest.fixture
+def started(monkeypatch):
+    """The processes that were started."""
+    found, start = [], subprocess.Popen
+
+    def noted(*arguments, **options):
+        found.append(start(*arguments, **options))
+        return found[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", noted)
+    return found
+
+
+def test_processes_that_hang_are_ended(tmp_path, monkeypatch, started):
     stand_in = tmp_path / "python"
     stand_in.write_text("#!/bin/sh\nexec sleep 600\n")
     stand_in.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(stand_in))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
     monkeypatch.setattr(compiling, "LIMIT_SECONDS", 0.2)
     with compiled_ahead(CPU, 2):
         pass
     with pytest.raises(KeyboardInterrupt), compiled_ahead(CPU, 2):
         raise KeyboardInterrupt
-    running = subprocess.run(["ps", "-o", "args", "--ppid", str(os.getpid())], capture_output=True, text=True).stdout
-    assert "sleep 600" not in running
+    assert len(started) == 4 and all(each.returncode is not None for each in started)
+
+
+def test_processes_that_fail_say_nothing(tmp_path, monkeypatch, capfd):
+    """Each had a traceback on the terminal, eight of them after Ctrl-C."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text("#!/bin/sh\necho out; echo Traceback >&2; exit 1\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(stand_in))
+    with compiled_ahead(CPU, 2):
+        pass
+    assert capfd.readouterr() == ("", "")
+
+
+def test_where_no_more_processes_can_be_started_the_others_do_their_part(tmp_path, monkeypatch, started):
+    stand_in, start = tmp_path / "python", subprocess.Popen
+    stand_in.write_text("#!/bin/sh\nexec sleep 600\n")
+    stand_in.chmod(0o755)
+
+    def limited(*arguments, **options):
+        if started:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return start(*arguments, **options)
+
+    monkeypatch.setattr("sys.executable", str(stand_in))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr(compiling, "LIMIT_SECONDS", 0.1)
+    monkeypatch.setattr(subprocess, "Popen", limited)
+    ran = []
+    with compiled_ahead(CPU, 3):
+        ran.append(1)
+    assert ran and len(started) == 1 and started[0].returncode is not None
 
 
 def test_all_that_a_gpu_measures_is_compiled(monkeypatch):
