@@ -51,33 +51,9 @@ def machine_bound(
     Nothing is launched, GEMMs run at their best rate, weights are read once a pass as they are stored, working
     memory costs nothing, the cache holds only what is in use.
     """
-    longest = workload.longest_prompt
-    anywhere = Split(1, 0)
+    anywhere, longest = Split(1, 0), workload.longest_prompt
     policy = Policy(anywhere, anywhere, anywhere, 1, 1, weight_bits, cache_bits, prefill_chunk=int(np.ceil(longest)))
-    coded = hardware.coded(weight_bits)
-    best = float(max((*hardware.gemm.values, *(coded.values if coded else ()))))
-    # The curve starts below one token: a sequence brings a fraction of a token to each micro-batch of the head.
-    ideal = dataclasses.replace(
-        hardware, gemm=Curve((1e-9,), (best,)), expand=IDEAL, gpu_bandwidth=IDEAL, launch_seconds=0.0, pass_seconds=0.0
-    )
-    fixed_costs = (
-        "graph_seconds",
-        "piece_seconds",
-        "expand_seconds",
-        "expand_start_seconds",
-        "request_seconds",
-        "sequence_seconds",
-        "away_sequence_seconds",
-        "cpu_attention_seconds",
-        "exchange_seconds",
-        "synchronize_seconds",
-        "link_seconds",
-        "disk_read_seconds",
-        "interconnect_seconds",
-        "interconnect_launch_seconds",
-    )
-    no_fixed_costs: dict[str, Any] = dict.fromkeys((*fixed_costs, "attention_tile_keys"), 0.0)
-    ideal = dataclasses.replace(ideal, **no_fixed_costs)
+    ideal = ideal_machine(hardware, weight_bits)
     # Two micro-batches of half a sequence: with one, CPU attention would not overlap.
     policy = dataclasses.replace(policy, num_gpu_batches=2)
     load, finished = steady_load(workload, policy, in_flight=1.0)
@@ -104,6 +80,34 @@ def machine_bound(
     if seconds is None:
         return None
     return MachineBound(finished * lengths.output / seconds[0], seconds[1])
+
+
+def ideal_machine(hardware: Hardware, weight_bits: int) -> Hardware:
+    """Products at the best rate, everything else on the device in no time, and nothing that begins costs anything."""
+    coded = hardware.coded(weight_bits)
+    best = float(max((*hardware.gemm.values, *(coded.values if coded else ()))))
+    # The curve starts below one token: a sequence brings a fraction of a token to each micro-batch of the head.
+    ideal = dataclasses.replace(
+        hardware, gemm=Curve((1e-9,), (best,)), expand=IDEAL, gpu_bandwidth=IDEAL, launch_seconds=0.0, pass_seconds=0.0
+    )
+    fixed_costs = (
+        "graph_seconds",
+        "piece_seconds",
+        "expand_seconds",
+        "expand_start_seconds",
+        "request_seconds",
+        "sequence_seconds",
+        "away_sequence_seconds",
+        "cpu_attention_seconds",
+        "exchange_seconds",
+        "synchronize_seconds",
+        "link_seconds",
+        "disk_read_seconds",
+        "interconnect_seconds",
+        "interconnect_launch_seconds",
+    )
+    no_fixed_costs: dict[str, Any] = dict.fromkeys((*fixed_costs, "attention_tile_keys"), 0.0)
+    return dataclasses.replace(ideal, **no_fixed_costs)
 
 
 def rows_of(model: PassModel) -> dict[str, np.ndarray]:

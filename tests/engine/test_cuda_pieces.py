@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flexbatch import LLM, SamplingParams
+from flexbatch.execution.piece_graphs import PieceGraphs
 from tests.engine.test_lora import write_three
 from tests.engine.test_stepping_aside import forced, requests, told
 from tests.tiny_models import make_model, random_prompts
@@ -30,6 +31,11 @@ CASES = {
     "deepseek_v2": {"prefill_chunk": 16},
 }
 BITS = [(8, 16), (4, 4)]
+
+
+@pytest.fixture(autouse=True)
+def recorded_when_they_come_again(monkeypatch):
+    monkeypatch.setattr(PieceGraphs, "recording_passes", 2)
 
 
 def params_of(count: int, **more: Any) -> list[SamplingParams]:

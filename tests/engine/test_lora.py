@@ -201,6 +201,7 @@ def test_passes_in_pieces(eight, tmp_path):
                 executor.graphs = DecodeGraphs(torch.device("cpu"), 16, 512, record, 0)
                 group = executor.builder.group_adapters
                 executor.pieces = PieceGraphs(executor.halves, torch.device("cpu"), record, (32, 64, 128), group)
+                executor.pieces.recording_passes = 2
             assert run(llm, prompts, wanted, names) == []
             llm.runner.check()
             kinds |= {adapters for _, adapters in executor.pieces.captured}

@@ -18,6 +18,7 @@ from flexbatch.execution.graphs import DecodeGraphs
 from flexbatch.execution.piece_graphs import PieceGraphs
 from flexbatch.kernels import native_quant
 from flexbatch.models.routing import RoutingCounts
+from flexbatch.policy.decode_graphs import RECORDING_PASSES
 from flexbatch.policy.piece_graphs import BUCKETS
 from tests.execution import test_graphs
 from tests.execution.recorded_ops import OpsRecorder
@@ -46,6 +47,7 @@ def run_in_pieces(executor: Executor, record: Any, buckets: tuple[int, ...] = BU
     """As on a GPU, where the planner has found room for pieces and for no decode graph."""
     executor.graphs = DecodeGraphs(CPU, 16, 2048, record, 0)
     executor.pieces = PieceGraphs(executor.halves, CPU, record, buckets)
+    executor.pieces.recording_passes = 2
     return executor.pieces
 
 
@@ -125,8 +127,22 @@ def test_what_does_not_run_in_pieces(tmp_path: Path) -> None:
             assert not few.captured and not record.made, "prompts of more tokens than any bucket has"
         assert llm.runner.executor is executor
         llm.generate(random_prompts([1], seed=1), SamplingParams(max_tokens=9, ignore_eos=True))
-        assert list(few.captured) == [(2, False)] and few.seen == {(2, False)}
+        assert list(few.captured) == [(2, False)] and few.came.keys() == {(2, False)}
         few.check()
+
+
+def test_a_bucket_is_recorded_once_launching_it_has_cost_as_much(tmp_path: Path) -> None:
+    """Jobs of one pass with prompts each, as a handful of prompts is."""
+    make_model("llama", tmp_path)
+    with LLM(str(tmp_path), **SETTINGS) as llm:
+        llm.prepare(random_prompts([20] * 3, seed=0), SamplingParams(max_tokens=2))
+        assert llm.runner is not None
+        pieces = run_in_pieces(llm.runner.executor, Recorder(), (32,))
+        pieces.recording_passes = RECORDING_PASSES
+        for job in range(1, RECORDING_PASSES + 2):
+            llm.generate(random_prompts([9, 8, 7], seed=job), SamplingParams(max_tokens=1, ignore_eos=True))
+            assert pieces.passes == max(0, job - RECORDING_PASSES + 1)
+            pieces.check()
 
 
 def test_a_recording_that_breaks_off_leaves_no_graph(tmp_path: Path) -> None:

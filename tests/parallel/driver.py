@@ -166,6 +166,7 @@ def recording(kept: Graphs, made: list[FakeGraph]) -> Iterator[None]:
         sizes = self.cache.layout.page_tokens, self.arch.max_positions
         self.graphs = DecodeGraphs(self.device, *sizes, record, told["max_graphs"], ring=self.cache.ring)
         self.pieces = PieceGraphs(self.halves, self.device, record, told["piece_buckets"])
+        self.pieces.recording_passes = 2
 
     Executor.__init__ = with_graphs  # type: ignore[method-assign]
     EnginePlan.graphs = lambda self, sizes: kept  # type: ignore[method-assign]

@@ -11,6 +11,7 @@ import torch
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.parallel.processes import PACKAGE_ROOT
+from flexbatch.policy.decode_graphs import RECORDING_PASSES
 from tests.parallel.test_lost_rank import SECONDS
 from tests.tiny_models import random_prompts
 
@@ -57,11 +58,11 @@ def test_recorded_passes_of_ranks_have_the_tokens_of_one():
     with resident(1) as llm:
         wanted = token_ids(llm)
     with resident(2) as llm:
-        assert [token_ids(llm) for _ in range(3)] == [wanted] * 3
+        assert [token_ids(llm) for _ in range(RECORDING_PASSES + 1)] == [wanted] * (RECORDING_PASSES + 1)
         assert llm.runner is not None
         graphs, pieces = llm.runner.executor.graphs, llm.runner.executor.pieces
         assert graphs is not None and len(graphs.captured) > 2
-        assert pieces is not None and pieces.passes >= 2, "those with prompts, from the second job on"
+        assert pieces is not None and pieces.passes >= 2, "those with prompts, in the last jobs"
 
 
 def test_a_rank_that_is_lost_while_passes_are_replayed():
