@@ -75,7 +75,7 @@ reservation() {
 }
 
 loading() {
-    bench loading "$1" loading --model llama-3-8b --formats bf16 --weight-bits 16 8 4 --cold --folder "$(mktemp -d)"
+    bench loading "$1" loading --model llama-3-8b --formats bf16 --weight-bits 4 8 16 --cold --folder "$(mktemp -d)"
 }
 
 # The seed has never been used to fit anything.
