@@ -94,7 +94,7 @@ class PassModel:
         """Where everything is on the GPU: graphs are recorded for numbers of tokens, and compute what fills them up."""
         if not self.graphs:
             return self.stages
-        buckets = piece_buckets(self.policy)
+        buckets = piece_buckets(self.policy, self.hardware.tensor_ranks)
         pieced = np.where(self.in_pieces, tokens_of(buckets, self.tokens), self.tokens)
         sequences = recorded_sequences(np.asarray(self.load.decode_sequences), self.in_graphs)
         padded = np.where(self.in_graphs, sequences, pieced)
@@ -162,7 +162,7 @@ class PassModel:
     @property
     def in_pieces(self) -> np.ndarray:
         """Which passes run in pieces, where everything is on the GPU and they are not one graph each."""
-        buckets = piece_buckets(self.policy)
+        buckets = piece_buckets(self.policy, self.hardware.tensor_ranks)
         few = self.tokens <= max(buckets, default=0)
         return self.graphs & (self.hardware.piece_seconds > 0) & few & ~self.in_graphs
 

@@ -26,11 +26,15 @@ BUCKETS = (32, 64, *range(128, 2048, 128), *range(2048, 4096, 256), *range(4096,
 """Tokens that pieces are recorded for. Small passes wait for the host, so that coarse steps cost nothing; large ones
 compute what fills a bucket up along, 1/16 of them on average from 1,024 tokens on and less of larger ones."""
 
+PIECED_RANKS = 1
+"""Ranks that share every layer and run passes in pieces, sums between them recorded, at most. One: GPUs have recorded
+the sums of decode passes, and no pieces of several ranks yet, which ``tests/parallel/test_cuda.py`` does."""
 
-def piece_buckets(policy: Policy) -> tuple[int, ...]:
+
+def piece_buckets(policy: Policy, tensor_ranks: int = 1) -> tuple[int, ...]:
     """Tokens of the passes that a block runs in pieces, the least first: up to those of its largest pass, or what the
     policy says."""
-    most = min(policy.piece_tokens, micro_batch_tokens(policy))
+    most = min(policy.piece_tokens, micro_batch_tokens(policy)) if tensor_ranks <= PIECED_RANKS else 0
     return BUCKETS[: sum(bucket < most for bucket in BUCKETS) + 1] if most else ()
 
 
@@ -53,6 +57,6 @@ def planned_bytes(shape: ModelShape, policy: Policy, hardware: Hardware, longest
         return 0
     sizes, experts = (shape.num_layers, shape.hidden_bytes, policy.gpu_batch_size), shape.experts is not None
     one, workspace = graph_bytes(*sizes, int(longest), PAGE_TOKENS, experts), shape.peak_workspace_bytes
-    pieces = piece_bytes(shape.num_layers, piece_buckets(policy), workspace, experts)
+    pieces = piece_bytes(shape.num_layers, piece_buckets(policy, hardware.tensor_ranks), workspace, experts)
     pool = graph_pool_bytes(policy.gpu_batch_size, workspace, shape.vocab_size, shape.element_bytes)
     return PLANNED_GRAPHS * one + pieces + pool

@@ -188,7 +188,7 @@ def graphs_that_fit(
     if not (resident and runs_graphs(policy, "cuda" if cuda else "cpu", ranks, stages)):
         return Graphs()
     width, one = layout.dtype.itemsize, one_graph_bytes(arch, policy, layout, sizes)
-    workspace, buckets = arch.workspace_elements * width, piece_buckets(policy)
+    workspace, buckets = arch.workspace_elements * width, piece_buckets(policy, ranks)
     pool = graph_pool_bytes(policy.gpu_batch_size, workspace, arch.vocab_size, width)
     experts = arch.experts is not None
     left = budget - sum(row.num_bytes for row in rows if row.tier == "gpu") - pool

@@ -11,6 +11,7 @@ import torch
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.parallel.processes import PACKAGE_ROOT
+from flexbatch.policy import piece_graphs
 from flexbatch.policy.decode_graphs import RECORDING_PASSES
 from tests.parallel.test_lost_rank import SECONDS
 from tests.tiny_models import random_prompts
@@ -54,7 +55,9 @@ def lose_a_rank(device: str = "cuda") -> None:
             token_ids(llm)
 
 
-def test_recorded_passes_of_ranks_have_the_tokens_of_one():
+def test_recorded_passes_of_ranks_have_the_tokens_of_one(monkeypatch):
+    """Pieces too, which rank 0 has the others make."""
+    monkeypatch.setattr(piece_graphs, "PIECED_RANKS", 2)
     with resident(1) as llm:
         wanted = token_ids(llm)
     with resident(2) as llm:

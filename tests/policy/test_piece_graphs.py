@@ -15,7 +15,7 @@ from flexbatch.policy.decode_graphs import PLANNED_GRAPHS
 from flexbatch.policy.footprint import has_graphs, peak_memory
 from flexbatch.policy.hardware import load_hardware
 from flexbatch.policy.limits import MAX_PIECE_TOKENS
-from flexbatch.policy.piece_graphs import BUCKETS, piece_buckets, piece_bytes
+from flexbatch.policy.piece_graphs import BUCKETS, PIECED_RANKS, piece_buckets, piece_bytes
 from flexbatch.policy.plan import price
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.policy.shapes import public_shape
@@ -35,6 +35,7 @@ MACHINE = dataclasses.replace(load_hardware("h200"), gpu_reserved_bytes=0, cpu_r
 def test_buckets_reach_up_to_the_largest_pass(sequences: int, chunk: int, tokens: int, largest: int) -> None:
     policy = Policy(ALL, ALL, ALL, sequences, 1, prefill_chunk=chunk, prefill_budget=chunk, piece_tokens=tokens)
     buckets = piece_buckets(policy)
+    assert piece_buckets(policy, PIECED_RANKS) == buckets and piece_buckets(policy, PIECED_RANKS + 1) == ()
     assert buckets == BUCKETS[: len(buckets)] and buckets[-1] == largest
     assert buckets[-1] >= min(tokens, micro_batch_tokens(policy))
     assert piece_buckets(dataclasses.replace(policy, piece_tokens=0)) == () and piece_bytes(4, (), 1000, True) == 0
