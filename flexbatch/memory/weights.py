@@ -268,10 +268,10 @@ class WeightStore:
         for lease in self.leases.values():
             together(*lease.handles).synchronize()
 
+    @torch.inference_mode()
     def drain(self) -> None:
         """Wait for everything that is on its way and release all layers, those without a lease, too (end of a job, or
-        a failed pass).
-
+        a failed pass), whatever the caller's inference mode.
         The error of a fetch is raised to who waits for its handle: here nobody does any more, and whoever needs the
         layer later fetches it again.
         """

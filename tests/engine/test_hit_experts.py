@@ -68,6 +68,17 @@ def test_greedy_tokens_equal_transformers(
     assert any(lease.by_hit and lease.arrived is not None for lease in leases)
 
 
+@pytest.mark.parametrize("share", [0, 50])
+def test_an_engine_whose_weights_were_placed_in_inference_mode_can_be_closed(share, reference, tmp_path):
+    """So the engines are that share a job with others, and one whose first job runs in the caller's inference mode."""
+    model = reference("qwen3_moe")
+    with engine(model, tmp_path, "mixed", cpu_experts=share) as llm:
+        with torch.inference_mode():
+            assert tokens(llm, model.prompts) == model.token_ids
+        assert llm.weights.hit_experts is not None
+        assert tokens(llm, model.prompts) == model.token_ids
+
+
 @pytest.mark.parametrize(
     ("bits", "family"), [(16, "mxfp4"), (4, "granitemoe"), pytest.param(8, "granitemoe", marks=pytest.mark.slow)]
 )
