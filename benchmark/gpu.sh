@@ -19,7 +19,7 @@ shift
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 HW=$O/hardware.json
-ONE_GPU=(tests:200 codes:90 ceilings:90 resident:480 reservation:170 loading:100 drawn:440 users:260 experts:300 experts-whole:770 experts-parts:680 rows-16:460 rows-4:520 row-70b:300)
+ONE_GPU=(tests:200 codes:90 ceilings:90 resident:480 reservation:170 loading:100 drawn:440 users:260 experts:300 experts-whole:770 experts-parts:680 rows-16:460 rows-4:520 row-70b:300 paired:320)
 
 # A command's output goes to FOLDER/NAME.log and .err; it is ended by TERM, on which benchmarks write what they have.
 step() { # NAME SECONDS COMMAND...
@@ -144,6 +144,24 @@ users() {
     step users-plans 60 "${runs[@]}" --plan "$O/users-plans.json" --processes 4
     step users "$(($1 - 20))" "${runs[@]}" --plans "$O/users-plans.json" --seconds "$(($1 - 40))"
     step users-errors 20 python3 -m benchmark.pass_errors "$O/users.jsonl" --hardware "$HW"
+}
+
+# Placed by hand, so that both do the same: offloaded jobs of this tree and of the one in the folder BEFORE, in turn.
+# Passes of OPT-1.3B take less than 50 ms.
+paired() { # SECONDS
+    local each=$(($1 / 8)) turn tree model
+    [ -n "${BEFORE:-}" ] || { echo "paired: left out, BEFORE is not the folder of another tree"; return; }
+    for turn in 1-before 1-now 2-now 2-before; do
+        tree=$([ "${turn#*-}" = now ] && echo "$PWD" || echo "$BEFORE")
+        for model in opt-1.3b opt-6.7b; do
+            (
+                cd "$tree" || exit
+                export PYTHONPATH=$tree:$PYTHONPATH
+                step "paired-$model-$turn" "$each" python3 -m benchmark.suite --model "$model" --num-prompts 276 \
+                    --scenarios opt-30b-16-16 opt-30b-16-4 opt-30b-4-4 --output "$O/paired-$model-$turn.json"
+            )
+        done
+    done
 }
 
 # Layers of a model in as large a share of memory, so that they load in seconds. Prompts of OPT-30B are so many that
