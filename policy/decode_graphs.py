@@ -43,6 +43,12 @@ def sequences_of(sequences: np.ndarray) -> np.ndarray:
     return np.where(whole <= 32, 2.0 ** np.ceil(np.log2(whole)), np.ceil(whole / 32) * 32)
 
 
+def wasted_by(bucket: float, covering: float | None) -> float:
+    """Passes that a graph of its own would have saved a pass of this bucket, which runs in the one that covers it;
+    without any graph, what recording one takes."""
+    return RECORDING_PASSES if covering is None else 1 - bucket / covering
+
+
 def recorded_sequences(sequences: np.ndarray, graphs: np.ndarray) -> np.ndarray:
     """Sequences of the graph that each pass of a job runs in, of those that are ``graphs``, in their order: of the
     least that is there and covers it, until what that computes for nothing has cost as much as a graph of its own.
@@ -57,7 +63,7 @@ def recorded_sequences(sequences: np.ndarray, graphs: np.ndarray) -> np.ndarray:
         if wasted.get(bucket, 0.0) >= RECORDING_PASSES:
             there.add(bucket)
         covering = min((other for other in there if other >= bucket), default=None)
-        wasted[bucket] = wasted.get(bucket, 0.0) + (RECORDING_PASSES if covering is None else 1 - bucket / covering)
+        wasted[bucket] = wasted.get(bucket, 0.0) + wasted_by(bucket, covering)
         found[index] = covering or bucket
     return found if np.ndim(sequences) else found[0]
 

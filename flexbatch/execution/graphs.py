@@ -18,7 +18,7 @@ from torch import Tensor
 from flexbatch.execution.inputs import AttentionGroup, CacheGroups, MicroBatchInputs
 from flexbatch.execution.set_up import SetUp
 from flexbatch.execution.static_adapters import GroupAdapters, fill_adapters, static_adapters
-from flexbatch.policy.decode_graphs import CONTEXT_STEP, MAX_GRAPHS, RECORDING_PASSES, bucket_of
+from flexbatch.policy.decode_graphs import CONTEXT_STEP, MAX_GRAPHS, RECORDING_PASSES, bucket_of, wasted_by
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
 
 Key = tuple[int, int, bool, bool]
@@ -157,7 +157,7 @@ class DecodeGraphs:
         )
         self.group_adapters, self.ring = group_adapters, ring
         self.wasted: dict[Key, float] = {}
-        """Passes that a graph of its own would have saved each bucket so far; without any graph, what one takes."""
+        """Of each bucket so far, `wasted_by`."""
         self.captured: dict[Key, Captured] = {}
         """The one that was used last at the end."""
 
@@ -186,7 +186,7 @@ class DecodeGraphs:
                 self.evict(next(iter(self.captured)))
             self.captured[key] = self.capture(key[0], key[1], inputs, layers)
         covering = smallest_covering(self.captured, key)
-        self.wasted[key] += RECORDING_PASSES if covering is None else 1 - key[0] / covering[0]
+        self.wasted[key] += wasted_by(key[0], covering and covering[0])
         if covering is None:
             return None
         captured = self.captured[covering] = self.captured.pop(covering)
