@@ -14,11 +14,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
 from flexbatch.kernels import ops
+from flexbatch.parallel.processes import PACKAGE_ROOT
 
 logger = logging.getLogger("flexbatch")
 
@@ -27,7 +27,6 @@ HIDDEN, TOKENS, PAGE_TOKENS = 128, 16, 16
 MOST_PROCESSES = 8
 """Each takes 4 s to begin and 0.5 GB of the GPU."""
 LIMIT_SECONDS = 60.0
-PACKAGE_ROOT = Path(__file__).parents[2]
 
 
 @contextlib.contextmanager
