@@ -12,10 +12,13 @@ from torch import Tensor
 from flexbatch.kernels import coded_gemm_kernels as kernels
 from flexbatch.kernels.attention import multiprocessors_of
 from flexbatch.kernels.code_tiles import LIFT
+from flexbatch.kernels.coded_linear import choose_splits
 from flexbatch.kernels.coded_matrix import CodedMatrix
 
 CHUNK = 64
 """Columns that are multiplied in one step, at most: with more, tiles and those on their way exceed shared memory."""
+LEAST_STEPS, MOST_SPLITS = 8, 8
+"""Of a split of the columns, and of a product."""
 ARRANGED, ADDED = 1024, 1024
 """Elements of a program of the kernels before and after."""
 
@@ -41,13 +44,6 @@ def choose_launch(tokens: int) -> GemmLaunch:
     return GemmLaunch(128, 32, warps=4, stages=4, depth=3)
 
 
-def choose_splits(blocks: int, steps: int, multiprocessors: int, depth: int) -> int:
-    """Splits of the columns that give the chip about ``depth`` programs a multiprocessor, each of at least eight steps;
-    a power of two: a kernel is compiled for each."""
-    wanted = max(1, min(depth * multiprocessors // blocks, steps // 8, 8))
-    return 1 << (wanted.bit_length() - 1)
-
-
 def coded_gemm(
     x: Tensor, matrix: CodedMatrix, bias: Tensor | None = None, launch: GemmLaunch | None = None, splits: int = 0
 ) -> Tensor:
@@ -60,7 +56,7 @@ def coded_gemm(
     launch = launch or choose_launch(tokens)
     blocks = triton.cdiv(tokens, launch.tokens), triton.cdiv(rows, launch.rows)
     splits = splits or choose_splits(
-        blocks[0] * blocks[1], columns // chunk, multiprocessors_of(x.device), launch.depth
+        blocks[0] * blocks[1], columns // chunk, multiprocessors_of(x.device), launch.depth, LEAST_STEPS, MOST_SPLITS
     )
     arranged = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
     kernels.arrange_chunks_kernel[tokens, triton.cdiv(columns, ARRANGED)](

@@ -38,10 +38,12 @@ def choose_launch(tokens: int) -> CodedLaunch:
     return CodedLaunch() if tokens <= 8 else CodedLaunch(64, 16, warps=2, depth=6)
 
 
-def choose_splits(blocks: int, steps: int, multiprocessors: int, depth: int) -> int:
-    """Splits of the columns that give the chip ``depth`` programs a multiprocessor, each of at least four steps; a
+def choose_splits(
+    blocks: int, steps: int, multiprocessors: int, depth: int, least_steps: int = 4, most: int = 16
+) -> int:
+    """Splits of the columns that give the chip ``depth`` programs a multiprocessor, each of at least so many steps; a
     power of two: a kernel is compiled for each."""
-    wanted = max(1, min(depth * multiprocessors // blocks, steps // 4, 16))
+    wanted = max(1, min(depth * multiprocessors // blocks, steps // least_steps, most))
     return 1 << (wanted.bit_length() - 1)
 
 

@@ -36,7 +36,10 @@ def test_any_number_of_tokens(bits, group, dtype):
 
 
 def test_splits_fill_the_chip_and_are_not_short():
-    from flexbatch.kernels.coded_gemm import choose_splits
+    from flexbatch.kernels.coded_gemm import LEAST_STEPS, MOST_SPLITS
+    from flexbatch.kernels.coded_linear import choose_splits
 
-    assert choose_splits(32, 64, 132, 1) == 4 and choose_splits(224, 64, 132, 1) == 1
-    assert choose_splits(1, 32, 132, 1) == 4 and choose_splits(1, 4, 132, 1) == 1
+    most = LEAST_STEPS, MOST_SPLITS
+
+    assert choose_splits(32, 64, 132, 1, *most) == 4 and choose_splits(224, 64, 132, 1, *most) == 1
+    assert choose_splits(1, 32, 132, 1, *most) == 4 and choose_splits(1, 4, 132, 1, *most) == 1
