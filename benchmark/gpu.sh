@@ -2,7 +2,7 @@
 # What this project measures on a machine with GPUs, in parts with a limit each. Results and logs lie in FOLDER as soon
 # as they are there: a run that is cut keeps what it has.
 #
-#   benchmark/gpu.sh FOLDER                                 every part of one GPU, about 60 minutes
+#   benchmark/gpu.sh FOLDER                                 every part of one GPU, about 80 minutes
 #   benchmark/gpu.sh FOLDER resident drawn:240              these parts, the second for no more than 240 seconds
 #   CUDA_VISIBLE_DEVICES=0,1 benchmark/gpu.sh FOLDER mesh   two GPUs, about 10 minutes
 #
