@@ -133,7 +133,7 @@ def measured(
         loaded = time.perf_counter()
         # Jobs of the same lengths: kernels compile and the links wake up, and nothing is planned, moved or allocated
         # in the one that is measured. A smaller one had the weights moved for it, and the block made again: 5 of 17 s.
-        # Graphs are recorded when their sizes come for the second time, which takes a second of a job of three.
+        # Graphs are recorded in them, too, which takes a second of a job of three.
         for turn in range(1, warm_ups + 1):
             prompts_before = random_prompts(case.prompts, case.prompt_tokens, llm.arch.vocab_size, seed=1, turn=turn)
             llm.generate(prompts_before, params)
