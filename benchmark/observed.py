@@ -208,5 +208,6 @@ def measure(llm: ObservedLLM, setting: Setting) -> dict[str, Any]:
         "load_seconds": llm.report()["load_seconds"],
         "graphs": llm.num_graphs,
         "set_up": made_between(before, llm.report()),
+        "compiled_in_passes": llm.report()["compiled_in_passes"][len(before["compiled_in_passes"]) :],
         "passes": log.log,
     }

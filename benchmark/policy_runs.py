@@ -137,6 +137,8 @@ def run_here(names: list[str], arguments: argparse.Namespace) -> int:
             file=sys.stderr,
             flush=True,
         )
+        for variant in record.get("compiled_in_passes", ()):
+            print(f"  compiled {variant}", file=sys.stderr, flush=True)
         if fatal:
             return 1
         gc.collect()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flexbatch.kernels.attention_tiles import softmax_step
+from flexbatch.kernels.attention_tiles import TABLES, softmax_step
 
 
 @triton.jit
@@ -131,8 +131,9 @@ def _store(
 
 
 # Sizes of a batch change from pass to pass. Triton compiles an integer that is 1, or a multiple of 16, anew, and so
-# every number of splits as a constant (a second each, in the middle of a job).
-@triton.jit(do_not_specialize=["num_sequences", "num_tokens", "max_pages", "mask_words", "window"])
+# every number of splits as a constant (a second each, in the middle of a job); and a table that starts at a multiple of
+# 16 bytes or does not: four kernels of up to 5 s each.
+@triton.jit(do_not_specialize=[*TABLES, "num_sequences", "num_tokens", "max_pages", "mask_words", "window"])
 def attention_kernel(
     query, rows, parameters, page_table, query_starts, context_lens, out, statistics, slopes, sinks, positions,
     tree_masks, num_sequences, num_tokens, query_stride, row_stride, parameter_stride, max_pages, mask_words, window,

@@ -14,6 +14,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+TABLES = ("page_table", "query_starts", "context_lens", "positions", "tree_masks")
+"""Tensors that a pass cuts anywhere: those of prompts behind 33 sequences that decode do not start at a multiple of 16
+bytes, those behind 32 do."""
+
 
 @triton.jit
 def dequantized(

@@ -15,7 +15,7 @@ import triton.language as tl
 from flexbatch.kernels.code_tiles import elements_of_rows, of_numbers, rows_of_codes, scale_and_minimum
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "num_arrivals"])
 def arrange_kernel(
     x, arranged, sums, arrivals, num_tokens, columns, x_stride, num_arrivals, BITS: tl.constexpr, GROUP: tl.constexpr
 ):

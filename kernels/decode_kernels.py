@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flexbatch.kernels.attention_tiles import TABLES
+
 
 @triton.jit
 def _codes(words, BITS: tl.constexpr):
@@ -39,7 +41,7 @@ def _parameters(pair, dtype: tl.constexpr, BITS: tl.constexpr):
     return scale, minimum - scale * (1 << BITS)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "max_pages"])
+@triton.jit(do_not_specialize=[*TABLES, "num_tokens", "max_pages"])
 def decode_kernel(
     query, words, page_table, query_starts, context_lens, out, statistics, slopes, sinks, num_tokens, query_stride,
     row_quads, max_pages, scale, SPLIT: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, HEADS: tl.constexpr,

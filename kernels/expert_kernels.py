@@ -18,7 +18,7 @@ from flexbatch.kernels.code_tiles import ended
 from flexbatch.kernels.norm_rope import activated, clamped
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def tiles_kernel(
     ends, tiles, num_tiles, num_experts, BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
     BLOCK_TILES: tl.constexpr,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flexbatch.kernels.attention_tiles import TABLES
 from flexbatch.kernels.code_tiles import (
     columns_of_codes,
     elements_of_columns,
@@ -145,7 +146,7 @@ def _attend(
     return m, tl.sum(total, 0), acc0 + tl.sum(base0, 0)[None, :], acc1 + tl.sum(base1, 0)[None, :]
 
 
-@triton.jit(do_not_specialize=["num_tokens", "max_pages"])
+@triton.jit(do_not_specialize=[*TABLES, "num_tokens", "max_pages"])
 def grouped_decode_kernel(
     query, words, page_table, query_starts, context_lens, out, statistics, sinks, num_tokens, query_stride, row_quads,
     max_pages, scale, lift, SPLIT: tl.constexpr, SINKS: tl.constexpr, product: tl.constexpr, HEADS: tl.constexpr,

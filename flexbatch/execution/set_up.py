@@ -66,6 +66,17 @@ class Made:
         return Made(self.count + other.count, self.seconds + other.seconds)
 
 
+def variant_of(src: Any) -> str:
+    """The name of a kernel of Triton, with the constants and the multiples of 16 that it is compiled for."""
+    names: list[str] = list(getattr(getattr(src, "fn", None), "arg_names", ()))
+    if not names:
+        return str(getattr(src, "name", "a kernel"))
+    constants = (f"{names[at]}={value}" for (at, *_), value in sorted(src.constants.items()))
+    multiples = (names[at] for (at, *_), found in sorted(src.attrs.items()) if found)
+    kinds = ", ".join(f"{name}: {kind}" for name, kind in src.signature.items() if kind != "constexpr")
+    return f"{src.name}[{', '.join(constants)}]({kinds}; multiples of 16: {', '.join(multiples)})"
+
+
 class SetUp:
     """Seconds of passes in which something was made that later ones find there, by kind."""
 
@@ -73,6 +84,8 @@ class SetUp:
         self.device = device
         self.made: dict[str, Made] = {}
         """Since the last `take`."""
+        self.variants: list[str] = []
+        """Kernels that were compiled since the last `take_variants`."""
 
     @property
     def seconds(self) -> float:
@@ -109,10 +122,18 @@ class SetUp:
         with self.listening():
             return work()
 
-    def compiled(self, *, times: Any, cache_hit: bool = False, **told: Any) -> None:
+    def compiled(self, *, times: Any, cache_hit: bool = False, src: Any = None, **told: Any) -> None:
         """As a `triton.knobs.CompilationListener`."""
-        self.add(LOADED if cache_hit else COMPILED, getattr(times, "total", 0) / 1e6)
+        seconds = getattr(times, "total", 0) / 1e6
+        self.add(LOADED if cache_hit else COMPILED, seconds)
+        if not cache_hit:
+            self.variants.append(variant_of(src))
+            logger.info("compiled %s in the middle of a job: %s", self.variants[-1], duration_text(seconds))
 
     def take(self) -> dict[str, Made]:
         made, self.made = self.made, {}
         return made
+
+    def take_variants(self) -> list[str]:
+        variants, self.variants = self.variants, []
+        return variants

@@ -49,6 +49,8 @@ class Statistics(RunObserver):
     seconds: float = 0.0
     set_up: dict[str, Made] = field(default_factory=dict)
     """Of these: what was made that later passes find there, by kind."""
+    compiled: list[str] = field(default_factory=list)
+    """The kernels that passes waited for, each with what it was compiled for."""
     passes: int = 0
     prompt_tokens: int = 0
     prefilled_tokens: int = 0
@@ -63,6 +65,7 @@ class Statistics(RunObserver):
         before = self.set_up_seconds
         for kind, made in set_up.take().items():
             self.set_up[kind] = self.set_up.get(kind, Made()) + made
+        self.compiled += set_up.take_variants()
         return max(0.0, seconds - (self.set_up_seconds - before))
 
     @contextlib.contextmanager
@@ -110,6 +113,7 @@ class Statistics(RunObserver):
             "seconds": self.seconds,
             "set_up_seconds": self.set_up_seconds,
             "set_up": {kind: asdict(made) for kind, made in self.set_up.items()},
+            "compiled_in_passes": list(self.compiled),
             "passes": self.passes,
             "requests": self.requests,
             "prompt_tokens": self.prompt_tokens,

@@ -16,6 +16,7 @@ from flexbatch.execution.passes import Passes
 from flexbatch.execution.set_up import COMPILED, DECODE_GRAPHS, LOADED, Made, SetUp, load_kernels
 from flexbatch.kernels import native
 from flexbatch.loop import EngineLoop
+from flexbatch.planner.report import Statistics
 from flexbatch.policy.policy import Policy, Split
 
 PROMPTS = [{"prompt_token_ids": [7, 8, 9]}, {"prompt_token_ids": [11, 12]}]
@@ -91,6 +92,26 @@ def test_what_is_compiled_while_something_is_made_counts_once():
     made = found.take()
     assert made[LOADED] == Made(1, 0.2) and made[DECODE_GRAPHS].count == 1
     assert 0.1 <= made[DECODE_GRAPHS].seconds < 0.29
+
+
+def test_what_a_pass_waited_for_is_named(caplog):
+    """The report of a job that took 16 s longer said of four kernels no more than that there were four."""
+    names, kinds = ("query", "rows", "BITS"), {"query": "*bf16", "rows": "i32", "BITS": "constexpr"}
+    src = SimpleNamespace(
+        fn=SimpleNamespace(arg_names=names),
+        name="attention_kernel",
+        signature=kinds,
+        constants={(2,): 4},
+        attrs={(0,): [["tt.divisibility", 16]], (1,): []},
+    )
+    found, statistics = SetUp(torch.device("cuda")), Statistics()
+    with caplog.at_level("INFO"):
+        found.compiled(times=SimpleNamespace(total=2_000_000), src=src)
+        found.compiled(times=SimpleNamespace(total=1_000), src=src, cache_hit=True)
+    statistics.beside_set_up(3.0, found)
+    told = "attention_kernel[BITS=4](query: *bf16, rows: i32; multiples of 16: query)"
+    assert statistics.describe()["compiled_in_passes"] == [told]
+    assert caplog.messages == [f"compiled {told} in the middle of a job: 2 s"]
 
 
 def test_the_compiler_is_listened_to_during_passes_alone():

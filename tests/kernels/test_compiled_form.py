@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import flexbatch.kernels
+from flexbatch.kernels.attention_tiles import TABLES
 
 FILES = sorted(Path(flexbatch.kernels.__path__[0]).glob("*.py"))
 
@@ -30,6 +31,20 @@ def test_no_kernel_returns_out_of_a_branch(path):
         if isinstance(inner, ast.Return)
     ]
     assert not early
+
+
+def test_kernels_are_not_compiled_for_where_a_pass_cuts_its_tables():
+    """Those of prompts start behind 33 sequences that decode, or 40: each alignment was a kernel of its own, compiled
+    in the middle of a job."""
+    kernels = [
+        function
+        for path in FILES
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(function, ast.FunctionDef) and any("jit" in ast.unparse(mark) for mark in function.decorator_list)
+        if function.name.endswith("_kernel") and TABLES[0] in [argument.arg for argument in function.args.args]
+    ]
+    assert len(kernels) == 4
+    assert not [each.name for each in kernels if "*TABLES" not in ast.unparse(each.decorator_list[0])]
 
 
 def test_no_product_with_codes_runs_on_while_the_next_ones_are_expanded():
