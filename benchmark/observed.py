@@ -184,6 +184,7 @@ def measure(llm: ObservedLLM, setting: Setting) -> dict[str, Any]:
         count = WARM_BLOCKS * llm.policy.block_size
         llm.generate(prompts_of(llm, setting, "recorded")[:count], params[:count])
     before, started = llm.report(), time.perf_counter()
+    compiled_before = {"compiled_ahead": before["compiled_ahead"], "compiled_in_warm_up": before["compiled_in_passes"]}
     completions = llm.generate(prompts, params)
     seconds = time.perf_counter() - started
     generated = sum(len(completion.token_ids) for completion in completions)
@@ -208,6 +209,7 @@ def measure(llm: ObservedLLM, setting: Setting) -> dict[str, Any]:
         "load_seconds": llm.report()["load_seconds"],
         "graphs": llm.num_graphs,
         "set_up": made_between(before, llm.report()),
+        **compiled_before,
         "compiled_in_passes": llm.report()["compiled_in_passes"][len(before["compiled_in_passes"]) :],
         "passes": log.log,
     }

@@ -9,12 +9,15 @@ import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flexbatch.execution.kernels_ahead import Announced, Compiled, compiled_ahead
+from flexbatch.execution.planned_kernels import kinds_of, launch_all
 from flexbatch.execution.set_up import load_kernels
 from flexbatch.memory import loading
 from flexbatch.memory.files import prepare_offload_dir
@@ -34,6 +37,7 @@ from flexbatch.planner.leader import lead
 from flexbatch.planner.start_engines import open_engines
 from flexbatch.policy.policy import TIERS
 from flexbatch.policy.units import duration_text, size_text
+from flexbatch.speculative.draft import RESIDENT
 from flexbatch.speculative.speculator import Speculator
 from flexbatch.trace import Tracer
 
@@ -53,6 +57,8 @@ class PlacedModel:
         if self.keeps_files:
             prepare_offload_dir(deployment.offload_dir)
         self.seconds, self.loaded_bytes, self.reused_bytes = 0.0, 0, 0
+        self.compiled = Compiled()
+        """Kernels, before passes launched them."""
         self.weights: WeightStore | None = None
         self._loader: Loader | None = None
         """Which may still write files of the weights as they lie."""
@@ -91,10 +97,11 @@ class PlacedModel:
             prepare_offload_dir(engine_plan.offload_dir)
         load_kernels(self.queues.device, policy)
         try:
-            if self.weights is None:
-                self._load(engine_plan)
-            elif self.weights.plan != engine_plan.weight_plan:
-                self._move(self.weights, engine_plan)
+            with self._kernels_compiled(engine_plan):
+                if self.weights is None:
+                    self._load(engine_plan)
+                elif self.weights.plan != engine_plan.weight_plan:
+                    self._move(self.weights, engine_plan)
         except BaseException as error:
             self._unload()
             # The frames of the error hold what was loaded for as long as it is handled, and longer at a prompt.
@@ -102,6 +109,16 @@ class PlacedModel:
             raise
         assert self.weights is not None
         return self.weights, self.speculator
+
+    def _kernels_compiled(self, engine_plan: EnginePlan) -> contextlib.AbstractContextManager[None]:
+        """Beside the body, what passes will launch on a GPU."""
+        if self.queues.device.type != "cuda":
+            return contextlib.nullcontext()
+        sharers = engine_plan.deployment.local_ranks
+        return compiled_ahead(self.queues.device, planned_kernels(engine_plan), self._note_compiled, sharers)
+
+    def _note_compiled(self, compiled: Compiled) -> None:
+        self.compiled += compiled
 
     def _load(self, engine_plan: EnginePlan) -> None:
         started, config = time.perf_counter(), engine_plan.config
@@ -157,12 +174,24 @@ class PlacedModel:
             raise
 
     def describe(self) -> dict[str, Any]:
-        """How long loading and moving took, and what was read."""
-        return {"load_seconds": self.seconds, "loaded_bytes": self.loaded_bytes, "reused_bytes": self.reused_bytes}
+        """How long loading and moving took, what was read, and the kernels that were compiled meanwhile."""
+        read = {"loaded_bytes": self.loaded_bytes, "reused_bytes": self.reused_bytes}
+        return {"load_seconds": self.seconds, **read, "compiled_ahead": asdict(self.compiled)}
 
     def close(self) -> None:
         with self._stack:
             self._unload()
+
+
+def planned_kernels(engine_plan: EnginePlan) -> Announced:
+    """Those of a plan's passes, and of its drafts'."""
+    drafting, dtype, policy = engine_plan.speculation, engine_plan.dtype, engine_plan.policy
+    nodes = 0 if drafting is None else drafting.grown_nodes
+    own = kinds_of(engine_plan.weight_plan, engine_plan.layout, dtype, policy, nodes)
+    drafts = () if drafting is None or not engine_plan.arch.has_ends else drafting.drafts
+    return Announced(
+        launch_all, (own, *(kinds_of(draft.weights, draft.layout, dtype, RESIDENT, nodes) for draft in drafts))
+    )
 
 
 def pieces_of(engine_plan: EnginePlan, skip: set[Key]) -> Iterator[Piece | QuantizedPiece]:

@@ -1,0 +1,145 @@
+"""``python -m tests.execution.launched_kernels``: kernels that passes of tiny jobs would launch on a GPU and that were
+not announced, as JSON. A process of its own: Triton decides at import whether kernels are interpreted, and an imagined
+GPU wants a process for itself.
+
+Jobs run on the CPU. Whatever they ask of `kernels.ops` is asked once more over tensors of an imagined GPU, of the same
+shapes, strides and offsets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexbatch import LLM, SamplingParams
+from flexbatch.kernels import native_coded, ops
+from flexbatch.kernels.imagined_gpu import DEVICE, GpuTraits, Launch, imagined_gpu
+from flexbatch.memory.weight_plan import PlacedTensor
+from flexbatch.models import experts, shapes
+from flexbatch.planner.loader import planned_kernels
+from flexbatch.policy.limits import CODED_PASS_TOKENS, CODED_TOKENS
+
+TRAITS = GpuTraits(90, 12, 232448)
+"""Few multiprocessors, so that tiny jobs fill them or do not."""
+OPERATIONS = (
+    *("paged_attention", "append_rows", "latent_attention", "append_latent_rows", "dequantize", "linear"),
+    *("expand_mxfp4", "gather_pages", "scatter_rows", "rms_norm", "layer_norm", "rotary", "gated_activation"),
+    *("clamped_gate", "keep_largest"),
+)
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 320,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MODELS = {
+    "grouped": LLAMA,
+    "own heads": {**LLAMA, "num_key_value_heads": 4},
+    "odd heads": {**LLAMA, "head_dim": 80, "num_key_value_heads": 4},
+    "wide heads": {**LLAMA, "head_dim": 256, "num_attention_heads": 2},
+    "windows": {**LLAMA, "model_type": "mistral", "sliding_window": 40},
+    "biases": {
+        **{name: LLAMA[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")},
+        **{"model_type": "opt", "ffn_dim": 192, "word_embed_proj_dim": 128, "max_position_embeddings": 1024},
+    },
+    "experts": {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+SHORT = [3, 5, 9, 70, 17, 33, 40, 4, 120, 61] * 5
+FEW = [300, 2, 700]
+STREAMED = {"percent": (50, 50, 50, 50, 100, 0), "gpu_batch_size": 8, "num_gpu_batches": 2, "cpu_attention": 0.0}
+WHOLE = {"percent": (100, 0, 100, 0, 100, 0), "gpu_batch_size": 48, "num_gpu_batches": 1}
+
+
+def imagined(x: Any) -> Any:
+    """With every tensor on the imagined GPU."""
+    if isinstance(x, Tensor):
+        end = 1 + x.storage_offset() + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+        memory = torch.empty(max(1, end), dtype=x.dtype, device=DEVICE)
+        return memory.as_strided(x.shape, x.stride(), x.storage_offset())
+    if dataclasses.is_dataclass(x) and not isinstance(x, type | PlacedTensor):
+        return dataclasses.replace(x, **{each.name: imagined(getattr(x, each.name)) for each in dataclasses.fields(x)})
+    if isinstance(x, tuple | list):
+        return type(x)(map(imagined, x))
+    return x
+
+
+class Listener:
+    """Notes what operations would launch."""
+
+    def __init__(self) -> None:
+        self.launched: dict[Launch, Launch] = {}
+        self.lock = threading.RLock()
+
+    def heard(self, operation: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            with self.lock:
+                here = {name: value for name, value in options.items() if name != "threads"}
+                with imagined_gpu(TRAITS) as found:
+                    operation(*map(imagined, arguments), **{name: imagined(value) for name, value in here.items()})
+                self.launched.update(found)
+            return operation(*arguments, **options)
+
+        return call
+
+    def listen(self) -> None:
+        for name in OPERATIONS:
+            setattr(ops, name, self.heard(getattr(ops, name)))
+        experts.expert_mlp = self.heard(experts.expert_mlp)
+        shapes.config_of = MODELS.__getitem__
+        native_coded.most_tokens = lambda dtype: CODED_TOKENS  # as on a GPU
+
+
+def unannounced(model: str, lengths: list[int], settings: dict[str, Any], listener: Listener) -> list[str]:
+    """What a job launches beside what its plan announces."""
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = {"gpu_memory": "256MiB", "cpu_memory": "256MiB", "offload_dir": folder}
+        options = {"dummy_weights": True, "device": "cpu", "dtype": "bfloat16", "hardware": "cpu", **sizes, **settings}
+        with LLM(model, **options) as llm:
+            llm.weights.coded_pass_tokens = CODED_PASS_TOKENS
+            listener.launched.clear()
+            prompts = [{"prompt_token_ids": [3 + (7 * i + j) % 300 for j in range(n)]} for i, n in enumerate(lengths)]
+            params = [SamplingParams(max_tokens=2 + i % 7, temperature=0, ignore_eos=True) for i in range(len(prompts))]
+            llm.generate(prompts, params)
+            announced = planned_kernels(llm.engine_plan)
+    launched = dict(listener.launched)
+    with imagined_gpu(TRAITS) as found:
+        announced.launch(announced.what)
+    assert launched, "nothing was launched"
+    return [f"{each.name} {each.forms} {each.options}" for each in launched if each not in found]
+
+
+def main(names: list[str]) -> None:
+    listener, missing = Listener(), {}
+    listener.listen()
+    for name in MODELS:
+        if names and name not in names:
+            continue
+        for bits in ((16, 16), (8, 8), (4, 4)):
+            for what, lengths, settings in (
+                ("whole", SHORT, WHOLE),
+                ("streamed", SHORT, {**STREAMED, "prefill_chunk": 32}),
+                ("few", FEW, {**WHOLE, "prefill_chunk": 256}),
+                ("tree", SHORT[:6], {**WHOLE, "draft": ("ngram",), "tree": "chain:4"}),
+            ):
+                given = {**settings, "weight_bits": bits[0], "cache_bits": bits[1]}
+                if found := unannounced(name, lengths, given, listener):
+                    missing[f"{name}, {bits[0]}/{bits[1]} bits, {what}"] = found
+    print(json.dumps(missing, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

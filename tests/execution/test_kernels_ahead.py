@@ -1,0 +1,107 @@
+"""What passes launch is known and compiled before they do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from flexbatch.execution import kernels_ahead
+from flexbatch.execution.kernels_ahead import Announced, Compiled, compiled_ahead
+from flexbatch.kernels.imagined_gpu import GpuTraits
+
+pytest.importorskip("triton")
+GPU, TRAITS = torch.device("cuda", 0), GpuTraits(90, 132, 232448)
+
+
+def norms(widths: tuple[int, ...]) -> None:
+    from flexbatch.kernels import ops
+    from flexbatch.kernels.imagined_gpu import DEVICE
+
+    for width in widths:
+        x = torch.empty(4, width, dtype=torch.bfloat16, device=DEVICE)
+        ops.rms_norm(x, x[0], 1e-5)
+
+
+def broken(what: str) -> None:
+    raise KeyError(what)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Triton's, of a machine with a GPU and four cores."""
+    from triton import knobs
+
+    monkeypatch.setattr(GpuTraits, "of", classmethod(lambda cls, device: TRAITS))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)))
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["grouped", "odd heads", "windows", "biases", "experts"])
+def test_passes_launch_nothing_that_was_not_announced(name):
+    """16, 8 and 4 bits; prompts in chunks, prompts beside tokens, long contexts of few, and token trees."""
+    command = [sys.executable, "-m", "tests.execution.launched_kernels", name]
+    told = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, stdout=subprocess.PIPE, check=True)
+    assert json.loads(told.stdout) == {}
+
+
+def test_what_is_announced_is_compiled_beside_the_body_and_once(cache, caplog, monkeypatch):
+    monkeypatch.setattr(kernels_ahead, "SAID_SECONDS", 0.0)
+    done: list[Compiled] = []
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            with compiled_ahead(GPU, Announced(norms, (512, 1024, 2048)), done.append):
+                pass
+    assert [(each.count, each.error) for each in done] == [(3, "")], "the second time nothing was left to do"
+    assert len(list(cache.rglob("*.cubin"))) == 3
+    assert caplog.messages[0] == "compiling kernels in 3 processes, where they are not compiled already"
+    assert caplog.messages[1].startswith("compiled 3 kernels before the first pass, which waited ")
+
+
+def test_what_cannot_be_listed_is_compiled_where_it_is_launched(cache, caplog):
+    done: list[Compiled] = []
+    with caplog.at_level("INFO"), compiled_ahead(GPU, Announced(broken, "such a plan"), done.append):
+        pass
+    assert done[0].error == "KeyError: 'such a plan'" and not list(cache.glob("flexbatch-compiled-*[!k]"))
+    assert caplog.messages[-1] == "kernels are compiled where they are first launched: KeyError: 'such a plan'"
+
+
+def test_processes_end_with_a_body_that_breaks_off(cache, monkeypatch):
+    started, start = [], subprocess.Popen
+
+    def noted(*arguments, **options):
+        started.append(start(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", noted)
+    with pytest.raises(KeyboardInterrupt), compiled_ahead(GPU, Announced(norms, (512,))):
+        raise KeyboardInterrupt
+    assert len(started) == 3 and all(each.returncode is not None for each in started)
+
+
+def test_of_several_processes_one_compiles(cache, monkeypatch):
+    """The ranks of a mesh need the same kernels."""
+    announced, done = Announced(norms, (512,)), []
+    monkeypatch.setattr(kernels_ahead, "POLL_SECONDS", 0.01)
+    with compiled_ahead(GPU, announced, done.append):
+        marker = kernels_ahead.marker_of(GPU, announced)
+        with compiled_ahead(GPU, announced, done.append):
+            marker.touch()
+        assert not done, "the second waited for the first"
+    assert len(done) == 1
+
+
+@pytest.mark.parametrize("device, cores", [("cpu", 64), ("cuda", 2)])
+def test_without_a_gpu_or_cores_to_spare_nothing_is_begun(device, cores, cache, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: pytest.fail("a process was started"))
+    with compiled_ahead(torch.device(device), Announced(norms, (512,))):
+        pass
