@@ -1,76 +1,34 @@
-"""Triton's kernels, compiled in several processes before they are measured.
-
-Each takes half a second to two at its first call, and a profile has some twenty of them: 16 s on an H100's host.
-Several threads took the same 16 s, as the compiler holds the interpreter's lock; processes hand their work on by
-Triton's cache on the disk, where the first job finds it, too.
-"""
+"""What a profile measures on a GPU, compiled before: some twenty kernels take 16 s one after the other."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
+from flexbatch.execution.kernels_ahead import Announced
 from flexbatch.kernels import ops
-from flexbatch.parallel.processes import PACKAGE_ROOT
+from flexbatch.kernels.imagined_gpu import DEVICE
 
 logger = logging.getLogger("flexbatch")
 
 HIDDEN, TOKENS, PAGE_TOKENS = 128, 16, 16
 """Of the small models whose passes are measured, all of them with one head."""
-MOST_PROCESSES = 8
-"""Each takes 4 s to begin and 0.5 GB of the GPU."""
-LIMIT_SECONDS = 60.0
 
 
-@contextlib.contextmanager
-def compiled_ahead(device: torch.device, processes: int = MOST_PROCESSES) -> Iterator[None]:
-    """Others make the calls of a profile once, which compiles their kernels, while the body runs. What they do not get
-    done is compiled where it is measured."""
-    count = max(1, min(processes, (os.cpu_count() or 1) - 1))
-    code = (
-        f"import sys; sys.path.insert(0, {str(PACKAGE_ROOT)!r}); from {__name__} import call_part; "
-        f"call_part({str(device)!r}, int(sys.argv[1]), {count})"
-    )
-    workers: list[subprocess.Popen[bytes]] = []
-    until = time.monotonic() + LIMIT_SECONDS
-    try:
-        with contextlib.suppress(OSError):
-            for part in range(count):
-                workers.append(begun([sys.executable, "-c", code, str(part)]))
-        yield
-        for worker in workers:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.wait(max(0.0, until - time.monotonic()))
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
+def profile_kernels(dtype: torch.dtype) -> Announced:
+    """For `kernels_ahead.compiled_ahead`."""
+    return Announced(launch_calls, dtype)
 
 
-def begun(command: list[str]) -> subprocess.Popen[bytes]:
-    """A process that says nothing: of Ctrl-C, of a GPU that takes one process alone, or of memory, it is said where it
-    is measured, and once."""
-    silent = subprocess.DEVNULL
-    return subprocess.Popen(command, stdin=silent, stdout=silent, stderr=silent)
-
-
-def call_part(device: str, part: int, parts: int) -> None:
-    """In one of the processes: every ``parts``-th call of a profile. One that fails does so again where it is measured,
-    which tells more."""
+def launch_calls(dtype: torch.dtype) -> None:
+    """On an imagined GPU every call of a profile. One that fails does so again where it is measured, which tells
+    more."""
     from flexbatch.calibrate.kernels import calls_of_a_profile
 
-    dev = torch.device(device)
-    with torch.no_grad(), torch.cuda.device(dev):
-        for call in calls_of_a_profile(dev, torch.bfloat16)[part::parts]:
-            make(call)
-        torch.cuda.synchronize(dev)
+    for call in calls_of_a_profile(DEVICE, dtype):
+        make(call)
 
 
 def make(call: Callable[[], object]) -> None:

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from flexbatch.calibrate.coded import coded_curves
-from flexbatch.calibrate.compiling import compiled_ahead, small_pass_calls
+from flexbatch.calibrate.compiling import profile_kernels, small_pass_calls
 from flexbatch.calibrate.experts import expert_curves, repeated
 from flexbatch.calibrate.fits import fit_curve
 from flexbatch.calibrate.host import ALONE, host_rates
 from flexbatch.calibrate.phases import Phases
 from flexbatch.calibrate.replays import recorded_seconds
+from flexbatch.execution.kernels_ahead import compiled_ahead
 from flexbatch.kernels import native, ops, reference
 from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.policy.curve import Curve
@@ -250,7 +251,7 @@ def kernel_rates(device: str, phases: Phases | None = None) -> dict[str, Any]:
     with torch.no_grad():
         if dev.type == "cuda":
             # The C kernels of the host meanwhile: those of a GPU would run in the middle of what is measured.
-            with phases.of("the compilers"), compiled_ahead(dev):
+            with phases.of("the compilers"), compiled_ahead(dev, profile_kernels(dtype)):
                 ops.load_compiled()
         with phases.of("attention"):
             rates = attention_rates(dev, dtype)

@@ -100,7 +100,7 @@ def compiled_ahead(
             told = compiled.count, duration_text(compiled.seconds)
             logger.info("compiled %d kernels before the first pass, which waited %s for them", *told)
         note(compiled)
-        if workers and not compiled.error and all(worker.returncode == 0 for worker in workers):
+        if len(workers) == count and not compiled.error and all(worker.returncode == 0 for worker in workers):
             with contextlib.suppress(OSError):
                 marker.touch()
 

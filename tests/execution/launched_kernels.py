@@ -58,10 +58,17 @@ MODELS = {
     },
     "experts": {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
 }
-SHORT = [3, 5, 9, 70, 17, 33, 40, 4, 120, 61] * 5
-FEW = [300, 2, 700]
+SHORT, FEW = [3, 5, 9, 70, 17, 33, 40, 4, 120, 61] * 4, [300, 2, 700]
 STREAMED = {"percent": (50, 50, 50, 50, 100, 0), "gpu_batch_size": 8, "num_gpu_batches": 2, "cpu_attention": 0.0}
-WHOLE = {"percent": (100, 0, 100, 0, 100, 0), "gpu_batch_size": 48, "num_gpu_batches": 1}
+WHOLE = {"percent": (100, 0, 100, 0, 100, 0), "gpu_batch_size": 40, "num_gpu_batches": 1, "prefill_chunk": 256}
+JOBS: tuple[tuple[tuple[int, int], list[list[int]], dict[str, Any]], ...] = (
+    ((16, 16), [SHORT, FEW], WHOLE),
+    ((8, 8), [SHORT, FEW], WHOLE),
+    ((4, 4), [SHORT, FEW], WHOLE),
+    ((8, 16), [SHORT[:20]], {**STREAMED, "prefill_chunk": 32}),
+    ((16, 4), [SHORT[:8]], {**WHOLE, "draft": ("ngram",), "tree": "chain:4"}),
+)
+"""Bits of weights and cache, the prompts of jobs one after the other, and settings."""
 
 
 def imagined(x: Any) -> Any:
@@ -77,21 +84,41 @@ def imagined(x: Any) -> Any:
     return x
 
 
+def form_of(x: Any) -> object:
+    """All that imagined tensors keep of ``x``: the layers of a pass ask for the same."""
+    if isinstance(x, Tensor):
+        return x.dtype, tuple(x.shape), x.stride(), x.storage_offset()
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return [form_of(getattr(x, each.name)) for each in dataclasses.fields(x)]
+    if isinstance(x, dict):
+        return {name: form_of(value) for name, value in x.items()}
+    return [form_of(each) for each in x] if isinstance(x, tuple | list) else x
+
+
 class Listener:
     """Notes what operations would launch."""
 
     def __init__(self) -> None:
         self.launched: dict[Launch, Launch] = {}
-        self.lock = threading.RLock()
+        self.asked: set[str] = set()
+        self.lock, self.within = threading.RLock(), threading.local()
+        """``within.one``: what an operation asks of others on the CPU is nothing that a GPU launches."""
 
     def heard(self, operation: Any) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
+            here = {name: value for name, value in options.items() if name != "threads"}
+            form = f"{operation.__name__} {form_of((*arguments, here))}"
             with self.lock:
-                here = {name: value for name, value in options.items() if name != "threads"}
-                with imagined_gpu(TRAITS) as found:
-                    operation(*map(imagined, arguments), **{name: imagined(value) for name, value in here.items()})
-                self.launched.update(found)
-            return operation(*arguments, **options)
+                if form not in self.asked and not getattr(self.within, "one", False):
+                    self.asked.add(form)
+                    with imagined_gpu(TRAITS) as found:
+                        operation(*map(imagined, arguments), **{name: imagined(value) for name, value in here.items()})
+                    self.launched.update(found)
+            before, self.within.one = getattr(self.within, "one", False), True
+            try:
+                return operation(*arguments, **options)
+            finally:
+                self.within.one = before
 
         return call
 
@@ -103,7 +130,7 @@ class Listener:
         native_coded.most_tokens = lambda dtype: CODED_TOKENS  # as on a GPU
 
 
-def unannounced(model: str, lengths: list[int], settings: dict[str, Any], listener: Listener) -> list[str]:
+def unannounced(model: str, jobs: list[list[int]], settings: dict[str, Any], listener: Listener) -> list[str]:
     """What a job launches beside what its plan announces."""
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"gpu_memory": "256MiB", "cpu_memory": "256MiB", "offload_dir": folder}
@@ -111,9 +138,15 @@ def unannounced(model: str, lengths: list[int], settings: dict[str, Any], listen
         with LLM(model, **options) as llm:
             llm.weights.coded_pass_tokens = CODED_PASS_TOKENS
             listener.launched.clear()
-            prompts = [{"prompt_token_ids": [3 + (7 * i + j) % 300 for j in range(n)]} for i, n in enumerate(lengths)]
-            params = [SamplingParams(max_tokens=2 + i % 7, temperature=0, ignore_eos=True) for i in range(len(prompts))]
-            llm.generate(prompts, params)
+            listener.asked.clear()
+            for lengths in jobs:
+                prompts = [
+                    {"prompt_token_ids": [3 + (7 * i + j) % 300 for j in range(n)]} for i, n in enumerate(lengths)
+                ]
+                params = [
+                    SamplingParams(max_tokens=2 + i % 5, temperature=0, ignore_eos=True) for i in range(len(lengths))
+                ]
+                llm.generate(prompts, params)
             announced = planned_kernels(llm.engine_plan)
     launched = dict(listener.launched)
     with imagined_gpu(TRAITS) as found:
@@ -128,16 +161,10 @@ def main(names: list[str]) -> None:
     for name in MODELS:
         if names and name not in names:
             continue
-        for bits in ((16, 16), (8, 8), (4, 4)):
-            for what, lengths, settings in (
-                ("whole", SHORT, WHOLE),
-                ("streamed", SHORT, {**STREAMED, "prefill_chunk": 32}),
-                ("few", FEW, {**WHOLE, "prefill_chunk": 256}),
-                ("tree", SHORT[:6], {**WHOLE, "draft": ("ngram",), "tree": "chain:4"}),
-            ):
-                given = {**settings, "weight_bits": bits[0], "cache_bits": bits[1]}
-                if found := unannounced(name, lengths, given, listener):
-                    missing[f"{name}, {bits[0]}/{bits[1]} bits, {what}"] = found
+        for (bits, cache_bits), jobs, settings in JOBS:
+            given = {**settings, "weight_bits": bits, "cache_bits": cache_bits}
+            if found := unannounced(name, jobs, given, listener):
+                missing[f"{name}, {bits}/{cache_bits} bits, {settings}"] = found
     print(json.dumps(missing, indent=1))
 
 

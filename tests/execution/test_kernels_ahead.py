@@ -15,6 +15,7 @@ from flexbatch.execution.kernels_ahead import Announced, Compiled, compiled_ahea
 from flexbatch.kernels.imagined_gpu import GpuTraits
 
 pytest.importorskip("triton")
+MORE = ("own heads", "odd heads", "wide heads", "windows", "biases")
 GPU, TRAITS = torch.device("cuda", 0), GpuTraits(90, 132, 232448)
 
 
@@ -45,7 +46,10 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["grouped", "odd heads", "windows", "biases", "experts"])
+@pytest.mark.parametrize(
+    "name",
+    ["grouped", "experts", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)],
+)
 def test_passes_launch_nothing_that_was_not_announced(name):
     """16, 8 and 4 bits; prompts in chunks, prompts beside tokens, long contexts of few, and token trees."""
     command = [sys.executable, "-m", "tests.execution.launched_kernels", name]
@@ -85,6 +89,54 @@ def test_processes_end_with_a_body_that_breaks_off(cache, monkeypatch):
     with pytest.raises(KeyboardInterrupt), compiled_ahead(GPU, Announced(norms, (512,))):
         raise KeyboardInterrupt
     assert len(started) == 3 and all(each.returncode is not None for each in started)
+
+
+@pytest.fixture
+def stand_in(tmp_path_factory, monkeypatch):
+    """Has a script run in the place of the interpreter."""
+
+    def stand(script: str) -> None:
+        path = tmp_path_factory.mktemp("bin") / "python"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setattr("sys.executable", str(path))
+
+    return stand
+
+
+def test_processes_that_hang_are_ended(cache, stand_in, monkeypatch):
+    stand_in("exec sleep 600")
+    monkeypatch.setattr(kernels_ahead, "LIMIT_SECONDS", 0.1)
+    done: list[Compiled] = []
+    with compiled_ahead(GPU, Announced(norms, (512,)), done.append):
+        pass
+    assert done[0].count == 0 and not list(cache.glob("flexbatch-compiled-*[!k]"))
+
+
+def test_processes_that_fail_say_nothing(cache, stand_in, capfd):
+    """Each had a traceback on the terminal, eight of them after Ctrl-C."""
+    stand_in("echo out; echo Traceback >&2; exit 1")
+    with compiled_ahead(GPU, Announced(norms, (512,))):
+        pass
+    assert capfd.readouterr() == ("", "") and not list(cache.glob("flexbatch-compiled-*[!k]"))
+
+
+def test_where_no_more_processes_can_be_started_the_others_do_their_part(cache, stand_in, monkeypatch):
+    stand_in("""echo '{"count": 5}'""")
+    started, start = [], subprocess.Popen
+
+    def limited(*arguments, **options):
+        if started:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(start(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", limited)
+    done: list[Compiled] = []
+    with compiled_ahead(GPU, Announced(norms, (512,)), done.append):
+        pass
+    assert done[0].count == 5 and started[0].returncode == 0
+    assert not list(cache.glob("flexbatch-compiled-*[!k]")), "the share of the others is missing"
 
 
 def test_of_several_processes_one_compiles(cache, monkeypatch):
