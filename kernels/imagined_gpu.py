@@ -62,8 +62,8 @@ class ImaginedTensor(Tensor):
         return torch.device("meta") if WITHIN_TORCH.get() else DEVICE
 
     def data_ptr(self) -> int:
-        """Memory of a GPU begins at multiples of 512."""
-        return int(self.storage_offset()) * self.element_size()
+        """Memory of a GPU begins at multiples of 512, and never at 0."""
+        return 512 + int(self.storage_offset()) * self.element_size()
 
 
 class _OnGpu(TorchFunctionMode):

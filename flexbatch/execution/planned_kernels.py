@@ -36,6 +36,8 @@ ROWS = (1, 16, 17, 64, 65, 128, 129)
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 """Keys, where a context is split into more parts, or tiles change."""
 LOGIT_ROWS = 64
+WORD_BYTES = 8
+"""Of the experts that are fetched as they are hit."""
 ENOUGH = 1 << 60
 
 
@@ -215,6 +217,10 @@ def launch_copies(kinds: PassKinds) -> None:
         new = layout.row_view(pages.flatten())
         ops.scatter_rows(new.index_select(0, slots), new, slots)
         rows += [pages, torch.empty(4, arch.num_heads, arch.value_dim, dtype=kinds.dtype, device=DEVICE)]
+    if arch.experts is not None:
+        memory = torch.empty(64, dtype=torch.uint8, device=DEVICE)
+        parts = torch.empty(4, 3, dtype=torch.int64, device=DEVICE)
+        ops.copy_parts(memory, memory, parts, torch.empty(4, dtype=torch.bool, device=DEVICE), WORD_BYTES)
     if kinds.cpu_experts:
         rows.append(torch.empty(4, arch.hidden_size, dtype=kinds.dtype, device=DEVICE))
     for each in rows:

@@ -118,6 +118,7 @@ class Capacity:
             return self.runner
         self.close()
         check_budgets(engine_plan.requirements(sizes), engine_plan.budgets)
+        self._place(engine_plan)  # which are there: a policy of another cache launches kernels of its own
         sizes = with_spare_pages(engine_plan, sizes, job)
         if self.routing is None and engine_plan.arch.experts is not None:
             self.routing = RoutingCounts(engine_plan.arch, self.queues.device)
