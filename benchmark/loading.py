@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
+import logging
 import os
 import shutil
 import sys
@@ -35,6 +37,9 @@ from flexbatch.memory.files import ALIGNMENT, READ_CHUNK_BYTES, DiskFile, chunks
 from flexbatch.models.resolve import DEMO
 from flexbatch.policy.shapes import SHAPES
 from flexbatch.policy.stdout import run_process
+
+VARIANTS = {"plain": (False, False), "staged": (True, False), "beside": (False, True), "both": (True, True)}
+"""Whether pieces go to a GPU by way of pinned memory, and files of the next start are written beside the job."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -101,20 +106,38 @@ def speeds(model: Path, folder: Path, device: str) -> dict[str, float]:
     return found
 
 
+def forget_peak() -> None:
+    """Have the system count the largest resident memory of this process anew."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident_peak_bytes() -> int:
+    """The mapped part of the checkpoint among them, at most 256 MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
 def start(model: Path, offload: Path, weight_bits: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Seconds from `LLM(...)` to weights that are where the plan wants them, to a first answer, and from there to the
-    end of an engine whose files are written. ``load_seconds`` are those of the weights alone."""
+    end of an engine whose files are written. ``load_seconds`` are those of the weights alone, ``stages`` what all
+    threads of the load did meanwhile."""
     prompt, params = [{"prompt_token_ids": list(range(5, 69))}], SamplingParams(max_tokens=1, ignore_eos=True)
+    forget_peak()
     begun = time.perf_counter()
     with LLM(str(model), weight_bits=weight_bits, offload_dir=str(offload), **settings) as llm:
+        opened = time.perf_counter() - begun
         llm.prepare(prompt, params)
         ready = time.perf_counter() - begun
         llm.generate(prompt, params)
-        answered = time.perf_counter() - begun
+        answered, peak = time.perf_counter() - begun, resident_peak_bytes()
         report = llm.report()
     return {
+        "opened_seconds": round(opened, 2),
         "ready_seconds": round(ready, 2),
         "first_answer_seconds": round(answered, 2),
+        "stages": {stage: round(seconds, 2) for stage, seconds in report["load_stages"].items()},
+        "resident_peak_bytes": peak,
         "closing_seconds": round(time.perf_counter() - begun - answered, 2),
         "load_seconds": round(report["load_seconds"], 2),
         "loaded_bytes": report["loaded_bytes"],
@@ -145,18 +168,19 @@ def measure(args: argparse.Namespace, found: list[dict[str, Any]], tell: Callabl
         tell()
         own = {"tokenizer": str(DEMO)} if form in GGUF_TYPES else {}
         for bits in args.weight_bits if form == "bf16" else [BITS.get(form, 4)]:
-            offload = args.folder / f"offload-{form}-{bits}"
-            shutil.rmtree(offload, ignore_errors=True)
-            for kind in ("first", "again", *(["cold"] if args.cold and bits == 16 else [])):
-                if kind == "cold":
-                    forget(weight_files(folder))
-                figures = start(model, offload, bits, settings | own)
-                rate = size / max(figures["load_seconds"], 1e-9) / 1e9
-                found.append(
-                    {**row, "weight_bits": bits, "start": kind, **figures, "gigabytes_per_second": round(rate, 2)}
-                )
-                tell()
-            shutil.rmtree(offload, ignore_errors=True)
+            for parent, variant in itertools.product(args.offload_folders or [args.folder], args.variants):
+                loading.STAGED, loading.BESIDE_JOB = VARIANTS[variant]
+                offload = parent / f"offload-{form}-{bits}"
+                shutil.rmtree(offload, ignore_errors=True)
+                for kind in ("first", "again", *(["cold"] if args.cold and bits == 16 else [])):
+                    if kind == "cold":
+                        forget(weight_files(folder))
+                    figures = start(model, offload, bits, settings | own)
+                    rate = round(size / max(figures["load_seconds"], 1e-9) / 1e9, 2)
+                    told = {"weight_bits": bits, "variant": variant, "offload_dir": str(offload), "start": kind}
+                    found.append({**row, **told, **figures, "gigabytes_per_second": rate})
+                    tell()
+                shutil.rmtree(offload, ignore_errors=True)
         shutil.rmtree(folder)
 
 
@@ -166,12 +190,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     def tell() -> None:
         print(found[-1], file=sys.stderr, flush=True)
         if args.output is not None:
-            args.output.write_text(
-                json.dumps({"machine": machine(), "staged": args.staged, "starts": found}, indent=1) + "\n"
-            )
+            args.output.write_text(json.dumps({"machine": machine(), "starts": found}, indent=1) + "\n")
 
     measure(args, found, tell)
-    return {"staged": args.staged, "starts": found}
+    return {"starts": found}
 
 
 def main() -> int:
@@ -184,11 +206,12 @@ def main() -> int:
     parser.add_argument("--gpu-memory", help="the cap of the engine (default: what the GPU has)")
     parser.add_argument("--percent", type=float, nargs=6, help="a placement, instead of the chosen one")
     parser.add_argument("--folder", type=Path, required=True, help="for checkpoints and offload files")
-    parser.add_argument("--staged", action="store_true", help="by way of pinned memory, files beside the job")
+    parser.add_argument("--offload-folders", type=Path, nargs="+", help="places for offload files (default: --folder)")
+    parser.add_argument("--variants", nargs="+", default=["both"], choices=VARIANTS, help="of loading, one by one")
     parser.add_argument("--cold", action="store_true", help="a third start in 16 bits, with an empty page cache")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    loading.STAGED = args.staged
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     return publish(lambda: run(args), args.output)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.kernels import ops
+from flexbatch.memory.load_stages import COMPILE, CONVERT, COPY_IN, LoadStages
 from flexbatch.memory.staging import Staging
 from flexbatch.memory.tensor_views import TensorView
 from flexbatch.memory.weight_plan import PlacedTensor
@@ -40,12 +41,19 @@ def parts_of(piece: Piece | QuantizedPiece, most_bytes: int) -> Iterator[Piece |
         yield replace(piece, rows=slice(first + start, first + start + len(part)), tensor=part)
 
 
+def quantized(chunk: Tensor, placed: PlacedTensor) -> tuple[Tensor, Tensor]:
+    """Codes and parameters of rows, as ``placed`` is stored."""
+    return (ops.fit if placed.bits == 4 else ops.quantize)(chunk, placed.bits, placed.group)
+
+
 class Converter:
     """Writes pieces into views of tensors, in any thread, and knows what quantized checkpoints lost on the way."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, staged: bool = False) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, staged: bool = False, stages: LoadStages | None = None
+    ) -> None:
         """staged: tensors go to a GPU by way of `Staging`, not by the driver's own copies from the mapped file."""
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.stages = device, dtype, stages or LoadStages()
         self.staging = Staging(device) if staged and device.type == "cuda" else None
         self.rounded: set[Key] = set()
         """Matrices of a quantized checkpoint whose scales lost bits in the compute dtype."""
@@ -53,7 +61,19 @@ class Converter:
         """Matrices of a quantized checkpoint that a store at --weight-bits does not hold as they are."""
         self.squared_error = self.squared_sum = 0.0
         """Of these: what their weights changed by, and the weights."""
-        self._lock = threading.Lock()
+        self._prepared: set[tuple[int, int, int]] = set()
+        self._lock, self._preparing = threading.Lock(), threading.Lock()
+
+    def prepare(self, placed: PlacedTensor) -> None:
+        """Compile the kernels that quantize a tensor, in one thread, before their first use: several that wanted the
+        same one at once would each compile it. Loading what an earlier process compiled takes some 20 ms."""
+        form = placed.spec.shape[1], placed.bits, placed.group
+        if self.device.type != "cuda" or form in self._prepared:
+            return
+        with self.stages.timing(COMPILE), self._preparing:
+            if form not in self._prepared:
+                quantized(torch.zeros(16, form[0], dtype=self.dtype, device=self.device), placed)
+                self._prepared.add(form)
 
     def write(self, piece: Piece | QuantizedPiece, target: TensorView, rows: slice) -> None:
         """``rows`` of a tensor."""
@@ -63,15 +83,17 @@ class Converter:
             self.write_dense(piece, target, rows)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        if self.staging is None:
-            target.copy_(source)
-        else:
-            self.staging.copy(target, source)
+        with self.stages.timing(COPY_IN):
+            if self.staging is None:
+                target.copy_(source)
+            else:
+                self.staging.copy(target, source)
 
     def on_device(self, source: Tensor) -> Tensor:
         """In the compute dtype."""
-        there = source if self.staging is None else self.staging.to_device(source)
-        return there.to(device=self.device, dtype=self.dtype)
+        with self.stages.timing(COPY_IN):
+            there = source if self.staging is None else self.staging.to_device(source)
+            return there.to(device=self.device, dtype=self.dtype)
 
     def write_codes(self, piece: QuantizedPiece, target: TensorView, rows: slice) -> None:
         """Write codes of a quantized checkpoint as they are where ``target`` holds them, else dequantized."""
@@ -99,19 +121,17 @@ class Converter:
         assert target.codes is not None and target.parameters is not None
         placed = target.placed
         assert not placed.floats, f"{placed.spec.role} is MXFP4, which is kept and never made"
+        self.prepare(placed)
         num_bytes = QUANTIZE_CHUNK_BYTES if self.device.type == "cuda" else CACHED_CHUNK_BYTES * torch.get_num_threads()
         step = max(1, num_bytes // (4 * tensor.shape[1]))
         losses: list[tuple[Tensor, Tensor]] = []
         for start in range(0, tensor.shape[0], step):
             chunk = self.on_device(tensor[start : start + step])
-            codes, parameters = (
-                ops.fit(chunk, placed.bits, placed.group)
-                if placed.bits == 4
-                else ops.quantize(chunk, placed.bits, placed.group)
-            )
             target_rows = slice(rows.start + start, rows.start + start + len(chunk))
-            target.codes[target_rows].copy_(codes)
-            target.parameters[target_rows].copy_(parameters)
+            with self.stages.timing(CONVERT):
+                codes, parameters = quantized(chunk, placed)
+                target.codes[target_rows].copy_(codes)
+                target.parameters[target_rows].copy_(parameters)
             if piece.from_codes:
                 found = ops.dequantize(codes, parameters, tensor.shape[1], placed.bits, placed.group)
                 error = (found.float() - chunk.float()).square().sum(dtype=torch.float64)

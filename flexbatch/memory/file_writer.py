@@ -17,25 +17,28 @@ from torch import Tensor
 from flexbatch.memory.files import DiskFile, align
 from flexbatch.memory.layer_files import write_layer_file
 from flexbatch.memory.load_buffers import ByteBudget, LoadBuffers
+from flexbatch.memory.load_stages import COPY_OUT, FILE, WAIT_FILES, WAIT_NAME, LoadStages
 from flexbatch.memory.load_threads import LoadThreads
 from flexbatch.memory.weight_plan import PlacedTensor
 from flexbatch.policy.units import duration_text, size_text
 
 logger = logging.getLogger("flexbatch")
 
+FILE_WRITERS = 3
+"""Files at a time: one is synced and renamed, which moves no data, while others are digested and written."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a disk on which no more can be written."""
 
 
 class FileWriter:
-    """Writes tensors to their files one after another, in the order in which they are submitted, each as
+    """Writes tensors to their files, `FILE_WRITERS` at a time in the order in which they are submitted, each as
     `write_layer_file` does: whole or not at all.
 
     Bytes that wait or are being written are taken from ``budget`` (`reserve`), so that a disk that is slower than the
     rest holds up the loading instead of filling the host. What stays in memory anyway can be written from there
-    (`submit_placed`): then nothing waits for the disk, and one buffer is all that the host holds. After the first error
-    nothing more is written, and whoever comes next gets it. A full disk is one for the tensors of the disk tier alone:
-    files that only the next start reads are left out, and the log says so.
+    (`submit_placed`): then nothing waits for the disk, and the host holds a buffer for each file at hand. After the
+    first error nothing more is begun, and whoever comes next gets it. A full disk is one for the tensors of the disk
+    tier alone: files that only the next start reads are left out, and the log says so.
     """
 
     def __init__(
@@ -46,14 +49,17 @@ class FileWriter:
         buffers: LoadBuffers,
         pool: ThreadPoolExecutor,
         written: Callable[[PlacedTensor, DiskFile], None],
+        stages: LoadStages,
     ) -> None:
         """folder: waited for when there is something to write. ``written`` takes over each file, open. ``pool``: its
         threads digest and write chunks."""
         self.folder, self.buffers, self.pool, self.written = folder, buffers, pool, written
-        self.threads = LoadThreads(device, 1, budget, "flexbatch-files")
+        self.stages = stages
+        self.threads = LoadThreads(device, FILE_WRITERS, budget, "flexbatch-files")
         self.left_bytes = self.placed_bytes = 0
         """Of what is written from memory: not there yet, and of all of it."""
         self.full = False
+        self.ending_since: float | None = None
         self._lock = threading.Lock()
 
     @property
@@ -63,7 +69,8 @@ class FileWriter:
     def reserve(self, placed: PlacedTensor) -> None:
         """Wait until the bytes of a tensor may be held. Raises the first error of the files so far, OffloadError for
         instance."""
-        self.threads.reserve(align(placed.num_bytes))
+        with self.stages.timing(WAIT_FILES):
+            self.threads.reserve(align(placed.num_bytes))
 
     def submit(self, placed: PlacedTensor, buffer: Tensor) -> None:
         """Have the content of a tensor written for which bytes are reserved; its buffer is given back."""
@@ -78,32 +85,43 @@ class FileWriter:
 
     def _write(self, placed: PlacedTensor, buffer: Tensor) -> None:
         try:
-            folder = self.folder.result() if isinstance(self.folder, Future) else self.folder
+            with self.stages.timing(WAIT_NAME):
+                folder = self.folder.result() if isinstance(self.folder, Future) else self.folder
             if placed.tier == "disk" or not self.full:
-                self.written(placed, write_layer_file(folder, placed, buffer, self.pool))
+                with self.stages.timing(FILE):
+                    file = write_layer_file(folder, placed, buffer, self.pool)
+                self.written(placed, file)
         except OSError as error:
             if placed.tier == "disk" or error.errno not in FULL:
                 raise
-            self.full = True
-            logger.warning("not all weights are kept for the next start: %s", error)
+            with self._lock:
+                first, self.full = not self.full, True
+            if first:
+                logger.warning("not all weights are kept for the next start: %s", error)
         finally:
             self.buffers.give(buffer)
 
     def _write_placed(self, placed: PlacedTensor, content: Callable[[], Tensor]) -> None:
-        self._write(placed, content())
+        with self.stages.timing(COPY_OUT):
+            buffer = content()
+        self._write(placed, buffer)
         with self._lock:
             self.left_bytes -= placed.num_bytes
+            last = not self.left_bytes and self.ending_since is not None
+        if last:
+            self._tell()
 
     def tell_of_end(self) -> None:
         """Have the log say when all that was submitted from memory is written."""
-        started = time.perf_counter()
+        with self._lock:
+            written, self.ending_since = not self.left_bytes, time.perf_counter()
+        if written:
+            self._tell()
 
-        def tell() -> None:
-            if not self.full:
-                size, seconds = size_text(self.placed_bytes), duration_text(time.perf_counter() - started)
-                logger.info("wrote %s for the next start to the offload folder in %s", size, seconds)
-
-        self.threads.submit(tell, 0)
+    def _tell(self) -> None:
+        if not self.full and self.ending_since is not None:
+            size, seconds = size_text(self.placed_bytes), duration_text(time.perf_counter() - self.ending_since)
+            logger.info("wrote %s for the next start to the offload folder in %s", size, seconds)
 
     def finish(self) -> None:
         """Wait until all files are written. Raises the first error."""

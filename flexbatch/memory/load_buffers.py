@@ -44,7 +44,9 @@ class LoadBuffers:
     """
 
     def __init__(self, pinned: bool) -> None:
-        self.pinned = pinned
+        self.pinned, self.least_bytes = pinned, 0
+        """Bytes that a new buffer has at least: where few are in use, all are as long as the largest, since pinning
+        waits for what the GPU does."""
         self.used_bytes = self.peak_bytes = 0
         self._kept: list[HostArena] = []
         self._used: dict[int, HostArena] = {}
@@ -52,7 +54,7 @@ class LoadBuffers:
 
     def take(self, num_bytes: int) -> Tensor:
         """uint8 [align(num_bytes)], of which nothing but the padding is zero."""
-        size = align(num_bytes)
+        size = max(align(num_bytes), self.least_bytes)
         with self._lock:
             arena = next((each for each in self._kept if each.num_bytes == size), None)
             if arena is not None:
@@ -63,10 +65,11 @@ class LoadBuffers:
         for each in dropped:
             each.close()
         arena = arena or HostArena(size, self.pinned and size > 0)
-        arena.tensor[num_bytes:] = 0
+        buffer = arena.tensor[: align(num_bytes)]
+        buffer[num_bytes:] = 0
         with self._lock:
-            self._used[arena.tensor.data_ptr()] = arena
-        return arena.tensor
+            self._used[buffer.data_ptr()] = arena
+        return buffer
 
     def give(self, buffer: Tensor) -> None:
         """Nobody may read or write it any more."""

@@ -12,14 +12,14 @@ from functools import partial
 from pathlib import Path
 
 from flexbatch.memory.conversion import Converter, parts_of
-from flexbatch.memory.file_writer import FileWriter
+from flexbatch.memory.file_writer import FILE_WRITERS, FileWriter
 from flexbatch.memory.files import DiskFile, align
-from flexbatch.memory.layer_files import open_layer_file
 from flexbatch.memory.load_buffers import ByteBudget, LoadBuffers
 from flexbatch.memory.load_meter import LoadMeter
+from flexbatch.memory.load_stages import CONVERT, COPY_OUT, READ, WAIT_END, WAIT_THREADS, LoadStages
 from flexbatch.memory.load_targets import LoadTargets
 from flexbatch.memory.load_threads import PART_BYTES, STAGED_THREADS, THREADS, LoadThreads
-from flexbatch.memory.tensor_views import view_of
+from flexbatch.memory.reused_files import ReusedFiles
 from flexbatch.memory.weight_plan import PlacedTensor
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.checkpoint import CheckpointError, Piece, QuantizedPiece
@@ -29,9 +29,9 @@ from flexbatch.policy.units import size_text
 logger = logging.getLogger("flexbatch")
 
 STAGED: bool = False
-"""Whether pieces go to a GPU by way of `Staging`, and files for the next start alone are written beside the job. No GPU
-has run either yet: ``pytest -m gpu tests/memory/test_staging.py`` and ``python -m benchmark.loading --staged`` have to,
-before this is on."""
+"""Whether pieces go to a GPU by way of `Staging`; `python -m benchmark.loading --variants` times both."""
+BESIDE_JOB: bool = False
+"""Whether files for the next start alone are written beside a job that lies on the GPU."""
 FILE_BYTES = 1 << 30
 """Of tensors that wait to be written to the offload folder, or are being read from there: at most, and no more than the
 budget of host memory leaves beside the weights, or than a sixteenth of these (one tensor in any case)."""
@@ -42,6 +42,7 @@ NEXT_START = "files for the next start"
 """In the accounts of host memory: the buffer of files that are written beside a job."""
 
 Key = tuple[int, str]
+Stream = Callable[[set[Key]], Iterator[Piece | QuantizedPiece]]
 
 
 class Loader:
@@ -73,7 +74,8 @@ class Loader:
         self.placed: dict[Key, PlacedTensor] = {(tensor.spec.layer, tensor.spec.role): tensor for tensor in tensors}
         self.cache_quantized = cache_quantized and folder is not None
         self.rows_written: dict[Key, int] = {}
-        self.converter = Converter(store.device, store.dtype, STAGED)
+        self.stages = LoadStages()
+        self.converter = Converter(store.device, store.dtype, STAGED, self.stages)
         self.reused_bytes = self.read_bytes = 0
         """Bytes of the tensors that came from files of earlier runs, as they are stored; those of the others, as they
         are in the checkpoint."""
@@ -93,7 +95,7 @@ class Loader:
         """Whether this tensor has a file in the offload folder."""
         return placed.tier == "disk" or (self.cache_quantized and placed.quantized)
 
-    def load(self, stream: Callable[[set[Key]], Iterator[Piece | QuantizedPiece]]) -> int:
+    def load(self, stream: Stream) -> int:
         """Read what is not there yet; ``stream(skip)`` yields the pieces of all other tensors. Returns the bytes
         that came from the checkpoint."""
         meter = LoadMeter(sum(placed.num_bytes for placed in self.placed.values()))
@@ -103,21 +105,34 @@ class Loader:
             pool = stack.enter_context(ThreadPoolExecutor(self.num_file_threads, thread_name_prefix=name))
             stack.callback(self.finish_files)
             with contextlib.closing(meter), contextlib.closing(self.converter):
-                reused = self.reuse(pool, meter)
-                if len(reused) < len(self.placed):
-                    new = [placed for key, placed in self.placed.items() if key not in reused]
-                    filed = [align(placed.num_bytes) for placed in new if self.filed(placed)]
-                    if not self.beside_job:
-                        meter.to_file_bytes = sum(filed)
-                    elif filed:
-                        self.store.tiers.cpu.reserve(NEXT_START, max(filed))
-                        stack.callback(self.store.tiers.cpu.free, NEXT_START)
-                    self.read(stream(reused), pool, meter)
+                reused = self.deliver(stream, pool, meter, stack)
                 meter.check()
             self.check_whole(reused)
+            if self.writer is not None:
+                self.writer.tell_of_end()
             self._open = stack.pop_all()
         self.converter.warn_of_losses(self.placed)
         return self.read_bytes
+
+    def deliver(
+        self, stream: Stream, pool: ThreadPoolExecutor, meter: LoadMeter, stack: contextlib.ExitStack
+    ) -> set[Key]:
+        """All tensors to their tiers: those that an earlier start left files of from these, and at the same time the
+        others from the checkpoint. Returns the keys of the former."""
+        filed = {key: placed for key, placed in self.placed.items() if self.filed(placed)}
+        folder, everything = self.folder, set(self.placed)
+        if not isinstance(folder, Path) or not filed:
+            self.read(stream, everything, pool, meter, stack)
+            return set()
+        files = ReusedFiles(self.store, folder, filed, pool, self.budget, self.buffers, meter, self.stages)
+        kept = set(files.wanted)
+        with contextlib.closing(files):
+            files.begin()
+            self.read(stream, everything - kept, pool, meter, stack)
+            found = files.finish()
+        self.read(stream, kept - found, pool, meter, stack)  # files that were damaged
+        self.reused_bytes = sum(self.placed[key].num_bytes for key in found)
+        return found
 
     def check_whole(self, reused: set[Key]) -> None:
         """Raises CheckpointError where a tensor was not delivered in full."""
@@ -151,79 +166,72 @@ class Loader:
             writer.close(dropped=True)
             raise
 
-    # From files
-
-    def reuse(self, pool: ThreadPoolExecutor, meter: LoadMeter) -> set[Key]:
-        """Use the files of earlier runs, several at a time; returns the keys that need not be read from the
-        checkpoint."""
-        folder = self.folder
-        if not isinstance(folder, Path):
-            return set()
-        wanted = [key for key, placed in self.placed.items() if self.filed(placed)]
-        threads, found = LoadThreads(self.store.device, DISK_THREADS), set[Key]()
-
-        def reuse_file(key: Key) -> None:
-            placed = self.placed[key]
-            if self.reuse_file(folder, key, placed, pool):
-                threads.wait_for_device()
-                found.add(key)
-                meter.reused(placed.num_bytes)
-
-        try:
-            for key in wanted:
-                threads.run(partial(reuse_file, key), 0)
-        except BaseException:
-            threads.close(dropped=True)
-            raise
-        threads.finish()
-        self.reused_bytes = sum(self.placed[key].num_bytes for key in found)
-        return found
-
-    def reuse_file(self, folder: Path, key: Key, placed: PlacedTensor, pool: ThreadPoolExecutor) -> bool:
-        """Whether an earlier run's file of this tensor was found and used."""
-        if placed.tier == "disk":
-            file = open_layer_file(folder, placed, pool)
-            if file is not None:
-                self.store.files[key] = file
-            return file is not None
-        self.budget.take(align(placed.num_bytes))
-        data = self.buffers.take(placed.num_bytes)
-        try:
-            file = open_layer_file(folder, placed, pool, data)
-            if file is None:
-                return False
-            file.close()
-            self.store.views[key].copy_codes(view_of(data, placed, 0, self.store.dtype))
-            return True
-        finally:
-            self.buffers.give(data)
-            self.budget.give(align(placed.num_bytes))
-
     # From the checkpoint
 
-    def read(self, pieces: Iterator[Piece | QuantizedPiece], pool: ThreadPoolExecutor, meter: LoadMeter) -> None:
-        """Bring all pieces to their tiers, and the tensors that have files into these."""
-        threads, writer = LoadThreads(self.store.device, self.num_threads), None
-        if self.folder is not None:
-            files = self.budget, self.buffers, pool
-            writer = FileWriter(self.folder, self.store.device, *files, self.written(meter))
+    def read(
+        self, stream: Stream, wanted: set[Key], pool: ThreadPoolExecutor, meter: LoadMeter, stack: contextlib.ExitStack
+    ) -> None:
+        """Bring ``wanted`` tensors from the checkpoint to their tiers, and those that have files into these."""
+        if not wanted:
+            return
+        filed = [align(self.placed[key].num_bytes) for key in wanted if self.filed(self.placed[key])]
+        threads, writer = LoadThreads(self.store.device, self.num_threads), self.open_writer(filed, pool, meter, stack)
         try:
-            for piece in pieces:
-                for part in parts_of(piece, PART_BYTES) if self.num_threads else (piece,):
-                    threads.run(partial(self.write, part, threads, writer, meter), part.num_bytes)
+            self.convert(stream(set(self.placed) - wanted), wanted, threads, writer, meter)
             threads.finish()
             if writer is not None and not self.beside_job:
-                writer.finish()
+                with self.stages.timing(WAIT_END):
+                    writer.finish()
         except BaseException as error:
             # What was whole before a fault of the checkpoint is of use to the next start; Ctrl-C does not wait for it.
             dropped = not isinstance(error, Exception)
             threads.close(dropped=True)
+            self.writer = None
             if writer is not None:
                 writer.close(dropped)
             raise
-        if writer is not None and self.beside_job and writer.placed_bytes:
-            writer.tell_of_end()
+
+    def open_writer(
+        self, filed: list[int], pool: ThreadPoolExecutor, meter: LoadMeter, stack: contextlib.ExitStack
+    ) -> FileWriter | None:
+        """For files of so many bytes each; beside a job one for all of them, and its buffers accounted for."""
+        if self.folder is None or not filed:
+            return None
+        if self.writer is not None:
+            return self.writer
+        files = self.budget, self.buffers, pool
+        writer = FileWriter(self.folder, self.store.device, *files, self.written(meter), self.stages)
+        if self.beside_job:
+            self.buffers.least_bytes = largest = max(filed)
+            self.store.tiers.cpu.reserve(NEXT_START, FILE_WRITERS * largest)
+            stack.callback(self.store.tiers.cpu.free, NEXT_START)
             self.writer = writer
+        else:
+            meter.to_file_bytes += sum(filed)
+        return writer
+
+    def convert(
+        self,
+        pieces: Iterator[Piece | QuantizedPiece],
+        wanted: set[Key],
+        threads: LoadThreads,
+        writer: FileWriter | None,
+        meter: LoadMeter,
+    ) -> None:
+        while (piece := self.next_piece(pieces)) is not None:
+            if (piece.layer, piece.role) not in wanted:  # adapters come whatever is skipped
+                continue
+            for part in parts_of(piece, PART_BYTES) if self.num_threads else (piece,):
+                work = partial(self.write, part, threads, writer, meter)
+                if self.num_threads:
+                    with self.stages.timing(WAIT_THREADS):
+                        threads.run(work, part.num_bytes)
+                else:
+                    work()
+
+    def next_piece(self, pieces: Iterator[Piece | QuantizedPiece]) -> Piece | QuantizedPiece | None:
+        with self.stages.timing(READ):
+            return next(pieces, None)
 
     def written(self, meter: LoadMeter) -> Callable[[PlacedTensor, DiskFile], None]:
         """What becomes of a file that was written: it stays open where the tensor is placed on disk."""
@@ -247,7 +255,8 @@ class Loader:
         num_rows = placed.spec.shape[0]
         rows = piece.rows or slice(0, num_rows)
         self.converter.write(piece, self.targets.of(key, placed), rows)
-        threads.wait_for_device()
+        with self.stages.timing(CONVERT):
+            threads.wait_for_device()
         count = rows.stop - rows.start
         with self._lock:
             self.rows_written[key] = self.rows_written.get(key, 0) + count
@@ -265,7 +274,8 @@ class Loader:
             return
         writer.reserve(placed)
         try:
-            buffer = self.targets.content_of(key, placed)
+            with self.stages.timing(COPY_OUT):
+                buffer = self.targets.content_of(key, placed)
             self.check_source()
         except BaseException:
             self.budget.give(align(placed.num_bytes))

@@ -59,6 +59,8 @@ class PlacedModel:
         self.seconds, self.loaded_bytes, self.reused_bytes = 0.0, 0, 0
         self.compiled = Compiled()
         """Kernels, before passes launched them."""
+        self.stages: dict[str, float] = {}
+        """Seconds of the last load by stage, of all its threads together."""
         self.weights: WeightStore | None = None
         self._loader: Loader | None = None
         """Which may still write files of the weights as they lie."""
@@ -132,6 +134,7 @@ class PlacedModel:
             read = loader.load(partial(pieces_of, engine_plan))
         self.loaded_bytes += read
         self.reused_bytes += loader.reused_bytes
+        self.stages = loader.stages.seconds
         self.weights.check()
         if config.simulate_acceptance is not None:
             logger.warning(
@@ -175,8 +178,13 @@ class PlacedModel:
 
     def describe(self) -> dict[str, Any]:
         """How long loading and moving took, what was read, and the kernels that were compiled meanwhile."""
-        read = {"loaded_bytes": self.loaded_bytes, "reused_bytes": self.reused_bytes}
-        return {"load_seconds": self.seconds, **read, "compiled_ahead": asdict(self.compiled)}
+        return {
+            "load_seconds": self.seconds,
+            "load_stages": dict(self.stages),
+            "loaded_bytes": self.loaded_bytes,
+            "reused_bytes": self.reused_bytes,
+            "compiled_ahead": asdict(self.compiled),
+        }
 
     def close(self) -> None:
         with self._stack:
@@ -263,4 +271,4 @@ def writes_beside_job(engine_plan: EnginePlan, weights: WeightStore) -> bool:
     on_gpu = min(split.gpu for split in (policy.weights, policy.cache, policy.activations)) > 1 - 1e-6
     largest = max(tensor.num_bytes for tensor in engine_plan.weight_plan.all_tensors)
     enough = host.budget_bytes - host.total_used_bytes >= largest + FILE_BYTES
-    return loading.STAGED and weights.device.type == "cuda" and on_gpu and enough
+    return loading.BESIDE_JOB and weights.device.type == "cuda" and on_gpu and enough
