@@ -20,7 +20,8 @@ from flexbatch.execution.kernels_ahead import Announced, Compiled, compiled_ahea
 from flexbatch.execution.planned_kernels import kinds_of, launch_all
 from flexbatch.execution.set_up import load_kernels
 from flexbatch.memory import loading
-from flexbatch.memory.files import prepare_offload_dir
+from flexbatch.memory.file_writer import FILE_WRITERS
+from flexbatch.memory.files import align, prepare_offload_dir
 from flexbatch.memory.loading import FILE_BYTES, Key, Loader
 from flexbatch.memory.moving import move_weights
 from flexbatch.memory.tiers import Pool, Tiers
@@ -266,9 +267,10 @@ def make_loader(engine_plan: EnginePlan, weights: WeightStore, keeps_files: bool
 
 def writes_beside_job(engine_plan: EnginePlan, weights: WeightStore) -> bool:
     """Whether files for the next start can be written while the job runs: all of it is on a GPU, where it neither needs
-    the disk nor host memory, of which there is some left."""
+    the disk nor much host memory, of which there is enough left for their buffers and for what the job allocates
+    there, inputs for instance."""
     policy, host = engine_plan.policy, weights.tiers.cpu
     on_gpu = min(split.gpu for split in (policy.weights, policy.cache, policy.activations)) > 1 - 1e-6
-    largest = max(tensor.num_bytes for tensor in engine_plan.weight_plan.all_tensors)
-    enough = host.budget_bytes - host.total_used_bytes >= largest + FILE_BYTES
+    largest = max((each.num_bytes for each in engine_plan.weight_plan.all_tensors if each.quantized), default=0)
+    enough = host.budget_bytes - host.total_used_bytes >= FILE_WRITERS * align(largest) + FILE_BYTES
     return loading.BESIDE_JOB and weights.device.type == "cuda" and on_gpu and enough
