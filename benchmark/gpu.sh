@@ -166,16 +166,16 @@ paired() { # SECONDS
 
 # Layers of a model in as large a share of memory, so that they load in seconds. Prompts of OPT-30B are so many that
 # weights are what takes time: the cache of twice as many keeps the host's memory as busy with one GPU as with two. What
-# no run has shown comes first: a run of OPT takes 28 s, of Llama-3-70B 42, of Llama-3-8B 25.
+# no run has shown comes first: a run of OPT takes 28 s, of Llama-3-70B 35, of Llama-3-8B 25.
 mesh() {
     local shapes=(--check-model= --of-gpus 2 --hardware "$O/hardware-all.json" --hardware-of-one "$O/hardware-one.json")
     local opt=(--models opt-30b --layers 24 --cpu-gib 128 --prompts 127 --prompt-tokens 256 --new-tokens 13 "${shapes[@]}")
-    local large=(--models llama-3-70b --layers 20 --cpu-gib 64 --prompts 251 --prompt-tokens 256 --new-tokens 17 "${shapes[@]}")
+    local large=(--models llama-3-70b --layers 16 --cpu-gib 51 --prompts 251 --prompt-tokens 256 --new-tokens 17 "${shapes[@]}")
     local small=(--models llama-3-8b --gpu-gib 60 --prompts 509 --prompt-tokens 256 --new-tokens 61 --warm-ups 2 "${shapes[@]}")
     local opt16=("${opt[@]}" --gpu-gib 16 --limit 60 --gib-of 1=10.8 tp2=10 pp2=10.65 dp2=10.8)
     local opt24=("${opt[@]}" --gpu-gib 24 --limit 60 --gib-of 1=14.3 tp2=13.15 pp2=13.15 dp2=14.3)
-    local large16=("${large[@]}" --gpu-gib 16 --limit 60 --gib-of 1=8.2 tp2=7.15 pp2=8.9 dp2=8.2)
-    local large24=("${large[@]}" --gpu-gib 24 --limit 60 --gib-of 1=10.2 tp2=9.15 pp2=10.9 dp2=10.2)
+    local large16=("${large[@]}" --gpu-gib 16 --limit 60 --gib-of 1=7.68 tp2=6.56 pp2=8.42 dp2=7.68)
+    local large24=("${large[@]}" --gpu-gib 24 --limit 60 --gib-of 1=9.28 tp2=8.16 pp2=10.02 dp2=9.28)
     step mesh-profile 60 python3 -m benchmark.mesh_profile "$HW" --whole "$O/hardware-all.json" --one "$O/hardware-one.json" --gpus 2
     step mesh "$(($1 - 40))" python3 -m benchmark.parallel --output "$O/mesh.json" --total "$(($1 - 50))" \
         "${large16[@]}" --meshes tp2 1 --then "${opt16[@]}" --meshes pp2 dp2 1 --then "${large16[@]}" --meshes pp2 dp2 \
