@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
 
 from flexbatch.calibrate import graphs, host, passes, replays
 from flexbatch.models.arch import Arch
+from flexbatch.policy.decode_graphs import RECORDING_PASSES
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.trace import Span, Tracer
 
@@ -90,10 +92,12 @@ def test_what_is_recorded_takes_the_device_as_long_as_it_does() -> None:
 def test_pieces_are_timed_while_prompts_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the first passes, which record them, nor those behind the prompts; of a round the median."""
 
-    def turns(arch: Arch, policy: Policy, device: torch.device, tracer: Tracer, count: int, tokens: int) -> list:
+    def turns(
+        arch: Arch, policy: Policy, device: torch.device, tracer: Tracer, count: int, tokens: int, at_end: Any
+    ) -> list:
         assert policy.piece_tokens == count * policy.prefill_chunk and not tokens % policy.prefill_chunk
         reading = [1e-3 + 2e-4 * arch.num_layers] * (tokens // policy.prefill_chunk)
-        reading[:3], reading[5] = [9.0] * 3, 7.0
+        reading[:RECORDING_PASSES], reading[-2] = [9.0] * RECORDING_PASSES, 7.0
         return [(seconds, seconds) for seconds in [*reading, 8.0]]
 
     monkeypatch.setattr(graphs, "run_job", turns)
