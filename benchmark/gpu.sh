@@ -19,7 +19,7 @@ shift
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 HW=$O/hardware.json
-ONE_GPU=(tests:200 codes:90 ceilings:90 resident:480 reservation:170 loading:100 drawn:440 users:260 experts:300 experts-whole:770 experts-parts:680 rows-16:460 rows-4:520 row-70b:300 paired:320)
+ONE_GPU=(tests:200 codes:90 ceilings:90 resident:480 reservation:250 loading:100 drawn:440 users:260 experts:300 experts-whole:770 experts-parts:680 rows-16:460 rows-4:520 row-70b:300 paired:320)
 
 # A command's output goes to FOLDER/NAME.log and .err; it is ended by TERM, on which benchmarks write what they have.
 step() { # NAME SECONDS COMMAND...
@@ -71,7 +71,7 @@ resident() { # SECONDS
 }
 
 reservation() {
-    bench reservation "$1" reservation --model llama-3-8b --dtype bfloat16 --gpu-memory 20GiB --cpu-memory 4GiB --requests 2003 --sudden 67
+    bench reservation "$1" reservation --model llama-3-8b --dtype bfloat16 --gpu-memory 20GiB --cpu-memory 4GiB --requests 4001 --sudden 67
 }
 
 loading() {

@@ -93,7 +93,7 @@ class Known:
     ) -> JobPasses:
         """See `trajectory.passes_of`: the pages of tiers, and so the cache's split, count where it is exact."""
         sizes = (policy.gpu_batch_size, policy.num_gpu_batches, policy.prompt_tokens_per_micro_batch, policy.chunk)
-        key = (*sizes, bool(policy.prefill_budget), policy.cache if exact else None)
+        key = (*sizes, policy.admission_passes, bool(policy.prefill_budget), policy.cache if exact else None)
         if key not in self.walks:
             self.walks[key] = passes_of(workload, policy, exact, window=window)
         return self.walks[key]

@@ -40,6 +40,7 @@ def summary(plan: Plan) -> dict:
         "cpu_experts": policy.cpu_experts,
         "prefill_chunk": policy.prefill_chunk,
         "prefill_budget": policy.prefill_budget,
+        "admission_passes": policy.admission_passes,
         "weight_bits": policy.weight_bits,
         "cache_bits": policy.cache_bits,
         "overlap": policy.overlap,

@@ -66,6 +66,8 @@ class Policy:
     """Prompt tokens that one micro-batch brings to one pass, at most; 0: every sequence may bring its chunk."""
     piece_tokens: int = 0
     """Tokens of the largest pass with prompts that runs in pieces, where everything is on the GPU; 0: none does."""
+    admission_passes: int = 1
+    """From one round of admission that filled the block to the next, at least: see `rounds.Rounds`."""
 
     @property
     def block_size(self) -> int:

@@ -15,7 +15,8 @@ from flexbatch.policy.layer_window import LayerWindow
 from flexbatch.policy.pass_load import PassLoad, reserved_tokens, steady_load
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.policy.prefix_walk import PrefixWalker
-from flexbatch.policy.walk import Walk, all_passes, walk
+from flexbatch.policy.walk import all_passes, walk
+from flexbatch.policy.walked import Walk
 from flexbatch.policy.workload import RequestLengths, Workload
 
 WALKED, FEW_BLOCKS = 1024, 8

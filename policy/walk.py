@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,33 +15,13 @@ from flexbatch.policy.expected_pages import ExpectedPages
 from flexbatch.policy.in_flight import MicroBatch, Reading
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.policy import TIERS, Policy
+from flexbatch.policy.rounds import Rounds
+from flexbatch.policy.walked import Walk
 from flexbatch.policy.workload import RequestLengths
 
 MAX_ALIKE = 32
 """Passes that one row stands for, at most, where the same sequences decode in all of them: their contexts grow by one
 token a pass, and the row has the mean."""
-
-
-@dataclass(frozen=True)
-class Walk:
-    """The passes of a job in order: rows of alike ones, and how many passes each row stands for."""
-
-    load: PassLoad
-    counts: np.ndarray
-    in_flight: np.ndarray
-    """Sequences of the block in each row."""
-    admitted: np.ndarray
-    """Sequences that have been admitted by each row."""
-
-    @property
-    def passes(self) -> float:
-        return float(self.counts.sum())
-
-    @property
-    def tail(self) -> np.ndarray:
-        """Rows after the last admission whose block is not as full as it was."""
-        last = int(np.argmax(self.admitted == self.admitted[-1]))
-        return (np.arange(len(self.counts)) >= last) & (self.in_flight < self.in_flight.max())
 
 
 class Walker:
@@ -83,14 +62,28 @@ class Walker:
         self.free_tails = sizes.disk_sequences if sizes else 0
         self.ends: list[tuple[int, int, Reading]] = []
         """(pass after which a decoding sequence is done, tie breaker, the sequence)."""
-        self.now, self.num_admitted, self.num_running = 0, 0, 0
+        self.rounds = Rounds(policy.admission_passes)
+        self.num_admitted, self.num_running = 0, 0
         self.rows: list[tuple[float, ...]] = []
 
-    # Admission, as in `Scheduler.admit` and `Block`
+    @property
+    def now(self) -> int:
+        """Passes so far."""
+        return self.rounds.now
+
+    # Admission, as in `Scheduler.has_work` and `Block`
 
     def admit(self) -> None:
-        if self.waiting and self.num_running < self.policy.block_size:
-            self.estimate()
+        before = self.num_admitted
+        if not self.waiting or self.num_running >= self.policy.block_size or self.rounds.waits(self.num_running):
+            return
+        self.estimate()
+        self.let_in()
+        if self.waiting and self.num_admitted > before:
+            self.rounds.filled(self.num_running)
+
+    def let_in(self) -> None:
+        """All that find a place and pages."""
         while self.waiting and self.num_running < self.policy.block_size:
             request = self.waiting[0]
             if self.sizes and request.pages > self.largest:
@@ -194,6 +187,7 @@ class Walker:
         complete: list[Reading] = []
         if not reading_batches:
             left = self.ends[0][0] - self.now
+            left = int(min(left, self.rounds.left(self.num_running))) if self.waiting else left
             while left:
                 count = min(left, MAX_ALIKE)
                 self.row(count, self.decoding, self.context + self.decoding * (count + 1) / 2)
@@ -259,7 +253,7 @@ class Walker:
 
     def row(self, count: int, decoding: int, context: float, *prompts: float) -> None:
         self.rows.append((count, self.num_running, self.num_admitted, decoding, context, *(prompts or (0, 0, 0, 0))))
-        self.now += count
+        self.rounds.now += count
 
     def check(self) -> None:
         """Invariants: what is taken is what runs, and nothing is left behind."""

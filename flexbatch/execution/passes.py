@@ -79,7 +79,7 @@ class Passes:
         scheduler = self.scheduler
         if scheduler.proposer is not None or scheduler.aside.sequences:
             return True
-        return displaces(scheduler) or any(sequence.needs_host for sequence in scheduler.block.others.values())
+        return scheduler.displaces or any(sequence.needs_host for sequence in scheduler.block.others.values())
 
     def first(self) -> Flight | None:
         """A pass with nothing before it in flight."""
@@ -117,11 +117,6 @@ class Passes:
             if sequence is not None:
                 assert query.start == sequence.num_cached and not sequence.num_unread, query
                 assert query.start + query.num_tokens <= len(sequence.token_ids), query
-
-
-def displaces(scheduler: Scheduler) -> bool:
-    """Whether the next in line is more urgent than one that runs, which may have to step aside for it."""
-    return (first := scheduler.peek()) is not None and scheduler.block.last_behind(first) is not None
 
 
 def started(chunks: Iterator[LogitsChunk]) -> Iterator[LogitsChunk]:

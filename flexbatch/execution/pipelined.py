@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from flexbatch.execution.executor import Executor
 from flexbatch.execution.masks import MaskWorkers
 from flexbatch.execution.pass_batch import PassBatch
-from flexbatch.execution.passes import Launched, Passes, displaces, started
+from flexbatch.execution.passes import Launched, Passes, started
 from flexbatch.execution.sampler import sample_tokens
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.trace import Tracer
@@ -71,7 +71,7 @@ class PipelinedPasses:
     def may_compose(self) -> bool:
         """Whether a pass can be composed beside those in flight: nobody has to step aside for it."""
         scheduler = self.scheduler
-        displacing = scheduler.aside.recomputes and displaces(scheduler)
+        displacing = scheduler.aside.recomputes and scheduler.displaces
         return not self.in_flight or (scheduler.block.all_can_grow() and not displacing)
 
     def launch(self, part: int) -> None:

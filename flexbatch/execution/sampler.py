@@ -33,6 +33,16 @@ class SampledTokens:
     fault: Fault | None = None
     """With one there are no new tokens."""
 
+    def append_to(self, sequence: Sequence) -> int:
+        """Returns how many of the tokens a sequence keeps: none with a fault, and it may end with any of them."""
+        sequence.fault = sequence.fault or self.fault
+        if sequence.fault is not None:
+            return 0
+        kept = sequence.extend(self.token_ids)
+        sequence.logprobs += [entry for entry in self.logprobs[:kept] if entry is not None]
+        sequence.prompt_logprobs += self.prompt_logprobs
+        return kept
+
     def mark_fault(self, num_output_tokens: int, grammar: GrammarFollower | None = None) -> None:
         """Turn a mark instead of the last token (`sampling.NOT_FINITE`, `sampling.ALL_BARRED`) into a fault.
         num_output_tokens: that the sequence had before the pass. grammar: that it follows."""

@@ -18,6 +18,7 @@ from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.page_moves import keep_paths
 from flexbatch.memory.pages import PageTable
 from flexbatch.policy.policy import Policy
+from flexbatch.policy.rounds import Rounds
 from flexbatch.policy.step_aside import StepAsideCosts
 
 
@@ -61,6 +62,7 @@ class Scheduler:
         self.prefill_chunk, self.prefill_budget = policy.prefill_chunk, policy.prompt_tokens_per_micro_batch
         self.admission_limit = policy.block_size
         """Sequences in flight, at most."""
+        self.rounds = Rounds(policy.admission_passes)
         self.waiting: deque[Sequence] = deque(left)
         self.finished: list[Sequence] = []
         self.outgrown = False
@@ -90,9 +92,18 @@ class Scheduler:
         return [*self.running.values(), *self.aside.sequences]
 
     def has_work(self) -> bool:
-        """Whether there is anything to run; admits what fits."""
-        self.admit()
+        """Whether there is anything to run; admits what fits, where it is time for a round."""
+        running = self.num_sequences
+        if not self.rounds.waits(running) or self.aside.sequences or self.displaces:
+            self.admit()
+            if self.waiting and self.num_sequences > running:
+                self.rounds.filled(self.num_sequences)
         return self.num_sequences > 0
+
+    @property
+    def displaces(self) -> bool:
+        """Whether the next in line is more urgent than one that runs, which may have to step aside for it."""
+        return (first := self.peek()) is not None and self.block.last_behind(first) is not None
 
     def peek(self) -> Sequence | None:
         """The next sequence in line; None where nobody waits at present."""
@@ -145,12 +156,6 @@ class Scheduler:
                 assert self.num_sequences, "nothing runs and the first to come back finds no pages: pages are lost"
                 return
 
-    def adjust(self, admission_limit: int, prefill_budget: int, cpu_attention: float) -> None:
-        """New settings from the next pass on. Nothing moves: the share of CPU attention holds for those that come."""
-        self.admission_limit = max(1, min(admission_limit, self.policy.block_size))
-        self.prefill_budget = max(1, min(prefill_budget, self.policy.prompt_tokens_per_micro_batch))
-        self.block.set_cpu_attention(cpu_attention)
-
     # Passes
 
     def next_pass(self, part: int = 0, parts: int = 1) -> PassBatch:
@@ -162,6 +167,7 @@ class Scheduler:
                 self.step_aside(sequence)
         self.give_pages()
         chosen = range(part, len(block.micro_batches), parts)
+        self.rounds.now += 1
         return queries.composed_pass(block, queries.PassLimits(*tokens, block.spare_tokens), self.proposer, chosen)
 
     def give_pages(self) -> None:
@@ -237,12 +243,7 @@ class Scheduler:
             # leaves NaN: a drafted token that plain decoding never reads may have done this.
             sequence.drafted = False
             return
-        sequence.fault = sequence.fault or result.fault
-        kept = 0
-        if sequence.fault is None:
-            kept = sequence.extend(result.token_ids)
-            sequence.logprobs += [entry for entry in result.logprobs[:kept] if entry is not None]
-            sequence.prompt_logprobs += result.prompt_logprobs
+        kept = result.append_to(sequence)
         if not cached:
             # Of a tree, the rows of its root and of the kept part of its path; the token after the path has none yet.
             count = query.num_tokens if query.parents is None else min(1 + len(result.path), kept)
@@ -292,8 +293,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Invariants: every sequence is where it should be, and the block consistent."""
-        unread = {sequence.sequence_id for sequence in self.started if sequence.num_unread}
-        assert unread <= (self.advanced or {}).keys(), unread
+        assert {each.sequence_id for each in self.started if each.num_unread} <= (self.advanced or {}).keys()
         assert all(sequence.status == "waiting" for sequence in self.waiting)
         assert all(sequence.status == "finished" for sequence in self.finished)
         self.aside.check()

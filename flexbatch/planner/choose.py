@@ -30,6 +30,7 @@ from flexbatch.policy.optimizer import choose
 from flexbatch.policy.piece_graphs import planned_bytes
 from flexbatch.policy.plan import DoesNotFit, Plan, price
 from flexbatch.policy.policy import Policy
+from flexbatch.policy.round_choice import in_rounds
 from flexbatch.validation.errors import DoesNotFitError
 
 logger = logging.getLogger("flexbatch")
@@ -118,6 +119,15 @@ def on_slowest(problem: Problem, arches: Iterable[Arch], choice: Choice, hardwar
     problems = (dataclasses.replace(problem, arch=arch, known=Known()) for arch in others)
     plans = [priced(each, machine, choice.policy, choice.plan) for each in problems]
     return Choice(choice.policy, min([choice.plan, *plans], key=lambda plan: plan.predicted_tokens_per_second))
+
+
+def filled_in_rounds(problem: Problem, choice: Choice) -> Choice:
+    """The choice with the passes between rounds of admission that make it fastest."""
+    if choice.plan is None:
+        return choice
+    searched_plan, machine = choice.plan, choice.plan.hardware
+    plan = in_rounds(choice.plan, lambda policy: priced(problem, machine, policy, searched_plan))
+    return Choice(dataclasses.replace(choice.policy, admission_passes=plan.policy.admission_passes), plan)
 
 
 def counting_graphs(problem: Problem, machine: Hardware, requirements: Requirements) -> Requirements:

@@ -197,8 +197,9 @@ class EnginePlan:
 
     @property
     def made_for(self) -> Policy:
-        """Of the largest block that buffers and graphs suffice for."""
-        return replace(self.policy, gpu_batch_size=max(self.most, self.policy.gpu_batch_size))
+        """Of the largest block that buffers and graphs suffice for, whenever its places are filled."""
+        most = max(self.most, self.policy.gpu_batch_size)
+        return replace(self.policy, gpu_batch_size=most, admission_passes=1)
 
     @property
     def config(self) -> EngineConfig:

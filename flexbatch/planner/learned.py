@@ -22,6 +22,7 @@ from flexbatch.policy.admission import CacheSizes
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.plan import Plan
 from flexbatch.policy.policy import Policy
+from flexbatch.policy.round_choice import in_rounds
 
 LEAST_GAIN = 0.1
 """Of throughput, that another block must promise before sequences in flight are read anew for it."""
@@ -89,6 +90,16 @@ def resized(rest: Problem, before: EnginePlan, job: Job, held: CacheSizes | None
         if found is not None and not gains(plain, found, GROWTH_COST):
             return found
     return plain
+
+
+def refilled_in_rounds(rest: Problem, found: EnginePlan | None) -> EnginePlan | None:
+    """With the passes between rounds of admission that make it fastest for what is left of a job."""
+    if found is None or found.plan is None:
+        return found
+    machine = found.plan.hardware
+    plan = in_rounds(found.plan, lambda policy: estimated(rest, machine, policy))
+    policy = dataclasses.replace(found.policy, admission_passes=plan.policy.admission_passes)
+    return dataclasses.replace(found, policy=policy, plan=plan)
 
 
 def largest(most: int, make: Callable[[int], EnginePlan], exceeds: Callable[[EnginePlan], bool]) -> EnginePlan | None:

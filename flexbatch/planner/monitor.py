@@ -11,6 +11,7 @@ import numpy as np
 
 from flexbatch.execution.observer import RunObserver
 from flexbatch.execution.pass_batch import PassBatch
+from flexbatch.execution.resize import adjust
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.planner.planner import Planner
 from flexbatch.planner.report import Statistics
@@ -184,7 +185,7 @@ class PlanMonitor(RunObserver):
         if settings == self.settings:
             return
         self.settings = settings
-        scheduler.adjust(*settings)
+        adjust(scheduler, *settings)
         if not self.replans:
             logger.info("re-planned: %s; the report counts what follows", change.reason)
         self.replans.append(change.reason)

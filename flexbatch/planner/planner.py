@@ -20,10 +20,18 @@ from flexbatch.models.opened import OpenModel
 from flexbatch.parallel.channel import RankChannel
 from flexbatch.parallel.links import EngineGroup
 from flexbatch.planner import budgets
-from flexbatch.planner.choose import Choice, choose_policy, differs, on_slowest, priced, without_reserves
+from flexbatch.planner.choose import (
+    Choice,
+    choose_policy,
+    differs,
+    filled_in_rounds,
+    on_slowest,
+    priced,
+    without_reserves,
+)
 from flexbatch.planner.deploy import deploy, refuse_adapters
 from flexbatch.planner.engine_plan import EnginePlan, described
-from flexbatch.planner.learned import LEAST_GAIN, faster, is_faster, resized, search_pays
+from flexbatch.planner.learned import LEAST_GAIN, faster, is_faster, refilled_in_rounds, resized, search_pays
 from flexbatch.planner.placements import baseline_policy, fallbacks, overshoot
 from flexbatch.planner.planned_machine import PlannedMachine
 from flexbatch.planner.problem import Problem
@@ -178,6 +186,7 @@ class Planner:
         needs = partial(self.requirements_of, job=job, num_slabs=num_slabs)
         choice = choose_policy(problem, lambda: self.hardware, needs)
         choice = on_slowest(problem, self.deployment.stage_arches, choice, lambda: self.hardware)
+        choice = filled_in_rounds(problem, choice)
         if not self.dry:
             problem.known.sizes.clear()  # tens of MB, and only another search for this job would use them
         if choice.plan is not None:
@@ -242,7 +251,7 @@ class Planner:
         if before.plan is None or not differs(self.problem, before.policy, self._part(job), LEAST_GAIN):
             return None
         rest, planned = self._problem(job, placed), self.problem.job
-        found = resized(rest, before, job, held)
+        found = refilled_in_rounds(rest, resized(rest, before, job, held))
         if search_pays(self.search_seconds, rest, planned, before, found, pass_seconds):
             with contextlib.suppress(DoesNotFitError):
                 found = faster(self._decide(job, placed), found)

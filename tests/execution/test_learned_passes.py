@@ -56,7 +56,8 @@ class Half:
         answers = [max(1, min(8 * mean, round(spread(chance, mean)))) for _ in prompts]
         pages = chance.choice([3, 5, 8]) * num_pages(2 * prompt + 8 * mean, PAGE_TOKENS)
         policy = Policy(
-            Split(1, 0), Split(1, 0), Split(1, 0), slots, batches, prefill_chunk=16, prefill_budget=64
+            Split(1, 0), Split(1, 0), Split(1, 0), slots, batches, prefill_chunk=16, prefill_budget=64,
+            admission_passes=(1, 8)[seed % 2],
         )  # fmt: skip
         return cls(policy, CacheSizes(pages, 0, 0, 0), prompts, answers, count, 8 * mean)
 

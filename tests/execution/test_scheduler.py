@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexbatch.execution.pass_batch import PassBatch, QueryTokens
+from flexbatch.execution.resize import adjust
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
@@ -83,6 +84,7 @@ def jobs(draw: st.DrawFn) -> Job:
         prefill_chunk=draw(st.integers(1, 9)),
         prefill_budget=draw(st.integers(0, 9)),
         cpu_attention=draw(st.sampled_from([0.0, 0.5, 1.0])),
+        admission_passes=draw(st.sampled_from([1, 2, 5])),
     )
     return Job(requests, policy, draw(st.integers(2, 14)), draw(st.integers(1, 30)), draw(st.booleans()))
 
@@ -190,7 +192,7 @@ def run(job: Job, chance: Any, drafter: Drafter | None) -> tuple[Scheduler, Desk
                 mine += [1] * (sequence.num_cached - len(mine))
             finished += scheduler.take_finished()
             if chance.random() < 0.1:
-                scheduler.adjust(chance.randint(0, 12), chance.randint(0, 12), chance.random())
+                adjust(scheduler, chance.randint(0, 12), chance.randint(0, 12), chance.random())
         finished += scheduler.take_finished()
         assert scheduler.num_sequences == 0 and not scheduler.take_finished()
         cache.check([])

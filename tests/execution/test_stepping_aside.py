@@ -97,6 +97,7 @@ class SteppingAside(RuleBasedStateMachine):
         policy = Policy(
             Split(1, 0), split, Split(1, 0), *shape,
             prefill_chunk=chance.randint(1, 9), prefill_budget=chance.randint(0, 9), cpu_attention=0.5,
+            admission_passes=chance.choice([1, 2, 5]),
         )  # fmt: skip
         self.drafter = Drafter(chance) if drafts else None
         spare = MAX_NODES if drafts else 0

@@ -168,17 +168,19 @@ def test_meter_moves_attention_once_when_the_link_is_slow():
     assert meter.recalibrated(meter.plan.hardware).h2d < meter.plan.hardware.h2d / 3
 
 
-def test_the_same_settings_once_more_are_no_replan():
+def test_the_same_settings_once_more_are_no_replan(monkeypatch):
     """On a machine whose passes now and then take three times as long, every window calls for the same settings."""
     meter, _ = metered(1.0)
     change = Replan(80, 1000, 1.0, 0.1, True, "a reason")
-    scheduler, statistics, replans = MagicMock(), Statistics(), []
+    scheduler, adjust, statistics, replans = MagicMock(), MagicMock(), Statistics(), []
+    monkeypatch.setattr("flexbatch.planner.monitor.adjust", adjust)
     half = dataclasses.replace(change, cpu_attention=0.5)
     meter.load, meter.record = MagicMock(), MagicMock(side_effect=[change, None, change, half])
     monitor = PlanMonitor(MagicMock(), meter, statistics, replans)
     for _ in range(4):
         monitor.after_pass(scheduler, MagicMock(), 1.0)
-    assert [call.args for call in scheduler.adjust.call_args_list] == [(80, 1000, 1.0), (80, 1000, 0.5)]
+    calls = [call.args for call in adjust.call_args_list]
+    assert calls == [(scheduler, 80, 1000, 1.0), (scheduler, 80, 1000, 0.5)]
     assert len(replans) == 2
 
 

@@ -3,6 +3,7 @@ micro-batches."""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -11,8 +12,11 @@ import pytest
 from flexbatch import LLM, SamplingParams
 from flexbatch.config import EngineConfig
 from flexbatch.execution.job import Job
+from flexbatch.planner.choose import Choice
 from flexbatch.planner.forecast import Forecast
 from flexbatch.planner.planner import Planner
+from flexbatch.planner.problem import Problem
+from flexbatch.policy import rounds
 from flexbatch.validation.errors import DoesNotFitError
 from tests.tiny_models import make_model, random_prompts
 
@@ -111,6 +115,29 @@ def test_as_many_passes_where_prompts_share_pages(kind, seeds, reference, tmp_pa
     """Shared pages are read once, take no place twice, and are kept for as long as nobody needs theirs: without
     counting that, one job in four took up to a third fewer passes than predicted."""
     assert_as_predicted(reference("opt-tiny").folder, tmp_path, seeds, kind)
+
+
+@pytest.mark.parametrize("kind", ["distinct", "beginnings", "samples"])
+@pytest.mark.parametrize("seeds", [range(12), pytest.param(range(12, 200), marks=pytest.mark.slow)], ids=["12", "188"])
+def test_as_many_passes_where_a_block_is_filled_in_rounds(kind, seeds, reference, tmp_path, monkeypatch):
+    """Whatever the passes between two rounds are, and the part of a block that has to end for an earlier one: no plan
+    for this CPU has more than one pass, and blocks of these jobs are small."""
+    chance, held = random.Random(seeds[0]), []
+
+    def filled(problem: Problem, choice: Choice) -> Choice:
+        monkeypatch.setattr(rounds, "PARTS", chance.choice([1, 2, 3]))
+        policy = dataclasses.replace(choice.policy, admission_passes=chance.choice([2, 3, 5, 9, 16]))
+        return dataclasses.replace(choice, policy=policy)
+
+    def waits(own: rounds.Rounds, running: int) -> bool:
+        held.append(found := waited(own, running))
+        return found
+
+    waited = rounds.Rounds.waits
+    monkeypatch.setattr("flexbatch.planner.planner.filled_in_rounds", filled)
+    monkeypatch.setattr(rounds.Rounds, "waits", waits)
+    assert_as_predicted(reference("opt-tiny").folder, tmp_path, seeds, kind)
+    assert sum(held) > 20
 
 
 def assert_as_predicted(model, tmp_path, seeds, kind="distinct"):
