@@ -20,6 +20,7 @@ from flexbatch.planner.placements import overshoot
 from flexbatch.planner.problem import Problem
 from flexbatch.policy.admission import CacheSizes
 from flexbatch.policy.hardware import Hardware
+from flexbatch.policy.limits import RESERVED_DEVIATIONS
 from flexbatch.policy.plan import Plan
 from flexbatch.policy.policy import Policy
 from flexbatch.policy.round_choice import in_rounds
@@ -145,6 +146,18 @@ def search_pays(
     share = 1 - min(longer, 1 / longer) if found is None else SEARCH_SHARE
     assert plan is not None
     return seconds <= share * plan.passes * before.deployment.passes_in_flight * pass_seconds
+
+
+def holds_more(before: EnginePlan, planned: Job, rest: Job) -> bool:
+    """Whether a block that can grow as it is has pages for more sequences of what is left of a job than of the one that
+    it was ``planned`` for. The mean answer may be as long as before: of the first answers of a job those that are long
+    have not ended, and are taken to reach their limit. By 256 answers of 120 tokens a block had 146 sequences, by all
+    of them 210, and means differed by 3 %."""
+    if not before.most or not rest.likely_tokens or before.policy.gpu_batch_size >= before.most:
+        return False
+    block = before.policy.block_size
+    then, now = (job.rows_to_reserve(block, RESERVED_DEVIATIONS)[-1] for job in (planned, rest))
+    return block < rest.num_requests and now < (1 - LEAST_GAIN_IN_PLACE) * then
 
 
 def is_faster(rest: Problem, before: EnginePlan, found: EnginePlan | None) -> bool:

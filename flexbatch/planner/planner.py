@@ -31,7 +31,15 @@ from flexbatch.planner.choose import (
 )
 from flexbatch.planner.deploy import deploy, refuse_adapters
 from flexbatch.planner.engine_plan import EnginePlan, described
-from flexbatch.planner.learned import LEAST_GAIN, faster, is_faster, refilled_in_rounds, resized, search_pays
+from flexbatch.planner.learned import (
+    LEAST_GAIN,
+    faster,
+    holds_more,
+    is_faster,
+    refilled_in_rounds,
+    resized,
+    search_pays,
+)
 from flexbatch.planner.placements import baseline_policy, fallbacks, overshoot
 from flexbatch.planner.planned_machine import PlannedMachine
 from flexbatch.planner.problem import Problem
@@ -248,9 +256,11 @@ class Planner:
         ``pass_seconds`` each; it is the latest from now on. None where the block in flight is about as good. held: see
         `learned.resized`."""
         before, placed = self.engine_plan, self.placed or self.engine_plan
-        if before.plan is None or not differs(self.problem, before.policy, self._part(job), LEAST_GAIN):
+        part, planned = self._part(job), self.problem.job
+        grows = held is not None and holds_more(before, planned, part)
+        if before.plan is None or not (grows or differs(self.problem, before.policy, part, LEAST_GAIN)):
             return None
-        rest, planned = self._problem(job, placed), self.problem.job
+        rest = self._problem(job, placed)
         found = refilled_in_rounds(rest, resized(rest, before, job, held))
         if search_pays(self.search_seconds, rest, planned, before, found, pass_seconds):
             with contextlib.suppress(DoesNotFitError):

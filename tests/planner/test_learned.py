@@ -86,6 +86,27 @@ def test_a_block_grows_in_the_pages_that_it_has():
     assert third is None or third.made_for == largest or third.policy.gpu_batch_size > second.policy.gpu_batch_size
 
 
+def test_a_block_grows_once_it_is_known_that_few_answers_are_long():
+    """Means as before, while long answers that had not ended were taken to reach their limit: sequences in flight are
+    expected to have a third fewer tokens."""
+    planner = planned()
+    early, later = [20] * 200 + [MOST] * 68, [150 + i for i in range(268)]
+    assert learned_rows(early) > 1.4 * learned_rows(later)
+    early_job, later_job = (Job.of([(32, MOST)] * 268, 2048, answers) for answers in (early, later))
+    assert abs(later_job.mean_tokens / early_job.mean_tokens - 1) < 0.09
+    first = planner.adopt_lengths(early_job, pass_seconds=0.01)
+    held = with_spare_pages(first, first.sizes(early_job), early_job).cache
+    assert planner.adopt_lengths(later_job, 0.01) is None, "another block has to promise more"
+    second = planner.adopt_lengths(later_job, 0.01, held)
+    assert second.made_for == first.made_for and second.policy.gpu_batch_size > 1.3 * first.policy.gpu_batch_size
+    assert planner.adopt_lengths(later_job, 0.01, held) is None
+    assert planner.adopt_lengths(early_job, 0.01, held) is None
+
+
+def learned_rows(answers: list[int]) -> int:
+    return Job.of([(32, MOST)] * len(answers), 2048, answers).rows_to_reserve(8, 1.0)[-1]
+
+
 def test_a_placement_is_searched_for_where_passes_are_long(searches):
     planner = planned(percent=(100, 0, 0, 100, 100, 0), cpu_memory="40MiB")
     # A second for answers of which nothing was known is ten for likely ones.
