@@ -8,6 +8,7 @@ from typing import Any
 
 from flexbatch.parallel.mesh import MeshShape
 from flexbatch.policy.limits import MAX_PIECE_TOKENS
+from flexbatch.policy.percent import checked_percent
 from flexbatch.policy.units import LARGEST_BARE_GIB, parse_size
 from flexbatch.validation.errors import ConfigurationError
 
@@ -171,18 +172,10 @@ class EngineConfig:
         for name, value in settings_of(self).items():
             object.__setattr__(self, name, value)
         if self.percent is not None:
-            if len(self.percent) != 6:
-                refuse(
-                    f"percent needs six numbers (weights, cache, activations on GPU and CPU), got {len(self.percent)}"
-                )
-            for kind, gpu, cpu in zip(
-                ("weights", "cache", "activations"), self.percent[0::2], self.percent[1::2], strict=True
-            ):
-                if gpu < 0 or cpu < 0 or gpu + cpu > 100:
-                    refuse(
-                        f"percent: {kind} on gpu ({gpu:g}) and cpu ({cpu:g}) must be >= 0 and sum to at most 100 "
-                        f"(the rest is on disk), not {gpu + cpu:g}"
-                    )
+            try:
+                object.__setattr__(self, "percent", checked_percent(self.percent))
+            except ValueError as error:
+                refuse(str(error))
         sizes = "gpu_batch_size", "num_gpu_batches", "prefill_chunk", "prefill_budget", "max_model_len"
         for name in (*sizes, "data_parallel_size", "pipeline_parallel_size", "tensor_parallel_size"):
             value = getattr(self, name)

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from flexbatch.policy.percent import KINDS
 from flexbatch.policy.policy import TIERS, Policy
 
 Number = float | np.ndarray
-KINDS = ("weights", "cache", "activations")
 
 VARIABLES = (*(f"{kind}_{tier}" for kind in KINDS for tier in TIERS), "cpu_attention", "cpu_experts")
 """The nine fractions, the share of all sequences that is attended on the CPU, and the share of a layer's experts that

@@ -10,6 +10,7 @@ from flexbatch.policy.explain_experts import experts_of, experts_text
 from flexbatch.policy.explain_tables import memory_table, resource_table
 from flexbatch.policy.explain_windows import windows_of, windows_text
 from flexbatch.policy.footprint import KIND_LABELS
+from flexbatch.policy.percent import percent_text
 from flexbatch.policy.plan import Plan
 from flexbatch.policy.policy import TIERS
 from flexbatch.policy.units import duration_text, number_text, size_text
@@ -246,7 +247,7 @@ def bounds(plan: Plan) -> list[str]:
 
 def policy_text(plan: Plan) -> str:
     policy = plan.policy
-    percent = " ".join(f"{x:.4g}" for x in policy.percent)
+    percent = percent_text(policy.percent)
     count = policy.num_gpu_batches
     micro_batches = f"{count} micro-batches" if count > 1 else "one micro-batch"
     return f"--percent {percent}, {micro_batches} of {policy.gpu_batch_size}" + extras(plan)

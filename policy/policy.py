@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flexbatch.policy.percent import checked_pair, checked_percent
+
 TIERS = ("gpu", "cpu", "disk")
 
 
@@ -30,12 +32,8 @@ class Split:
     @classmethod
     def from_percent(cls, gpu: float, cpu: float) -> Split:
         """The rest (100 - gpu - cpu) is on disk, as in FlexGen's ``--percent``."""
-        if gpu < 0 or cpu < 0 or gpu + cpu > 100 + 1e-6:
-            raise ValueError(
-                f"percentages on gpu ({gpu:g}) and cpu ({cpu:g}) must be >= 0 and sum to at most 100; the rest goes "
-                "to disk"
-            )
-        return cls(gpu / 100, cpu / 100, max(0.0, 1 - gpu / 100 - cpu / 100))
+        on_gpu, on_cpu = (share or 0.0 for share in checked_pair(gpu, cpu))
+        return cls(on_gpu / 100, on_cpu / 100, max(0.0, 1 - on_gpu / 100 - on_cpu / 100))
 
     @property
     def fractions(self) -> tuple[float, float, float]:
@@ -125,11 +123,8 @@ class Constraints:
     disk: int | None = None
 
     def __post_init__(self) -> None:
-        if self.percent is not None and len(self.percent) != 6:
-            raise ValueError(
-                "percent needs six numbers (or None) for weights, cache and activations on GPU and CPU, got "
-                f"{len(self.percent)}"
-            )
+        if self.percent is not None:
+            object.__setattr__(self, "percent", checked_percent(self.percent))
         if self.cpu_attention is not None and not 0 <= self.cpu_attention <= 1:
             raise ValueError(f"cpu_attention={self.cpu_attention} must be between 0 and 1")
         if self.cpu_experts is not None and not 0 <= self.cpu_experts <= 1:

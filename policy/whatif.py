@@ -12,6 +12,7 @@ from flexbatch.policy.footprint import KIND_LABELS
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.optimizer import choose
+from flexbatch.policy.percent import percent_text
 from flexbatch.policy.plan import DoesNotFit, Plan
 from flexbatch.policy.policy import TIERS, Constraints
 from flexbatch.policy.sweep_request import SweepRequest
@@ -54,7 +55,7 @@ def sweep_table(request: SweepRequest, plans: list[tuple[int, Plan | None]]) -> 
         if plan is None:
             lines.append(f"{size / GIB:16.1f} {'-':>10s}  does not fit")
             continue
-        percent = " ".join(f"{x:.0f}" for x in plan.policy.percent)
+        percent = percent_text(plan.policy.percent, 3)
         bar = "#" * max(1, round(30 * plan.predicted_tokens_per_second / top))
         block = f"{plan.policy.gpu_batch_size} x {plan.policy.num_gpu_batches}"
         lines.append(

@@ -28,6 +28,7 @@ from flexbatch.planner import budgets, requirements
 from flexbatch.planner.requirements import Graphs, graph_requirements, graphs_that_fit
 from flexbatch.policy.admission import micro_batch_tokens
 from flexbatch.policy.limits import weight_group
+from flexbatch.policy.percent import percent_text
 from flexbatch.policy.plan import Plan
 from flexbatch.policy.policy import TIERS, Policy, Split
 from flexbatch.speculative.setup import Speculation
@@ -287,9 +288,8 @@ def largest_by_tier(of_ranks: list[list[MemoryRequirement]]) -> list[MemoryRequi
 
 
 def described(policy: Policy) -> str:
-    percent = " ".join(f"{share:.4g}" for share in policy.percent)
     return (
-        f"--percent {percent}, {policy.num_gpu_batches} micro-batches of {policy.gpu_batch_size}, "
+        f"--percent {percent_text(policy.percent)}, {policy.num_gpu_batches} micro-batches of {policy.gpu_batch_size}, "
         f"{policy.cpu_attention:.0%} CPU attention"
         + (f", {policy.cpu_experts:.0%} CPU experts" if policy.cpu_experts else "")
     )
