@@ -82,7 +82,6 @@ loading() {
 drawn() {
     local runs=(python3 -m benchmark.policy_runs "$O/drawn.jsonl" --hardware "$HW" --seed 8 --count 26)
     step drawn-plans 90 "${runs[@]}" --plan "$O/drawn-plans.json" --processes "$(nproc)"
-    step drawn-kernels 80 "${runs[@]}" --plans "$O/drawn-plans.json" --compile 8
     step drawn "$(($1 - 120))" "${runs[@]}" --plans "$O/drawn-plans.json" --seconds "$(($1 - 130))"
     step drawn-errors 20 python3 -m benchmark.pass_errors "$O/drawn.jsonl" --hardware "$HW"
 }
@@ -91,7 +90,6 @@ drawn() {
 experts() {
     local end=$((SECONDS + $1)) runs=(python3 -m benchmark.policy_runs "$O/experts.jsonl" --hardware "$HW" --few-layers)
     step experts-plans 50 "${runs[@]}" --plan "$O/experts-plans.json" --processes 6
-    step experts-kernels "$(($1 / 4))" "${runs[@]}" --plans "$O/experts-plans.json" --compile 5
     step experts "$((end - SECONDS - 40))" "${runs[@]}" --plans "$O/experts-plans.json" --seconds "$((end - SECONDS - 52))" --limit 75
     step experts-errors 10 python3 -m benchmark.pass_errors "$O/experts.jsonl" --hardware "$HW"
     step hit-experts 25 python3 -m benchmark.hit_experts --hardware "$HW" --sequences 9 40 --output "$O/hit-experts.json"

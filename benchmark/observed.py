@@ -152,9 +152,8 @@ def chosen_here(setting: Setting, hardware: str) -> dict[str, Any]:
 
 
 def warm_up(llm: ObservedLLM, setting: Setting) -> None:
-    """Kernels compile or are loaded when a shape comes for the first time (0.5 to 2 s each on a fresh machine, 3 of
-    13 s in a job of OPT-6.7B), the link wakes up: a block's prompts and its first passes, and short chunks alone, of
-    which few programs split their context."""
+    """Compiled kernels are loaded when a shape comes for the first time, the link wakes up: a block's prompts and its
+    first passes, and short chunks alone, of which few programs split their context."""
     prompts, params = prompts_of(llm, setting, "warm-up"), greedy(setting)[: llm.policy.block_size]
     few = [dataclasses.replace(each, max_tokens=min(4, each.max_tokens)) for each in params]
     llm.generate(prompts[: len(few)], few)

@@ -10,11 +10,9 @@
 
 Settings whose names are in the file already are left out, so that a run that was cut goes on where it stopped. A
 child process runs them; after an error of the GPU, which no later setting would survive, another child goes on with
-the rest. On a borrowed machine plans are made first, in all cores at once, then kernels are compiled, and the shortest
-jobs run first:
+the rest. On a borrowed machine plans are made first, in all cores at once, and the shortest jobs run first:
 
     python -m benchmark.policy_runs drawn.jsonl --hardware machine.json --seed 1 --plan plans.json --processes 16
-    python -m benchmark.policy_runs drawn.jsonl --hardware machine.json --seed 1 --plans plans.json --compile 8
     python -m benchmark.policy_runs drawn.jsonl --hardware machine.json --seed 1 --plans plans.json
 """
 
@@ -37,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.drawn_settings import draw
-from benchmark.kernels_ahead import compile_ahead
 from benchmark.machine import machine
 from benchmark.observed import chosen_here, measure, open_engine
 from benchmark.policy_neighbors import run_neighborhood
@@ -247,12 +244,6 @@ def argument_parser() -> argparse.ArgumentParser:
         help="run what --plan has written; settings that it lacks are chosen for now",
     )
     parser.add_argument("--processes", type=int, default=1, help="that --plan makes plans in (default: 1)")
-    parser.add_argument(
-        "--compile",
-        type=int,
-        metavar="PROCESSES",
-        help="run nothing: compile the kernels of what --plans has, in so many processes",
-    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -267,11 +258,6 @@ def main() -> int:
     if arguments.plan:
         settings = {name: table[name] for name in names}
         return 1 if write_plans(arguments.plan, settings, arguments.hardware, arguments.processes) else 0
-    if arguments.compile:
-        compile_ahead(
-            {name: table[name] for name in names}, settings_of(arguments), arguments.hardware, arguments.compile
-        )
-        return 0
     if arguments.child:
         return run_here(names, arguments)
     arguments.runs.parent.mkdir(parents=True, exist_ok=True)

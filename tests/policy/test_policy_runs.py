@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from benchmark import kernels_ahead, pass_errors, policy_neighbors, policy_runs
+from benchmark import pass_errors, policy_neighbors, policy_runs
 from benchmark.policy_error import plan_of
 from benchmark.policy_settings import EXPERTS, FEW_LAYERS, NEIGHBORHOODS, SETTINGS, Setting
 from flexbatch.models.shapes import SHAPES
@@ -70,25 +70,6 @@ def test_a_run_is_recorded_with_what_prices_it(monkeypatch, tmp_path):
     # Of late passes one in four is timed.
     timed = [each["busy"] for each in passes if each["busy"]]
     assert timed and all(busy["gpu_compute"] > 0 for busy in timed)
-
-
-def test_kernels_are_compiled_ahead_by_two_layers_of_the_planned_block(monkeypatch, tmp_path):
-    monkeypatch.setitem(SHAPES, "tiny", SHAPES["opt-125m"] | SMALL)
-    opened, prompts = [], []
-    open_engine = kernels_ahead.open_engine
-
-    def watched(setting, hardware, fixed):
-        llm = open_engine(setting, hardware, fixed)
-        generate = llm.generate
-        monkeypatch.setattr(llm, "generate", lambda *job: prompts.append(len(job[0])) or generate(*job))
-        opened.append((llm.arch.num_layers, llm.policy.gpu_batch_size, llm.policy.cache.cpu))
-        return llm
-
-    monkeypatch.setattr(kernels_ahead, "open_engine", watched)
-    fixed = {"percent": (100, 0, 0, 100, 100, 0), "gpu_batch_size": 3, "num_gpu_batches": 1}
-    assert isinstance(kernels_ahead.run_few_layers(TINY, "cpu", fixed), dict)
-    assert opened == [(2, 3, 1.0)] and prompts == [3, 1, 1, 1]
-    assert public_shape(dataclasses.replace(TINY, model="starcoder", layers=2).shape).num_layers == 2
 
 
 def test_what_a_job_set_up_is_told_apart_from_its_error():
