@@ -25,13 +25,15 @@ MULTIPLE = 16
 
 @dataclass(frozen=True)
 class GpuTraits:
-    """What launches and the compiler ask of a GPU. capability: as in sm_90."""
+    """What launches and the compiler ask of a GPU. capability: 90 for sm_90."""
 
-    capability: int
+    capability: Any
     multiprocessors: int
     shared_bytes: int
     """Of a program, at most."""
     warp_size: int = 32
+    backend: str = "cuda"
+    """Of Triton's compiler."""
 
     @classmethod
     def of(cls, device: torch.device) -> GpuTraits:
@@ -43,7 +45,7 @@ class GpuTraits:
 
         with torch.cuda.device(device):
             target = driver.active.get_current_target()
-        return cls(target.arch, multiprocessors_of(device), shared_bytes(device), target.warp_size)
+        return cls(target.arch, multiprocessors_of(device), shared_bytes(device), target.warp_size, target.backend)
 
 
 WITHIN_TORCH: ContextVar[bool] = ContextVar("flexbatch_within_torch", default=False)
@@ -148,7 +150,7 @@ class _Driver:
     def __init__(self, traits: GpuTraits) -> None:
         from triton.backends.compiler import GPUTarget
 
-        self.target = GPUTarget("cuda", traits.capability, traits.warp_size)
+        self.target = GPUTarget(traits.backend, traits.capability, traits.warp_size)
         self.utils = SimpleNamespace(get_device_properties=lambda index: {"max_shared_mem": traits.shared_bytes})
 
     def get_current_device(self) -> int:
@@ -175,8 +177,7 @@ def imagined_gpu(traits: GpuTraits) -> Iterator[dict[Launch, Launch]]:
         launch = launch_of(kernel, arguments, named)
         found.setdefault(launch, launch)
 
-    sizes = {"major": traits.capability // 10, "minor": traits.capability % 10}
-    told: Any = SimpleNamespace(multi_processor_count=traits.multiprocessors, **sizes)
+    told: Any = SimpleNamespace(multi_processor_count=traits.multiprocessors)
     driver.set_active(_Driver(traits))
     JITFunction.run = note
     torch.cuda.get_device_properties = lambda device=None: told

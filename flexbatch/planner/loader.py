@@ -44,6 +44,10 @@ from flexbatch.trace import Tracer
 
 logger = logging.getLogger("flexbatch")
 
+COMPILED_BYTES = 256 << 20
+"""Of weights, from which on kernels are compiled before passes launch them: a job of a smaller model is over before all
+are there that it may launch, and launches a third of them."""
+
 
 class PlacedModel:
     """The pools of the three tiers and the queues between them, and once a job is known, weights and drafts.
@@ -115,7 +119,8 @@ class PlacedModel:
 
     def _kernels_compiled(self, engine_plan: EnginePlan) -> contextlib.AbstractContextManager[None]:
         """Beside the body, what passes will launch on a GPU."""
-        if self.queues.device.type != "cuda":
+        size = sum(map(engine_plan.weight_plan.tier_bytes, TIERS))
+        if self.queues.device.type != "cuda" or size < COMPILED_BYTES:
             return contextlib.nullcontext()
         sharers = engine_plan.deployment.local_ranks
         return compiled_ahead(self.queues.device, planned_kernels(engine_plan), self._note_compiled, sharers)

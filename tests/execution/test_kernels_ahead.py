@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from flexbatch import LLM
 from flexbatch.execution import kernels_ahead
 from flexbatch.execution.kernels_ahead import Announced, Compiled, compiled_ahead
+from flexbatch.execution.planned_kernels import launch_all
 from flexbatch.kernels.imagined_gpu import GpuTraits
+from flexbatch.planner import loader
 
 pytest.importorskip("triton")
 MORE = ("own heads", "odd heads", "wide heads", "windows", "biases")
@@ -157,3 +162,25 @@ def test_without_a_gpu_or_cores_to_spare_nothing_is_begun(device, cores, cache, 
     monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: pytest.fail("a process was started"))
     with compiled_ahead(torch.device(device), Announced(norms, (512,))):
         pass
+
+
+def test_an_engine_has_its_kernels_and_its_drafts_compiled_unless_the_model_is_small(monkeypatch):
+    settings = {"gpu_memory": "512MiB", "cpu_memory": "512MiB", "draft": ("demo-draft",), "tree": "chain:3"}
+    calls = []
+    with LLM("demo", device="cpu", hardware="cpu", **settings) as llm:
+        assert llm.report()["compiled_ahead"] == {"count": 0, "seconds": 0.0, "processor_seconds": 0.0, "error": ""}
+        model = llm._model
+        monkeypatch.setattr(loader, "compiled_ahead", lambda *told: calls.append(told) or contextlib.nullcontext())
+        monkeypatch.setattr(model, "queues", SimpleNamespace(device=GPU))
+        with model._kernels_compiled(llm.engine_plan):
+            assert not calls
+        monkeypatch.setattr(loader, "COMPILED_BYTES", 1)
+        with model._kernels_compiled(llm.engine_plan):
+            ((device, announced, note, sharers),) = calls
+        note(Compiled(3, 1.0, 2.0))
+        assert llm.report()["compiled_ahead"]["count"] == 3
+        monkeypatch.undo()
+    assert (device, sharers, announced.launch) == (GPU, 1, launch_all)
+    own, draft = announced.what
+    assert own.max_nodes == draft.max_nodes == 3 and own.plan.arch.num_layers > draft.plan.arch.num_layers
+    assert {tensor.tier for tensor in own.plan.all_tensors} == {"gpu"}, "whatever tier they are on"
