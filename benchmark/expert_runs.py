@@ -3,11 +3,9 @@
     python -m benchmark.expert_runs qwen3-30b-a3b mixtral-8x7b --hardware machine.json --output runs.jsonl
     python -m benchmark.expert_runs gpt-oss-120b --share 4
 
-``--share N`` runs one N-th of the layers by the plan of all of them, where the whole does not fit the time: the same
-block, the same shares of a layer and of its cache on each tier, so that a layer's bytes and products are those of the
-model, and a pass takes one N-th but for the embedding, the head and what it costs at all. Such rows say so, and
-divide. Every job is prompts of random tokens, all different, 512 each
-and 128 new ones, of a prime number that all but fills the block; a block of short prompts warms up.
+``--share N`` runs one N-th of the layers by the plan of all of them (`benchmark.shares`). Such rows say so, and divide.
+Every job is prompts of random tokens, all different, 512 each and 128 new ones, of a prime number that all but fills
+the block; a block of short prompts warms up.
 
 Each row has the passes by their kind, predicted and measured, and how busy the resources were. While a job runs a line
 every ten seconds says how far it is. SIGTERM, which ``timeout`` sends, ends it: the row then has the passes so far,
@@ -37,6 +35,7 @@ from benchmark.link_idle import Timeline, idle_of
 from benchmark.machine import machine
 from benchmark.observed import ObservedLLM, ObservedLoop, PassLog, Unchanging, fixed_by
 from benchmark.pass_errors import kinds_of_passes
+from benchmark.shares import cut, host_gib
 from flexbatch import LLM, SamplingParams
 from flexbatch.config import EngineConfig
 from flexbatch.execution.job import Job
@@ -45,8 +44,6 @@ from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.shapes import SHAPES
 from flexbatch.policy.stdout import data_apart, run_process
 
-PART_GIB = 8
-"""Of the host, besides a part's share: reserves, staging and scratch are those of all layers."""
 EVERY_SECONDS = 10.0
 """Between two lines on the progress of a job."""
 TIMELINE_AFTER, TIMELINE_PASSES = 3, 6
@@ -150,12 +147,11 @@ def line_of(plan: Any, passes: list[dict[str, Any]]) -> str:
 
 
 def settings_of(run: Run, share: int) -> dict[str, Any]:
-    """Memory. What a part of the layers needs of the GPU's for slabs and workspace is as much as all need, and its plan
-    is that of all."""
+    """Memory."""
     if run.memory is None:
         return {}
     gpu, cpu = run.memory
-    return {"gpu_memory": f"{gpu}GiB", "cpu_memory": f"{cpu / share + (PART_GIB if share > 1 else 0):.3f}GiB"}
+    return {"gpu_memory": f"{gpu}GiB", "cpu_memory": f"{host_gib(cpu, share):.3f}GiB"}
 
 
 def opened(name: str, args: argparse.Namespace) -> ToldLLM:
@@ -169,10 +165,8 @@ def opened(name: str, args: argparse.Namespace) -> ToldLLM:
     else:
         told = LLM.plan(whole, job)["plan"]
         say(f"{name}: all layers {told.predicted_tokens_per_second:.1f} tok/s, limited by {told.limiting_row}")
-        kept = -(-SHAPES[name]["num_hidden_layers"] // args.share)
-        SHAPES[f"{name}-cut"] = {**SHAPES[name], "num_hidden_layers": kept}
         fixed = {**fixed_by(told.policy), **settings_of(run, args.share), "async_scheduling": whole.async_scheduling}
-        planner = Unchanging(replace(whole, model=f"{name}-cut", **fixed), job)
+        planner = Unchanging(replace(whole, model=cut(name, args.share), **fixed), job)
     say(f"{name}: planned {planner.engine_plan.policy}")
     plan = planner.engine_plan.plan
     if plan is not None:

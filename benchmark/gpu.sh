@@ -2,7 +2,7 @@
 # What this project measures on a machine with GPUs, in parts with a limit each. Results and logs lie in FOLDER as soon
 # as they are there: a run that is cut keeps what it has.
 #
-#   benchmark/gpu.sh FOLDER                                 every part of one GPU, about 80 minutes
+#   benchmark/gpu.sh FOLDER                                 every part of one GPU, about 75 minutes
 #   benchmark/gpu.sh FOLDER resident drawn:240              these parts, the second for no more than 240 seconds
 #   CUDA_VISIBLE_DEVICES=0,1 benchmark/gpu.sh FOLDER mesh   two GPUs, about 10 minutes
 #
@@ -19,7 +19,7 @@ shift
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 HW=$O/hardware.json
-ONE_GPU=(tests:200 codes:90 ceilings:90 resident:480 reservation:250 loading:100 drawn:440 users:260 experts:300 experts-whole:770 experts-parts:680 rows-16:460 rows-4:520 row-70b:300 paired:320)
+ONE_GPU=(tests:200 codes:90 ceilings:90 resident:480 reservation:250 loading:100 drawn:440 users:260 experts:300 experts-whole:770 experts-parts:680 rows-16:300 rows-4:270 row-70b:110 paired:320)
 
 # A command's output goes to FOLDER/NAME.log and .err; it is ended by TERM, on which benchmarks write what they have.
 step() { # NAME SECONDS COMMAND...
@@ -116,24 +116,25 @@ experts-parts() {
     expert-jobs "$1" glm-4.5-air/4:130 gpt-oss-120b/4:135 mixtral-8x7b/4:125 qwen3-235b-a22b/4:160 qwen3-30b-a3b/4:125
 }
 
-# A published row, placed by hand and as the engine chooses, in one run.
-row() { # SCENARIO PROMPTS HOST_GIB SECONDS
-    step "row-$1" "$4" python3 -m benchmark.suite --scenarios "$1" --chosen --num-prompts "$2" \
-        --set "cpu_memory=\"$3GiB\"" "hardware=\"$HW\"" --output "$O/row-$1.json"
+# A published row, placed by hand and as the engine chooses, in one run: one SHARE-th of the layers, so that both load
+# and run in two minutes (whole, OPT-30B loads in 27 s and runs in 45 to 95, Llama-3-70B in 104 and 117).
+row() { # SCENARIO SHARE PROMPTS HOST_GIB SECONDS
+    step "row-$1" "$5" python3 -m benchmark.suite --scenarios "$1" --chosen --share "$2" --num-prompts "$3" \
+        --set "cpu_memory=\"$4GiB\"" "hardware=\"$HW\"" --output "$O/row-$1.json"
 }
 
 rows-16() {
-    row opt-30b-16-16 92 118 "$(($1 * 2 / 5))"
-    row opt-30b-16-4 300 118 "$(($1 * 3 / 5))"
+    row opt-30b-16-16 2 92 118 "$(($1 / 2))"
+    row opt-30b-16-4 3 300 118 "$(($1 / 2))"
 }
 
 rows-4() {
-    row llama-3-70b-4-16 384 118 "$(($1 * 3 / 5))"
-    row opt-30b-4-4 448 118 "$(($1 * 2 / 5))"
+    row llama-3-70b-4-16 4 384 118 "$(($1 * 7 / 12))"
+    row opt-30b-4-4 3 448 118 "$(($1 * 5 / 12))"
 }
 
 row-70b() { # chosen in any case
-    row llama-3-70b-4-4 701 110 "$1"
+    row llama-3-70b-4-4 5 701 110 "$1"
 }
 
 # Jobs that plans were once wrong about.

@@ -32,6 +32,10 @@ class Scenario:
         settings = {name: value for name, value in self.settings.items() if name not in PLACED_BY_HAND}
         return replace(self, settings=settings, note="chosen plan")
 
+    def engine_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """``settings`` of `LLM` with what the scenario says of the GPU's memory."""
+        return {"gpu_memory": f"{self.gpu_gib - self.reserve_gib}GiB", "dtype": "bfloat16", **settings}
+
 
 def opt30(percent: tuple[float, ...], gpu_batch_size: int, num_gpu_batches: int, **settings: Any) -> dict[str, Any]:
     block = {"percent": percent, "gpu_batch_size": gpu_batch_size, "num_gpu_batches": num_gpu_batches}

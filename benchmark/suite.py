@@ -2,12 +2,15 @@
 distinct prompts.
 
     python -m benchmark.suite --scenarios opt-30b-16-16 opt-30b-16-4 --output results.json
-    python -m benchmark.suite --scenarios opt-30b-4-4 --chosen
+    python -m benchmark.suite --scenarios opt-30b-4-4 --chosen --share 2
 
 Figures are generated tokens / (prefill + decode) seconds of a whole job, start-up and drain included; nothing is
 projected. With --chosen every scenario runs twice, placed by hand and by the plan that the engine chooses; what was
 predicted for that, both rates and their ratio are told. Neighboring scenarios of one model with the same settings
 share its weights, which are loaded once.
+
+``--share N`` runs one N-th of the layers, chosen by the plan of all (`benchmark.shares`); "layers" and "of_layers" say
+so, and tokens per second are those of the part. What is compared is then the same share of both.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from typing import Any
 
 from benchmark.machine import machine
 from benchmark.scenarios import GIB, SCENARIOS, Scenario
+from benchmark.shares import layers_of, part_of
+from flexbatch.policy.shapes import SHAPES
 from flexbatch.policy.stdout import data_apart, run_process
 
 
@@ -69,13 +74,7 @@ class Loaded:
         if fresh:
             self.close()
             self.ballast = cap_gpu_memory(scenario.gpu_gib) if torch.cuda.is_available() else None
-            gpu_memory = f"{scenario.gpu_gib - scenario.reserve_gib}GiB"
-            self.llm = LLM(
-                scenario.model,
-                dummy_weights=True,
-                trace=trace,
-                **{"gpu_memory": gpu_memory, "dtype": "bfloat16", **settings},
-            )
+            self.llm = LLM(scenario.model, dummy_weights=True, trace=trace, **scenario.engine_settings(settings))
             self.kind = kind
         return self.llm, fresh
 
@@ -109,14 +108,17 @@ def warm_up(llm: Any, scenario: Scenario, prompts: list[list[int]]) -> None:
     llm.generate(few, SamplingParams(max_tokens=gen_len, temperature=0, ignore_eos=True))
 
 
-def run(name: str, scenario: Scenario, loaded: Loaded, overrides: dict[str, Any], trace: Path | None) -> dict[str, Any]:
-    """Run one scenario; returns what it measured."""
+def run(
+    name: str, scenario: Scenario, loaded: Loaded, overrides: dict[str, Any], trace: Path | None, share: int = 1
+) -> dict[str, Any]:
+    """Run one scenario, or a part of its layers; returns what it measured."""
     from flexbatch import SamplingParams
 
-    settings = {**scenario.settings, **overrides}
+    of_layers, settings = layers_of(scenario.model), {**scenario.settings, **overrides}
+    prompts = prompts_of(scenario, SHAPES[scenario.model]["vocab_size"], 1)
+    scenario, settings = part_of(scenario, settings, share, [len(prompt) for prompt in prompts])
     started = time.perf_counter()
     llm, fresh = loaded.engine(scenario, settings, trace is not None)
-    prompts = prompts_of(scenario, llm.arch.vocab_size, 1)
     params = SamplingParams(max_tokens=scenario.gen_len, temperature=0, ignore_eos=True)
     llm.prepare(prompts, params)
     if fresh:
@@ -142,6 +144,8 @@ def run(name: str, scenario: Scenario, loaded: Loaded, overrides: dict[str, Any]
         "scenario": name,
         **asdict(scenario),
         "settings": settings,
+        "layers": llm.arch.num_layers,
+        "of_layers": of_layers,
         "seconds": seconds,
         "wall_seconds": time.perf_counter() - ready,
         "generated_tokens": generated,
@@ -222,6 +226,7 @@ def main() -> int:
     parser.add_argument(
         "--num-prompts", type=int, help="prompts instead of the scenario's own number (for a quick look)"
     )
+    parser.add_argument("--share", type=int, default=1, metavar="N", help="run one N-th of the layers, as all would be")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=JSON", help="engine settings instead of the scenario's"
     )
@@ -239,7 +244,7 @@ def main() -> int:
         for name, scenario in variants(arguments.scenarios, changes, arguments.chosen).items():
             trace = arguments.trace / f"{name}.json" if arguments.trace else None
             try:
-                results.append(run(name, scenario, loaded, overrides, trace))
+                results.append(run(name, scenario, loaded, overrides, trace, arguments.share))
             except Exception as error:  # the remaining scenarios still count
                 results.append({"scenario": name, "error": f"{type(error).__name__}: {error}"})
                 loaded.close()

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from benchmark import expert_runs
+from benchmark import expert_runs, shares
 from flexbatch.policy.shapes import SHAPES
 
 
@@ -29,7 +29,7 @@ def arguments_of(monkeypatch, folder, **more):
 
 
 def test_a_part_of_the_layers_runs_by_the_plan_of_all(monkeypatch, tmp_path, tiny):
-    monkeypatch.setattr(expert_runs, "PART_GIB", 0.06)
+    monkeypatch.setattr(shares, "PART_GIB", 0.06)
     monkeypatch.setitem(SHAPES, "tiny-cut", {})  # that of the run goes with the test
     for share in (1, 3):
         arguments_of(monkeypatch, tmp_path, share=share)

@@ -1,0 +1,70 @@
+"""A part of a model's layers, run by the plan of all of them, where the whole does not fit the time: the same block,
+the same shares of a layer and of its cache on each tier, so that a layer's bytes and products are those of the model,
+and a pass takes one N-th but for the embedding, the head and what it costs at all."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+from benchmark.scenarios import GIB, Scenario
+from flexbatch.policy.shapes import SHAPES
+from flexbatch.policy.units import parse_size
+
+PART_GIB = 8
+"""Of the host, besides a part's share: reserves, staging and scratch are those of all layers."""
+
+
+def layers_field(model: str) -> str:
+    return "n_layer" if "n_layer" in SHAPES[model] else "num_hidden_layers"
+
+
+def layers_of(model: str) -> int:
+    return SHAPES[model][layers_field(model)]
+
+
+def cut(model: str, share: int) -> str:
+    """The name under which the engine knows the public shape with one ``share``-th of its layers, rounded up."""
+    if share == 1:
+        return model
+    name = f"{model}-cut"
+    SHAPES[name] = {**SHAPES[model], layers_field(model): -(-layers_of(model) // share)}
+    return name
+
+
+def host_gib(gib: float, share: int) -> float:
+    """Host memory of a part of the layers that need ``gib``. Of the GPU's, a part is given all: slabs and workspace are
+    as large as those of all layers, and nothing is chosen by what is left."""
+    return gib if share == 1 else gib / share + PART_GIB
+
+
+def part_of(
+    scenario: Scenario, settings: dict[str, Any], share: int, prompt_lens: list[int]
+) -> tuple[Scenario, dict[str, Any]]:
+    """The scenario and its settings with one ``share``-th of the layers: placed as it is, or by what is chosen for all
+    layers."""
+    if share == 1:
+        return scenario, settings
+    if "percent" not in settings:
+        settings = {**settings, **chosen_for_all(scenario, settings, prompt_lens)}
+    if "cpu_memory" in settings:
+        host = parse_size(str(settings["cpu_memory"])) / GIB
+        settings = {**settings, "cpu_memory": f"{host_gib(host, share):.3f}GiB"}
+    return replace(scenario, model=cut(scenario.model, share)), settings
+
+
+def chosen_for_all(scenario: Scenario, settings: dict[str, Any], prompt_lens: list[int]) -> dict[str, Any]:
+    """The settings of the engine's plan; passes are composed as `LLM` would."""
+    # The allocator's settings are made before torch is loaded.
+    from benchmark.observed import fixed_by
+    from flexbatch import LLM
+    from flexbatch.config import EngineConfig
+    from flexbatch.execution.job import Job
+
+    job = Job(tuple(length + scenario.gen_len - 1 for length in prompt_lens), tuple(prompt_lens))
+    config = EngineConfig(model=scenario.model, dummy_weights=True, **scenario.engine_settings(settings))
+    plan = LLM.plan(config, job)["plan"]
+    predicted = f"{plan.predicted_tokens_per_second:.1f} tok/s, limited by {plan.limiting_row}"
+    print(f"{scenario.model}: all layers {predicted}", file=sys.stderr, flush=True)
+    return {**fixed_by(plan.policy), "async_scheduling": config.async_scheduling}
