@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 
 from flexbatch.policy.affine import KINDS
-from flexbatch.policy.blocks import FILLS, MIN_BUDGET, balanced, block_policy, coarse, first_fill, grid, neighbors
+from flexbatch.policy.blocks import FILLS, block_policy, coarse, first_fill, grid, neighbors
 from flexbatch.policy.bound import MachineBound
 from flexbatch.policy.candidates import Known
 from flexbatch.policy.families import families, templates
@@ -18,6 +18,7 @@ from flexbatch.policy.lp import fixed_fractions
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.plan import Plan, price
 from flexbatch.policy.policy import Constraints, Policy
+from flexbatch.policy.polish import POLISHED, polish, recut, with_best_budget
 from flexbatch.policy.rounding import does_not_fit
 from flexbatch.policy.search import Search
 from flexbatch.policy.workload import Workload
@@ -31,8 +32,6 @@ these cut into more micro-batches."""
 IN_SIGHT = 0.8
 """The share of the best candidate's throughput below which a family is given up. Whole tensors and the passes of the
 job take 2 to 15 % of what the linear program promises, in all families of one model about alike."""
-POLISHED = 4
-"""Plans whose prompt budget is tried out, and smaller blocks that are compared with the best after rounding."""
 DISK_GAIN = 0.01
 """What the disk must gain over the best plan without it: it is the resource that is predicted worst, and all that
 lies there is written first."""
@@ -81,53 +80,6 @@ def explore(search: Search, template: Policy, bound: MachineBound, sizes: Iterab
                     if free:
                         other = dataclasses.replace(other, prefill_budget=coarse(budget * other.gpu_batch_size))
                     improved |= climb([other])
-
-
-def polish(search: Search, best: Plan) -> Plan:
-    """The best of ``best``, slightly smaller blocks and those of whole waves: where rounding to whole tensors costs
-    what the larger block gains, one that rounds well wins."""
-    policy = best.policy
-    if search.constraints.gpu_batch_size is not None:
-        return best
-    size, total = policy.gpu_batch_size, search.workload.num_sequences
-    whole = balanced(total, size, policy.num_gpu_batches) if total is not None else []
-    for batch in dict.fromkeys([*range(size - 1, max(0, size - 1 - POLISHED), -1), *whole]):
-        other = block_policy(
-            search,
-            dataclasses.replace(policy, prefill_budget=0),
-            batch,
-            policy.num_gpu_batches,
-            first_fill(search, policy.block_size),
-        )
-        # The best of the linear programs' values stands for a placement that rounding may have made slower: it must not
-        # prune here.
-        candidate = search.attempt(other, best.predicted_tokens_per_second)
-        plan = search.finish(candidate) if candidate else None
-        if plan is not None and plan.predicted_tokens_per_second > best.predicted_tokens_per_second:
-            best = plan
-    return best
-
-
-def with_best_budget(search: Search, best: Plan) -> Plan:
-    """``best`` with a larger or half its prompt budget, as long as that is faster and fits: priced pass by pass.
-
-    The linear program's average passes cannot tell that a block on the GPU decodes in one graph when no prompts are
-    in the pass, so that few passes with many prompts are better than many with few (OPT-1.3B, 9 sequences on the
-    H200: 1,153 tok/s with one prompt a pass, 1,580 with two).
-    """
-    if search.constraints.prefill_budget is not None:
-        return best
-    for factor in (2.0, 1.4, 0.5):
-        while True:
-            policy = best.policy
-            budget = coarse(factor * policy.prompt_tokens_per_micro_batch)
-            if not MIN_BUDGET <= budget < 2 * policy.gpu_batch_size * policy.prefill_chunk:
-                break
-            plan = search.price(dataclasses.replace(policy, prefill_budget=budget))
-            if plan.missing or plan.predicted_tokens_per_second <= best.predicted_tokens_per_second:
-                break
-            best = dataclasses.replace(plan, tokens_per_second_per_gib=best.tokens_per_second_per_gib)
-    return best
 
 
 def finals(search: Search, template: Policy) -> list[Plan]:
@@ -258,4 +210,4 @@ def best_plan(
         return None
     first = sorted(plans, key=lambda plan: -plan.predicted_tokens_per_second)[:POLISHED]
     polished = [with_best_budget(search, plan) for plan in (*first[1:], polish(search, first[0]))]
-    return max(polished, key=lambda plan: plan.predicted_tokens_per_second)
+    return recut(search, max(polished, key=lambda plan: plan.predicted_tokens_per_second))

@@ -61,3 +61,24 @@ def test_a_part_of_the_layers_runs_by_the_plan_of_all(chosen):
     # It fits, and is what all layers have.
     assert fixed_by(planned(part, fixed).policy) == fixed_by(planned(scenario, settings).policy)
     assert part_of(scenario, settings, 1, [512] * 300) == (scenario, settings)
+
+
+ROWS = {"opt-30b-16-16": 92, "opt-30b-16-4": 300, "opt-30b-4-4": 448, "llama-3-70b-4-16": 384}
+
+
+@pytest.mark.parametrize("hardware", ["h200", "RTX 4090"])
+@pytest.mark.parametrize("name", ROWS)
+def test_no_placement_by_hand_is_priced_better_than_what_is_chosen(name, hardware):
+    """One block, in which the search does best with the right number of passes that read prompts."""
+    by_hand, job = SCENARIOS[name], Job((543,) * ROWS[name], (512,) * ROWS[name])
+
+    def rate(scenario, **settings):
+        settings = {**scenario.settings, "hardware": hardware, "cpu_memory": "118GiB", **settings}
+        config = EngineConfig(model=scenario.model, dummy_weights=True, **scenario.engine_settings(settings))
+        return LLM.plan(config, job)["plan"].predicted_tokens_per_second
+
+    chosen = rate(by_hand.with_chosen_plan)
+    sizes = {each: by_hand.settings[each] for each in ("gpu_batch_size", "num_gpu_batches", "prefill_budget")}
+    assert chosen >= 0.99 * rate(by_hand)
+    # Nor where only the block is given, and the rest is placed as well as can be.
+    assert chosen >= 0.98 * rate(by_hand.with_chosen_plan, **sizes)
