@@ -47,6 +47,8 @@ LENGTH_TOLERANCE = 0.25
 """Relative difference of mean lengths from which another job is decided for again."""
 NOTHING_LOST = 0.99
 """The share of what was planned with all memory from which a block that was placed again in less is the best one."""
+ROUND_BLOCKS = 8
+"""Of a long job, that are walked to choose the passes between rounds of admission."""
 ROUNDS = 12
 """Choices that may follow each other with less capacity, until the exact sizes fit."""
 
@@ -122,12 +124,19 @@ def on_slowest(problem: Problem, arches: Iterable[Arch], choice: Choice, hardwar
 
 
 def filled_in_rounds(problem: Problem, choice: Choice) -> Choice:
-    """The choice with the passes between rounds of admission that make it fastest."""
-    if choice.plan is None:
+    """The choice with the passes between rounds of admission that make it fastest: a part of a long job says which, as
+    such jobs are walked with a smaller block, in which places become free in fewer passes."""
+    if (planned := choice.plan) is None:
         return choice
-    searched_plan, machine = choice.plan, choice.plan.hardware
-    plan = in_rounds(choice.plan, lambda policy: priced(problem, machine, policy, searched_plan))
-    return Choice(dataclasses.replace(choice.policy, admission_passes=plan.policy.admission_passes), plan)
+    machine, policy, job = planned.hardware, choice.policy, problem.job
+    step = max(1, job.num_requests // (ROUND_BLOCKS * policy.block_size))
+    part = problem if step == 1 else dataclasses.replace(problem, job=job.of_every(step), known=Known())
+    plan = planned if step == 1 else priced(part, machine, policy)
+    passes = in_rounds(plan, lambda other: priced(part, machine, other)).policy.admission_passes
+    if passes == policy.admission_passes:
+        return choice
+    policy = dataclasses.replace(policy, admission_passes=passes)
+    return Choice(policy, priced(problem, machine, policy, planned))
 
 
 def counting_graphs(problem: Problem, machine: Hardware, requirements: Requirements) -> Requirements:

@@ -12,11 +12,12 @@ import pytest
 from flexbatch import LLM, SamplingParams
 from flexbatch.config import EngineConfig
 from flexbatch.execution.job import Job
-from flexbatch.planner.choose import Choice
+from flexbatch.planner.choose import Choice, priced
 from flexbatch.planner.forecast import Forecast
 from flexbatch.planner.planner import Planner
 from flexbatch.planner.problem import Problem
 from flexbatch.policy import rounds
+from flexbatch.policy.hardware import load_hardware
 from flexbatch.validation.errors import DoesNotFitError
 from tests.tiny_models import make_model, random_prompts
 
@@ -172,3 +173,21 @@ def test_parts_of_a_pipeline_take_from_one_cache():
     plan = Planner(config, job, dry=True).engine_plan
     found = Forecast(plan, job, plan.sizes(job)).describe(None)
     assert (found["waves"], found["predicted_passes"]) == (1, 2 * 8)
+
+
+@pytest.mark.parametrize("count", [600, 6_000, 100_000])
+def test_blocks_of_jobs_of_any_length_are_filled_in_rounds(count):
+    """Of a long one a smaller block is walked, in which places become free in fewer passes: of 100,000 requests no plan
+    gained by rounds."""
+    chance = random.Random(1)
+    job = Job.of([(chance.randint(20, 400), chance.randint(10, 300)) for _ in range(count)], 8192)
+    machine = dataclasses.replace(load_hardware("h200"), piece_seconds=2e-4)
+    settings: dict[str, Any] = {"gpu_memory": "40GiB", "cpu_memory": "8GiB", "percent": (100, 0, 100, 0, 100, 0)}
+    config = EngineConfig(model="llama-3-8b", dummy_weights=True, gpu_batch_size=261, num_gpu_batches=1, **settings)
+    planner = Planner(config, job, dry=True, hardware=machine)
+    found = planner.engine_plan
+    assert found.policy.admission_passes == found.plan.policy.admission_passes > 1
+    one_by_one = dataclasses.replace(found.policy, admission_passes=1)
+    assert found.made_for == one_by_one
+    rate = priced(planner.problem, found.plan.hardware, one_by_one).predicted_tokens_per_second
+    assert found.plan.predicted_tokens_per_second > rate or count == 100_000
