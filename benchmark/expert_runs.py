@@ -3,7 +3,8 @@
     python -m benchmark.expert_runs qwen3-30b-a3b mixtral-8x7b --hardware machine.json --output runs.jsonl
     python -m benchmark.expert_runs gpt-oss-120b --share 4
 
-``--share N`` runs one N-th of the layers by the plan of all of them (`benchmark.shares`). Such rows say so, and divide.
+``--share N`` runs one N-th of the layers by the plan of all of them (`benchmark.shares`). Such rows say so, and divide:
+what a pass costs at all counts N times. "estimated_of_all_layers" is the plan of all by what the part did of its own.
 Every job is prompts of random tokens, all different, 512 each and 128 new ones, of a prime number that all but fills
 the block; a block of short prompts warms up.
 
@@ -29,13 +30,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from benchmark.link_idle import Timeline, idle_of
 from benchmark.machine import machine
 from benchmark.observed import ObservedLLM, ObservedLoop, PassLog, Unchanging, fixed_by
-from benchmark.pass_errors import kinds_of_passes
 from benchmark.shares import cut, host_gib
+from benchmark.told_passes import line_of, tokens_of, told_passes
 from flexbatch import LLM, SamplingParams
 from flexbatch.config import EngineConfig
 from flexbatch.execution.job import Job
@@ -106,44 +105,12 @@ class ToldLoop(ObservedLoop):
 
 class ToldLLM(ObservedLLM):
     loop_class = ToldLoop
+    planned_of_all: float | None = None
+    """Tokens per second of all layers by their plan, where only a part of them runs."""
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def tokens_of(passes: list[dict[str, Any]]) -> int:
-    """Generated: one by each sequence that decodes, and the first of each whose prompt is complete."""
-    return int(sum(each["load"][0] + each["load"][5] for each in passes))
-
-
-def told_passes(plan: Any, passes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Milliseconds of the average pass of each kind, tokens per second, and the shares of the time that resources
-    were busy for."""
-    told = {}
-    for each in kinds_of_passes("", plan, passes) if passes else ():
-        mixed = np.array([one["load"][2] > 0 for one in passes])
-        own = [one for one, with_prompts in zip(passes, mixed, strict=True) if with_prompts == (each.kind == "mixed")]
-        told[each.kind] = {
-            "passes": each.count,
-            "measured_ms": round(1e3 * each.measured, 1),
-            "predicted_ms": round(1e3 * each.predicted, 1),
-            "launching_ms": round(1e3 * (each.host + each.launching), 1),
-            "tokens_per_second": round(tokens_of(own) / sum(one["seconds"] for one in own), 1),
-            "predicted_busy_ms": {name: round(1e3 * value, 1) for name, value in each.busy.items() if value},
-            "measured_busy_ms": {name: round(1e3 * value, 1) for name, value in each.measured_busy.items() if value},
-            "link_busy_percent": round(100 * each.measured_busy.get("h2d", 0.0) / each.measured, 1),
-        }
-    return told
-
-
-def line_of(plan: Any, passes: list[dict[str, Any]]) -> str:
-    return "; ".join(
-        f"{each['passes']} {kind} passes of {each['measured_ms']} ms, planned {each['predicted_ms']}, "
-        f"{each['tokens_per_second']} tok/s, link busy {each['link_busy_percent']} %, "
-        f"busy ms {each['measured_busy_ms']}, planned {each['predicted_busy_ms']}"
-        for kind, each in told_passes(plan, passes).items()
-    )
 
 
 def settings_of(run: Run, share: int) -> dict[str, Any]:
@@ -160,11 +127,13 @@ def opened(name: str, args: argparse.Namespace) -> ToldLLM:
     job = Job((rows,) * count, (args.prompt_tokens,) * count)
     bits = {"weight_bits": run.weight_bits, "cache_bits": run.cache_bits}
     whole = EngineConfig(model=name, dummy_weights=True, hardware=args.hardware, **{**bits, **settings_of(run, 1)})
+    of_all = None
     if args.share == 1:
         planner = Unchanging(whole, job)
     else:
         told = LLM.plan(whole, job)["plan"]
-        say(f"{name}: all layers {told.predicted_tokens_per_second:.1f} tok/s, limited by {told.limiting_row}")
+        of_all = told.predicted_tokens_per_second
+        say(f"{name}: all layers {of_all:.1f} tok/s, limited by {told.limiting_row}")
         fixed = {**fixed_by(told.policy), **settings_of(run, args.share), "async_scheduling": whole.async_scheduling}
         planner = Unchanging(replace(whole, model=cut(name, args.share), **fixed), job)
     say(f"{name}: planned {planner.engine_plan.policy}")
@@ -172,7 +141,9 @@ def opened(name: str, args: argparse.Namespace) -> ToldLLM:
     if plan is not None:
         rate, seconds = plan.predicted_tokens_per_second, plan.seconds or 0.0
         say(f"{name}: {rate:.1f} tok/s, {seconds:.0f} s, {plan.passes:.0f} passes, limited by {plan.limiting_row}")
-    return cast("ToldLLM", ToldLLM.from_planner(planner))
+    llm = cast("ToldLLM", ToldLLM.from_planner(planner))
+    llm.planned_of_all = of_all
+    return llm
 
 
 def measure(name: str, args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> None:
@@ -223,6 +194,7 @@ def measure(name: str, args: argparse.Namespace, write: Callable[[dict[str, Any]
             **(told_of_part(log, seconds, count * args.new_tokens) if stopped else {}),
             "tokens_per_second": round(rate, 1),
             "tokens_per_second_of_all_layers": round(rate * kept / layers, 1),
+            **(told_of_all(llm, rate) if not stopped else {}),
             "passes": told_passes(log.plan, log.log),
             "link_idle": idle_of(timeline.spans),
             **told_by(llm),
@@ -238,6 +210,14 @@ def told_of_part(log: PassLog, seconds: float, tokens: int) -> dict[str, Any]:
     rest = max(0.0, log.plan.passes - len(log.log)) * sum(decoding) / max(1, len(decoding))
     whole = {"estimated_of_whole_job": round(tokens / (seconds + rest), 1)} if decoding else {}
     return {"stopped_after": round(seconds, 2), **whole}
+
+
+def told_of_all(llm: ToldLLM, rate: float) -> dict[str, Any]:
+    plan, of_all = llm.engine_plan.plan, llm.planned_of_all
+    if plan is None or of_all is None:
+        return {}
+    share = rate / plan.predicted_tokens_per_second
+    return {"predicted_of_all_layers": round(of_all, 1), "estimated_of_all_layers": round(of_all * share, 1)}
 
 
 def told_by(llm: ToldLLM) -> dict[str, Any]:

@@ -25,11 +25,14 @@ def layers_of(model: str) -> int:
 
 
 def cut(model: str, share: int) -> str:
-    """The name under which the engine knows the public shape with one ``share``-th of its layers, rounded up."""
+    """The name under which the engine knows the public shape with one ``share``-th of its layers, rounded up: of a
+    mixture of experts whose first layers are dense, those with experts, or the part would weigh less a layer than all
+    (one of 46 layers of GLM-4.5-Air is dense, of 12 it would be a twelfth)."""
     if share == 1:
         return model
-    name = f"{model}-cut"
-    SHAPES[name] = {**SHAPES[model], layers_field(model): -(-layers_of(model) // share)}
+    name, shape = f"{model}-cut", SHAPES[model]
+    sparse = {key: 0 for key in ("first_k_dense_replace",) if key in shape}
+    SHAPES[name] = {**shape, **sparse, layers_field(model): -(-layers_of(model) // share)}
     return name
 
 

@@ -43,6 +43,18 @@ def test_a_part_of_the_layers_runs_by_the_plan_of_all(monkeypatch, tmp_path, tin
     plan = ("block", "micro_batches", "percent", "cpu_attention", "cpu_experts", "prefill_chunk")
     assert {key: part[key] for key in plan} == {key: whole[key] for key in plan}
     assert part["tokens_per_second_of_all_layers"] == pytest.approx(part["tokens_per_second"] / 3, rel=0.01)
+    estimated = part["predicted_of_all_layers"] * part["tokens_per_second"] / part["predicted_tokens_per_second"]
+    assert part["estimated_of_all_layers"] == pytest.approx(estimated, rel=0.05)
+    assert "predicted_of_all_layers" not in whole
+
+
+def test_parts_have_the_experts_of_all_layers_and_none_of_the_dense_ones(monkeypatch):
+    for name in expert_runs.RUNS:
+        monkeypatch.setitem(SHAPES, f"{name}-cut", {})
+        shape, part = SHAPES[name], SHAPES[shares.cut(name, 6)]
+        assert part.get("first_k_dense_replace", 0) == 0, name
+        changed = {key for key in shape if shape[key] != part[key]}
+        assert changed <= {"num_hidden_layers", "first_k_dense_replace", "layer_types"}, (name, changed)
 
 
 @pytest.mark.parametrize("passes", [None, 7], ids=["whole", "stopped"])
