@@ -39,6 +39,8 @@ with contextlib.suppress(ImportError):  # HELM's environment has no hypothesis
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("alone") and int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+        pytest.skip("counts what is free on the GPU, of which other workers take some: run it with -m alone -n 0")
 
 
 def pytest_collection_finish() -> None:

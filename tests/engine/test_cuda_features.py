@@ -122,6 +122,7 @@ def test_decode_graphs_of_experts(case, bits, reference, tmp_path):
     assert torch.equal(*counts)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("bits", [16, 4])
 def test_graphs_of_experts_take_what_is_planned_for_them(bits, reference, tmp_path):
     """More buckets than are kept, by the driver's own count of what is free."""

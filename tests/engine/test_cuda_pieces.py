@@ -166,6 +166,7 @@ def test_engines_that_come_and_go(reference, tmp_path):
     assert all(each == found[0] for each in found)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("case", ["llama", "qwen3_moe"])
 def test_pieces_take_what_is_planned_for_them(case, reference, tmp_path):
     """By the driver's own count of what is free; with decode graphs beside them."""
