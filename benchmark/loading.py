@@ -4,7 +4,8 @@
     python -m benchmark.loading --layers 12 --formats bf16 gptq awq compressed-tensors fp8 gguf-q4_0 ...
 
 Two starts for every format and number of bits: from the checkpoint with an empty offload folder, and again with it
-(what it holds is reused). With --cold a third, of a checkpoint that the page cache has let go. Beside them what the
+(what it holds is reused); before the first with so many bits one more, in which kernels are compiled ("new"). With
+--cold another, of a checkpoint that the page cache has let go. Beside them what the
 machine can do: how fast its files are read from the page cache and past it, written to the disk, and copied from pinned
 memory to the GPU. Rates count bytes of the checkpoint. bf16 is opened with each of --weight-bits, the other formats
 with as many bits as they have. What is measured is written to --output at once.
@@ -171,8 +172,11 @@ def measure(args: argparse.Namespace, found: list[dict[str, Any]], tell: Callabl
             for parent, variant in itertools.product(args.offload_folders or [args.folder], args.variants):
                 loading.STAGED, loading.BESIDE_JOB = VARIANTS[variant]
                 offload = parent / f"offload-{form}-{bits}"
-                shutil.rmtree(offload, ignore_errors=True)
-                for kind in ("first", "again", *(["cold"] if args.cold and bits == 16 else [])):
+                # The first of all with so many bits compiles kernels, in its load and beside it.
+                new = [] if any(each.get("weight_bits") == bits for each in found) else ["new"]
+                for kind in (*new, "first", "again", *(["cold"] if args.cold and bits == 16 else [])):
+                    if kind == "first":
+                        shutil.rmtree(offload, ignore_errors=True)
                     if kind == "cold":
                         forget(weight_files(folder))
                     figures = start(model, offload, bits, settings | own)
