@@ -95,7 +95,8 @@ class PlacedModel:
             self._stack = stack.pop_all()
 
     def place(self, engine_plan: EnginePlan) -> tuple[WeightStore, Speculator | None]:
-        """Load weights and drafts as planned, or move the weights that are loaded. What fails leaves nothing loaded.
+        """Load weights and drafts as planned, or move the weights that are loaded. What fails leaves nothing loaded,
+        or weights that lay as planned as they were.
 
         Raises CheckpointError for a bad model, OffloadError for an offload folder that cannot be used.
         """
@@ -103,14 +104,16 @@ class PlacedModel:
         if any(split.disk > 0 for split in (policy.weights, policy.cache, policy.activations)):
             prepare_offload_dir(engine_plan.offload_dir)
         load_kernels(self.queues.device, policy)
+        stays = self.weights is not None and self.weights.plan == engine_plan.weight_plan
         try:
             with self._kernels_compiled(engine_plan):
                 if self.weights is None:
                     self._load(engine_plan)
-                elif self.weights.plan != engine_plan.weight_plan:
+                elif not stays:
                     self._move(self.weights, engine_plan)
         except BaseException as error:
-            self._unload()
+            if not stays:
+                self._unload()
             # The frames of the error hold what was loaded for as long as it is handled, and longer at a prompt.
             traceback.clear_frames(error.__traceback__)
             raise
