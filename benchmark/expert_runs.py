@@ -32,10 +32,10 @@ from typing import Any, cast
 
 from benchmark.link_idle import Timeline, idle_of
 from benchmark.machine import machine
-from benchmark.observed import ObservedLLM, ObservedLoop, PassLog, Unchanging, fixed_by
-from benchmark.shares import cut, host_gib
+from benchmark.observed import ObservedLLM, ObservedLoop, PassLog, Unchanging
+from benchmark.shares import chosen_for_all, cut, host_gib
 from benchmark.told_passes import line_of, tokens_of, told_passes
-from flexbatch import LLM, SamplingParams
+from flexbatch import SamplingParams
 from flexbatch.config import EngineConfig
 from flexbatch.execution.job import Job
 from flexbatch.planner.usage import UsageTracer
@@ -131,11 +131,10 @@ def opened(name: str, args: argparse.Namespace) -> ToldLLM:
     if args.share == 1:
         planner = Unchanging(whole, job)
     else:
-        told = LLM.plan(whole, job)["plan"]
+        told, chosen = chosen_for_all(whole, job)
         of_all = told.predicted_tokens_per_second
-        say(f"{name}: all layers {of_all:.1f} tok/s, limited by {told.limiting_row}")
-        fixed = {**fixed_by(told.policy), **settings_of(run, args.share), "async_scheduling": whole.async_scheduling}
-        planner = Unchanging(replace(whole, model=cut(name, args.share), **fixed), job)
+        part = {**chosen, **settings_of(run, args.share)}
+        planner = Unchanging(replace(whole, model=cut(name, args.share), **part), job)
     say(f"{name}: planned {planner.engine_plan.policy}")
     plan = planner.engine_plan.plan
     if plan is not None:

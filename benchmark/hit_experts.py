@@ -24,6 +24,7 @@ import torch
 
 from benchmark.machine import publish
 from benchmark.observed import ObservedLLM, Unchanging
+from benchmark.shares import with_layers
 from flexbatch import SamplingParams
 from flexbatch.config import EngineConfig
 from flexbatch.execution.job import Job
@@ -39,10 +40,8 @@ COPIES = 5
 
 def opened(args: argparse.Namespace) -> ObservedLLM:
     """The engine with all weights in host memory and the cache on the GPU."""
-    name = f"{args.model}-cut"
-    SHAPES[name] = {**SHAPES[args.model], "num_hidden_layers": args.layers}
     config = EngineConfig(
-        model=name,
+        model=with_layers(args.model, args.layers, f"{args.model}-cut"),
         dummy_weights=True,
         weight_bits=args.weight_bits,
         hardware=args.hardware,

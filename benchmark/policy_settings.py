@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexbatch.policy.shapes import SHAPES
+from benchmark.shares import with_layers
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,7 @@ class Setting:
         """The name that the engine knows the model by."""
         if not self.layers:
             return self.model
-        name = f"{self.model}-{self.layers}-layers"
-        whole = SHAPES[self.model]
-        SHAPES[name] = {**whole, "n_layer" if "n_layer" in whole else "num_hidden_layers": self.layers}
-        return name
+        return with_layers(self.model, self.layers, f"{self.model}-{self.layers}-layers")
 
     @property
     def llm_settings(self) -> dict[str, Any]:

@@ -293,7 +293,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Invariants: every sequence is where it should be, and the block consistent."""
-        assert {each.sequence_id for each in self.started if each.num_unread} <= (self.advanced or {}).keys()
+        assert not (lost := {x.sequence_id for x in self.started if x.num_unread} - (self.advanced or {}).keys()), lost
         assert all(sequence.status == "waiting" for sequence in self.waiting)
         assert all(sequence.status == "finished" for sequence in self.finished)
         self.aside.check()

@@ -108,8 +108,8 @@ class Capacity:
         DoesNotFitError."""
         engine_plan = found or self.planner.replan(job)
         self.on_plan()
-        sizes = engine_plan.sizes(job)
-        if not self.holds_weights(engine_plan) or engine_plan.speculation is not None:
+        sizes, held = engine_plan.sizes(job), self.holds_weights(engine_plan)
+        if not held or engine_plan.speculation is not None:
             check_budgets(engine_plan.requirements(sizes), engine_plan.budgets)
         weights = self.place(engine_plan)
         if engine_plan.speculation is not None and self.speculator is not None:
@@ -118,7 +118,8 @@ class Capacity:
             return self.runner
         self.close()
         check_budgets(engine_plan.requirements(sizes), engine_plan.budgets)
-        self._place(engine_plan)  # which are there: a policy of another cache launches kernels of its own
+        if held:
+            self._place(engine_plan)  # weights stay, but a policy of another cache launches kernels of its own
         sizes = with_spare_pages(engine_plan, sizes, job)
         if self.routing is None and engine_plan.arch.experts is not None:
             self.routing = RoutingCounts(engine_plan.arch, self.queues.device)
