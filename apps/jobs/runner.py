@@ -185,9 +185,12 @@ def stopped(error: Exception, resume: str) -> int:
 
 
 def close_shard(shard: Shard, assignment: ShardAssignment) -> None:
-    """Closes the store. A disk that is full must not hide why the job stopped."""
+    """Closes the store. A disk that is full must not hide why the job stopped.
+
+    Journals of others are removed only where the whole job is committed: before, an actor that nobody could stop may
+    still write to the one that it has, and what it finishes is kept for who resumes the job."""
     try:
-        if assignment.shards == 1:
+        if assignment.shards == 1 and all(part.number in shard.store.commits for part in shard.parts):
             shard.store.sweep()
         shard.store.close()
     except OSError as error:

@@ -215,11 +215,11 @@ def ray_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadedRay]:
 
 
 class Interrupted(FakeLLM):
-    """Holds up its fourth answer until it is told to begin nothing more, or for ever."""
+    """Holds up an answer until it is told to begin nothing more, or until its driver has gone."""
 
-    def __init__(self, ray: ThreadedRay, goes_on: bool) -> None:
+    def __init__(self, ray: ThreadedRay, goes_on: bool, held_up: int) -> None:
         super().__init__(block=3)
-        self.drained, self.ray, self.goes_on = threading.Event(), ray, goes_on
+        self.drained, self.ray, self.goes_on, self.held_up = threading.Event(), ray, goes_on, held_up
         self.seen: int | None = None
 
     def drain(self) -> int:
@@ -228,24 +228,26 @@ class Interrupted(FakeLLM):
 
     def stream(self, items, on_tokens=None):  # type: ignore[no-untyped-def]
         for count, pair in enumerate(super().stream(items)):
-            if count == 3:
+            if count == self.held_up:
                 self.seen = self.prompts_seen
                 assert self.drained.wait(60)
                 assert self.goes_on or self.ray.killed.wait(60)
             yield pair
 
 
+@pytest.mark.parametrize("held_up", [3, 12, 25])
 @pytest.mark.parametrize("times", [1, 2])
 def test_an_interrupt_ends_a_ray_job(
     tmp_path: Path,
     ray_here: ThreadedRay,
     times: int,
+    held_up: int,
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """After the first the sequences in flight are finished, and no others begin, not even of the part that an actor
     has; the second does not wait for them. The same command goes on."""
-    first, second = Interrupted(ray_here, goes_on=times == 1), FakeLLM()
+    first, second = Interrupted(ray_here, times == 1, held_up), FakeLLM()
     engines: list[FakeLLM] = [first, second]
     given = iter(engines)
     sent: list[int] = []
@@ -260,7 +262,7 @@ def test_an_interrupt_ends_a_ray_job(
     job = planned(tmp_path, ray_actors=1, max_tokens=20)
     if times == 1:
         assert run_on_ray(job, lambda engine, seen: next(given), "RESUME") == INTERRUPTED
-        assert first.prompts_seen == first.seen < 10
+        assert first.prompts_seen == first.seen < held_up + 7
         assert f"interrupted: {first.seen} of 40 rows are done and kept; resume with: RESUME" in caplog.text
     else:
         with pytest.raises(KeyboardInterrupt):
