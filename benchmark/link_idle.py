@@ -20,7 +20,7 @@ from typing import Any
 from flexbatch.planner.usage import UsageTracer
 from flexbatch.trace import Span, chrome_events, covered
 
-COMPUTES = re.compile(r"(attention|mlp|experts) (\d+)\.(\d+)")
+COMPUTES = re.compile(r"(attention|staged|mlp|experts) (\d+)\.(\d+)")
 
 
 class Timeline:

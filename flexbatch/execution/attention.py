@@ -139,15 +139,13 @@ class CacheAttention:
         self,
         pending: PendingTick,
         staged: StagedGroup,
-        gathered: Handle,
         buffer: int,
         query: Tensor,
         key: Tensor,
         value: Tensor,
     ) -> None:
-        """Attention over staging; the new token rows are stored beside it."""
+        """Attention over staging that holds what was gathered; the new token rows are stored beside it."""
         layer, group = pending.tick.layer, staged.attention
-        gathered.wait()
         part = slice(group.start, group.end)
         rows = self.cache.staging_rows(buffer)
         self.append(rows, group.slots, key[part], value[part])

@@ -187,8 +187,7 @@ class WeightStore:
     def weights(self, layer: int, stage: str, tokens: int) -> dict[str, Any]:
         """Role -> tensor of a layer, ready for the compute stream; quantized ones of ``stage`` ("pre" or "post": up to
         attention or after it) as they are for few enough ``tokens``, else dequantized, once in a pass."""
-        if (ready := self.ready.get(layer)) is None:
-            ready = self.ready[layer] = self.collect(layer)
+        ready = self.arrived(layer)
         if self.dequantization.lacks(layer, stage):
             few = tokens <= self.coded_tokens or max(tokens, self.pass_tokens) <= self.coded_pass_tokens
             if few and (coded := self.coded(layer, stage)):
@@ -218,8 +217,10 @@ class WeightStore:
             self.stacks[key] = layer_stacks(experts, views, self.ready[layer], self.plan.in_codes)
         return self.stacks[key]
 
-    def collect(self, layer: int) -> dict[str, Tensor]:
-        """Role -> dense tensor of a layer, ordered after its fetches; quantized ones are left out."""
+    def arrived(self, layer: int) -> dict[str, Any]:
+        """Role -> dense tensor of a layer, ordered after its fetches; quantized ones once `weights` expanded them."""
+        if (ready := self.ready.get(layer)) is not None:
+            return ready
         lease = self.leases.get(layer)
         if lease is not None:
             if lease.waits_for_disk:
@@ -233,7 +234,7 @@ class WeightStore:
             roles = {"embed.weight": "head.weight"}
             named = ((roles.get(role := placed.spec.role, role), dense) for placed, dense in views)
             self.dense_views[key] = {role: dense for role, dense in named if dense is not None}
-        return dict(self.dense_views[key])
+        return self.ready.setdefault(layer, dict(self.dense_views[key]))
 
     def compute_view(self, placed: PlacedTensor, layer: int, lease: SlabLease | None) -> TensorView:
         """The tensor on the compute device: resident there, or in the leased slab."""
@@ -271,10 +272,8 @@ class WeightStore:
     @torch.inference_mode()
     def drain(self) -> None:
         """Wait for everything that is on its way and release all layers, those without a lease, too (end of a job, or
-        a failed pass), whatever the caller's inference mode.
-        The error of a fetch is raised to who waits for its handle: here nobody does any more, and whoever needs the
-        layer later fetches it again.
-        """
+        a failed pass), whatever the caller's inference mode. The error of a fetch is raised to who waits for its
+        handle: here nobody does any more, and whoever needs the layer later fetches it again."""
         self.queues.synchronize()
         if self.hit_experts is not None:
             self.queues.h2d.num_bytes += self.hit_experts.take_bytes()

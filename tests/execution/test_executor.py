@@ -3,8 +3,10 @@ and survives what fails."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from flexbatch import LLM, SamplingParams
 from flexbatch.execution.executor import Executor
 from flexbatch.kernels import ops
 from flexbatch.memory.files import DiskFile
-from flexbatch.memory.transfer import Handle
+from flexbatch.memory.transfer import FutureHandle, Handle
 from flexbatch.memory.weights import WeightStore
-from flexbatch.trace import RecordingTracer
+from flexbatch.planner.usage import UsageTracer
+from flexbatch.trace import RecordingTracer, Tracer
 from tests.memory.rigs import dawdle
 from tests.tiny_models import make_model, random_prompts
 
@@ -265,6 +268,34 @@ def test_a_trace_has_a_span_for_every_tick(folder: Path, tmp_path: Path) -> None
         assert len(ticks) % 4 == 0 and passes * 4 <= len(ticks) <= passes * 12
         assert {"disk_read", "disk_write", "compute"} <= set(llm.tracer.summary())
         assert torch.is_inference_mode_enabled() is False
+
+
+@pytest.mark.parametrize("placement", ["weights", "cache", "both"])
+def test_no_time_of_computing_holds_the_waiting_for_a_link(
+    placement: str, folder: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the profile is corrected by, and plans made anew: that the GPU computes while it waits would slow it."""
+    computing, waited = [0], []
+    span, wait = Tracer.compute_span, FutureHandle.wait
+
+    @contextlib.contextmanager
+    def compute_span(self: Tracer, *name: str) -> Iterator[None]:
+        with span(self, *name):
+            computing[0] += 1
+            yield
+            computing[0] -= 1
+
+    def noted(self: FutureHandle) -> None:
+        waited.append(computing[0])
+        wait(self)
+
+    for each in (Tracer, RecordingTracer, UsageTracer):
+        monkeypatch.setattr(each, "compute_span", compute_span)
+    monkeypatch.setattr(FutureHandle, "wait", noted)
+    percent = {"weights": (0, 100, 100, 0), "cache": (100, 0, 0, 100), "both": (0, 100, 0, 100)}[placement]
+    with engine(folder, None, percent=(*percent, 100, 0), cpu_attention=0.5, overlap=True) as llm:
+        assert tokens(llm) == expected
+    assert len(waited) > 50 and not any(waited)
 
 
 def test_cpu_attention_appends_and_attends_with_as_many_threads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
