@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import pickle
 import subprocess
@@ -32,8 +33,10 @@ from flexbatch.policy.units import duration_text
 logger = logging.getLogger("flexbatch")
 
 LEAST_PROCESSES, MOST_PROCESSES = 2, 8
-"""Each takes 3 s to begin, and half a GB of host memory. One alone would have a job wait longer for all kernels that it
-may launch than for those that it does."""
+"""Each takes 3 s to begin. One alone would have a job wait longer for all kernels that it may launch than for those
+that it does."""
+PROCESS_BYTES = 512 * 2**20
+"""Of host memory, in each."""
 LIMIT_SECONDS = 60.0
 """After the body. What is not compiled by then is where it is launched."""
 SAID_SECONDS = 1.0
@@ -74,12 +77,15 @@ def compiled_ahead(
     announced: Announced,
     note: Callable[[Compiled], None] = lambda compiled: None,
     sharers: int = 1,
+    free_bytes: float = math.inf,
 ) -> Iterator[None]:
     """Others compile what is ``announced`` while the body runs, and are waited for at its end. What they do not
     get done is compiled where it is launched. Where all of it was compiled before, and where there is no GPU, nothing
-    happens. note: is told what was done. sharers: processes that share the host's cores, this one among them."""
+    happens. note: is told what was done. sharers: processes that share the host, this one among them; free_bytes: of
+    its memory that they and the body leave."""
     marker = marker_of(device, announced) if device.type == "cuda" else None
-    count = min(MOST_PROCESSES, len(os.sched_getaffinity(0)) // sharers - 1)
+    cores, held = len(os.sched_getaffinity(0)) // sharers - 1, free_bytes // (sharers * PROCESS_BYTES)
+    count = int(min(MOST_PROCESSES, cores, held))
     if marker is None or marker.exists() or count < LEAST_PROCESSES:
         yield
         return

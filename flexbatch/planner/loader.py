@@ -22,6 +22,7 @@ from flexbatch.execution.set_up import load_kernels
 from flexbatch.memory import loading
 from flexbatch.memory.file_writer import FILE_WRITERS
 from flexbatch.memory.files import align, prepare_offload_dir
+from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.memory.loading import FILE_BYTES, Key, Loader
 from flexbatch.memory.moving import move_weights
 from flexbatch.memory.tiers import Pool, Tiers
@@ -126,7 +127,9 @@ class PlacedModel:
         if self.queues.device.type != "cuda" or size < COMPILED_BYTES:
             return contextlib.nullcontext()
         sharers = engine_plan.deployment.local_ranks
-        return compiled_ahead(self.queues.device, planned_kernels(engine_plan), self._note_compiled, sharers)
+        coming = engine_plan.weight_plan.tier_bytes("cpu") if self.weights is None else 0
+        free = host_memory_bytes() - sharers * coming
+        return compiled_ahead(self.queues.device, planned_kernels(engine_plan), self._note_compiled, sharers, free)
 
     def _note_compiled(self, compiled: Compiled) -> None:
         self.compiled += compiled

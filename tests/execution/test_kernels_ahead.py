@@ -156,12 +156,28 @@ def test_of_several_processes_one_compiles(cache, monkeypatch):
     assert len(done) == 1
 
 
-@pytest.mark.parametrize("device, cores", [("cpu", 64), ("cuda", 2)])
-def test_without_a_gpu_or_cores_to_spare_nothing_is_begun(device, cores, cache, monkeypatch):
+@pytest.mark.parametrize("device, cores, sharers, free", [
+    ("cpu", 64, 1, 2**40), ("cuda", 2, 1, 2**40), ("cuda", 8, 4, 2**40),
+    ("cuda", 64, 1, 2**30 - 1), ("cuda", 64, 4, 2**32 - 1), ("cuda", 64, 1, -(2**30)),
+])  # fmt: skip
+def test_without_a_gpu_cores_or_memory_to_spare_nothing_is_begun(device, cores, sharers, free, cache, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
     monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: pytest.fail("a process was started"))
-    with compiled_ahead(torch.device(device), Announced(norms, (512,))):
+    with compiled_ahead(torch.device(device), Announced(norms, (512,)), sharers=sharers, free_bytes=free):
         pass
+
+
+def test_no_more_processes_than_memory_holds_beside_the_weights(cache, stand_in, monkeypatch):
+    """Eight of half a GB each were more than a host of 16 GB has left beside a plan for nine tenths of it."""
+    stand_in("exec sleep 600")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    started, start = [], subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *told, **options: started.append(start(*told, **options)) or started[-1]
+    )
+    with pytest.raises(KeyboardInterrupt), compiled_ahead(GPU, Announced(norms, (512,)), free_bytes=int(1.7 * 2**30)):
+        raise KeyboardInterrupt
+    assert len(started) == 3
 
 
 def test_an_engine_has_its_kernels_and_its_drafts_compiled_unless_the_model_is_small(monkeypatch):
@@ -172,15 +188,16 @@ def test_an_engine_has_its_kernels_and_its_drafts_compiled_unless_the_model_is_s
         model = llm._model
         monkeypatch.setattr(loader, "compiled_ahead", lambda *told: calls.append(told) or contextlib.nullcontext())
         monkeypatch.setattr(model, "queues", SimpleNamespace(device=GPU))
+        monkeypatch.setattr(loader, "host_memory_bytes", lambda: 12345)
         with model._kernels_compiled(llm.engine_plan):
             assert not calls
         monkeypatch.setattr(loader, "COMPILED_BYTES", 1)
         with model._kernels_compiled(llm.engine_plan):
-            ((device, announced, note, sharers),) = calls
+            ((device, announced, note, sharers, free),) = calls
         note(Compiled(3, 1.0, 2.0))
         assert llm.report()["compiled_ahead"]["count"] == 3
         monkeypatch.undo()
-    assert (device, sharers, announced.launch) == (GPU, 1, launch_all)
+    assert (device, sharers, announced.launch) == (GPU, 1, launch_all) and free == 12345
     own, draft = announced.what
     assert own.max_nodes == draft.max_nodes == 3 and own.plan.arch.num_layers > draft.plan.arch.num_layers
     assert {tensor.tier for tensor in own.plan.all_tensors} == {"gpu"}, "whatever tier they are on"
