@@ -7,6 +7,7 @@ is refilled as long as there are rows.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import threading
@@ -100,34 +101,50 @@ class Pipeline:
     _failure: BaseException | None = None
     _sync_due: float | None = None
     _open: dict[int, OpenPart] = field(default_factory=dict)
+    _ends: list[threading.Event] = field(default_factory=list)
 
     def run(self, engine: Any) -> None:
         """Runs the job. Raises SourceError (input gone or damaged; what was in flight is finished first),
         OutputError, TakenOver, TooManyErrors, KeyboardInterrupt, and what the engine raises. In every case the
         finished rows are in the journal and the whole parts are committed."""
-        threads = [
-            threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True)
-            for target in (self._read, self._prepare, self._write)
-        ]
-        for thread in threads:
-            thread.start()
         in_flight: dict[int, RowRequest] = {}
         rows = RowCompletions()
+        # Twice: whatever breaks off the first end, such as the last interrupt, must not leave the writer behind. Its
+        # store is closed next, and rows that wait for it would be lost.
+        with self._ending(), self._ending():
+            self._start()
+            with contextlib.suppress(Canceled):
+                for key, completion in engine.stream(self._items(in_flight)):
+                    whole = rows.add(in_flight.pop(key), completion)
+                    if whole is not None:
+                        self._outcomes.put((self._open[whole[0].part], *whole))
+        if self._failure is not None:
+            raise self._failure
+
+    def _start(self) -> None:
+        def work(target: Callable[[], None], ended: threading.Event) -> None:
+            try:
+                target()
+            finally:
+                ended.set()
+
+        for target in (self._read, self._prepare, self._write):
+            ended = threading.Event()
+            threading.Thread(target=work, args=(target, ended), name=target.__name__.strip("_"), daemon=True).start()
+            self._ends.append(ended)
+
+    @contextlib.contextmanager
+    def _ending(self) -> Iterator[None]:
+        """After the body nothing more is read, and everything that has an outcome is written."""
         try:
-            for key, completion in engine.stream(self._items(in_flight)):
-                whole = rows.add(in_flight.pop(key), completion)
-                if whole is not None:
-                    self._outcomes.put((self._open[whole[0].part], *whole))
-        except Canceled:
-            pass
+            yield
         finally:
             self._tables.cancel()
             self._sorted.cancel()
             self._outcomes.close()
-            for thread in threads:
-                thread.join()
-        if self._failure is not None:
-            raise self._failure
+            # Not `Thread.join`: up to Python 3.12 one that was interrupted takes the thread for ended.
+            for ended in self._ends:
+                ended.wait()
 
     @property
     def unfinished(self) -> list[Commit]:
