@@ -74,15 +74,29 @@ class Signals:
 
     def __init__(self, stop: Callable[[], None]) -> None:
         self._stop = stop
-        self.count = 0
+        self._stopped = self._in_passes = False
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
-        if self.count > 1:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        if number == signal.SIGALRM:
+            if self._in_passes:
+                raise KeyboardInterrupt
+        elif self._stopped:
             raise KeyboardInterrupt
-        signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
-        self._stop()
+        else:
+            self._stopped = True
+            signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
+            self._stop()
+
+    @contextlib.contextmanager
+    def passes(self) -> Iterator[None]:
+        """The body is broken off where it takes too long after the first signal. What follows is not: batches write
+        what they have, however long a busy machine takes for it."""
+        with contextlib.suppress(KeyboardInterrupt):
+            self._in_passes = True
+            try:
+                yield
+            finally:
+                self._in_passes = False
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -166,7 +180,7 @@ def serve(
                 batches.start()
                 with answering(app, bound, serving.stop):
                     logger.info("serving %s at http://%s:%s", names.model, f"[{host}]" if ":" in host else host, port)
-                    with contextlib.suppress(KeyboardInterrupt):
+                    with signals.passes():
                         serving.run()
             finally:
                 answers.close()

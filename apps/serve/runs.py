@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexbatch.apps.jobs.files import SourceError
+from flexbatch.apps.jobs.grants import TakenOver
 from flexbatch.apps.jobs.pipeline import Pipeline
 from flexbatch.apps.jobs.plan import BatchJob, make_encode, plan_job
 from flexbatch.apps.jobs.progress import Counts
@@ -82,14 +84,16 @@ class BatchRun:
         again = False
         try:
             job = self._plan()
-            if not self._why and self._generate(job):
-                self._state.change_batch(self.id, lambda body: began(body, "finalizing"))
-            if self._why != STOPPED:
-                self._finish(job)
+            whole = not self._why and self._generate(job)
+            # From here on nothing changes why it ends, whoever stops it: a server that stops while results are written
+            # may not take a batch that has them all for one that goes on.
+            why = "" if whole else self._why
+            if why != STOPPED:
+                self._finish(job, why)
         except (ConfigurationError, SourceError) as error:
             logger.warning("%s failed: %s", self.id, error)
             self._fail("invalid_input", "the input file cannot be read as a batch file")
-        except OSError as error:
+        except (OSError, sqlite3.OperationalError, TakenOver) as error:
             logger.error("%s waits, as the state folder cannot be written: %s", self.id, error)
             again = True
         except Exception:
@@ -118,8 +122,7 @@ class BatchRun:
 
     def _generate(self, job: BatchJob) -> bool:
         """Whether every line has its response now."""
-        llm, assignment = self._served.serving.llm, ShardAssignment()
-        shard = Shard.open(job, assignment)
+        llm, shard = self._served.serving.llm, opened(job)
         try:
             self.counts = counts = shard.counts()
 
@@ -135,31 +138,32 @@ class BatchRun:
             with contextlib.suppress(BatchStopped):
                 Pipeline(job, shard.left, shard.finished, shard.store, encode, counts, Interrupts()).run(self._feed)
             self._state.change_batch(self.id, lambda body: count(body, counts))
-            return counts.parts_committed == len(shard.parts)
+            whole = counts.parts_committed == len(shard.parts)
+            if whole:
+                self._state.change_batch(self.id, finalizing)
+            return whole
         finally:
-            close_shard(shard, assignment)
+            close_shard(shard, ShardAssignment())
 
-    def _finish(self, job: BatchJob) -> None:
+    def _finish(self, job: BatchJob, why: str) -> None:
         """Write the results, and end the batch and name them in one step. Killed before, it is done again."""
-        assignment = ShardAssignment()
-        shard = Shard.open(job, assignment)
+        shard = opened(job)
         try:
-            results = write_results(self._state, self.id, shard, self._why == EXPIRED)
+            results = write_results(self._state, self.id, shard, why == EXPIRED)
         finally:
-            close_shard(shard, assignment)
+            close_shard(shard, ShardAssignment())
 
         def end(body: Body) -> None:
-            began(body, self._why or "completed")
+            # Whoever was told that it is being cancelled sees it cancelled, though every line has its response.
+            began(body, why or (CANCELLED if body["status"] == "cancelling" else "completed"))
             total = sum(part.rows for part in job.parts)
             body["request_counts"] = {"total": total, "completed": results.completed, "failed": results.failed}
             for kind, file in results.files.items():
                 body[f"{kind}_file_id"] = file["id"]
 
-        self._state.change_batch(self.id, end, tuple(results.files.values()))
+        body = self._state.change_batch(self.id, end, tuple(results.files.values()))
         self._state.remove_batch_folder(self.id)
-        logger.info(
-            "%s %s: %s responses, %s errors", self.id, self._why or "completed", results.completed, results.failed
-        )
+        logger.info("%s %s: %s responses, %s errors", self.id, body["status"], results.completed, results.failed)
 
     def _fail(self, code: str, message: str) -> None:
         def end(body: Body) -> None:
@@ -173,9 +177,23 @@ class BatchRun:
         self._state.remove_batch_folder(self.id)
 
 
+def opened(job: BatchJob) -> Shard:
+    """Its output folder. Raises OSError where that cannot be used: its input was read, and has no part in that."""
+    try:
+        return Shard.open(job, ShardAssignment())
+    except ConfigurationError as error:
+        raise OSError(str(error)) from error
+
+
 def began(body: Body, status: str) -> None:
     """Note a status, and since when."""
     body["status"], body[f"{status}_at"] = status, int(time.time())
+
+
+def finalizing(body: Body) -> None:
+    """Its results are written now. One that is being cancelled stays that."""
+    if body["status"] != "cancelling":
+        began(body, "finalizing")
 
 
 def count(body: Body, counts: Counts) -> None:
