@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flexbatch.memory.cache_orders import CacheOrders
-from flexbatch.memory.files import ALIGNMENT, READ_CHUNK_BYTES
+from flexbatch.memory.files import ALIGNMENT, READ_CHUNK_BYTES, map_all
 from flexbatch.memory.pages import CacheLayout, SequencePages
 from flexbatch.memory.tiers import Tiers
 from flexbatch.policy.admission import CacheSizes
@@ -131,7 +131,7 @@ class DiskCache:
             index, page, count = job
             self.read_run(page, layer, pages_out[index : index + count])
 
-        list(threads.map(read_run, jobs))
+        map_all(threads, read_run, jobs)
 
     def read_run(self, page: int, layer: int, target: Tensor) -> None:
         """Fill ``target`` [n, page_bytes] with n neighbors in the file from ``page`` on."""

@@ -146,7 +146,8 @@ def chunks(num_bytes: int, chunk_bytes: int = READ_CHUNK_BYTES) -> list[tuple[in
 
 def map_all(pool: ThreadPoolExecutor | None, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """The results of ``work``, by the threads of ``pool`` where there is one. When it raises, no thread is at it any
-    more: a descriptor that is closed then may be another file's while a late thread still writes to its number."""
+    more: a descriptor that is closed then may be another file's while a late thread still writes to its number, and a
+    buffer that is filled again what a late thread still reads into."""
     if pool is None:
         return [work(item) for item in items]
     futures = [pool.submit(work, item) for item in items]

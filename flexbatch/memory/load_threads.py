@@ -35,6 +35,8 @@ class LoadThreads:
         self._inference = torch.is_inference_mode_enabled()
         self._pool = ThreadPoolExecutor(count, thread_name_prefix=name) if count else None
         self._own = threading.local()
+        self._left, self._ended = 0, threading.Condition()
+        """Jobs that were submitted and have not ended."""
         self.wait_for_device()
 
     def wait_for_device(self) -> None:
@@ -60,6 +62,8 @@ class LoadThreads:
     def submit(self, job: Callable[[], None], num_bytes: int) -> None:
         """Have ``job`` run, and the bytes given back that were reserved for it."""
         assert self._pool is not None
+        with self._ended:
+            self._left += 1
         self._pool.submit(self._work, job, num_bytes)
 
     def _work(self, job: Callable[[], None], num_bytes: int) -> None:
@@ -71,6 +75,9 @@ class LoadThreads:
             self.error = self.error or error
         finally:
             self.budget.give(num_bytes)
+            with self._ended:
+                self._left -= 1
+                self._ended.notify_all()
 
     @contextlib.contextmanager
     def _stream(self) -> Iterator[None]:
@@ -87,6 +94,10 @@ class LoadThreads:
         if dropped:
             self.error = self.error or InterruptedError("loading was broken off")
         if self._pool is not None:
+            # Not left to `shutdown`: up to Python 3.12 one that Ctrl-C has broken off takes its threads for ended, and
+            # the buffers that they still write to are unmapped next.
+            with self._ended:
+                self._ended.wait_for(lambda: not self._left)
             self._pool.shutdown(wait=True)
 
     def finish(self) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flexbatch.memory.files import align, chunks
+from flexbatch.memory.files import align, chunks, map_all
 from flexbatch.memory.weight_plan import PlacedTensor, WeightPlan
 from flexbatch.memory.weight_tensors import Key
 from flexbatch.memory.weights import WeightStore
@@ -83,7 +83,7 @@ def read_tensor(store: WeightStore, tensor: PlacedTensor) -> Tensor:
         buffer[: tensor.num_bytes].copy_(store.tensors.raw[key_of(tensor)])
         return buffer
     file = store.files[key_of(tensor)]
-    list(store.queues.disk_chunks.map(lambda part: file.read(buffer[part[0] : part[1]], part[0]), chunks(len(buffer))))
+    map_all(store.queues.disk_chunks, lambda part: file.read(buffer[part[0] : part[1]], part[0]), chunks(len(buffer)))
     return buffer
 
 
@@ -92,4 +92,4 @@ def write_tensor(store: WeightStore, tensor: PlacedTensor, buffer: Tensor) -> No
         store.tensors.raw[key_of(tensor)].copy_(buffer[: tensor.num_bytes])
         return
     file = store.tensors.make_file(key_of(tensor), len(buffer))
-    list(store.queues.disk_chunks.map(lambda part: file.write(buffer[part[0] : part[1]], part[0]), chunks(len(buffer))))
+    map_all(store.queues.disk_chunks, lambda part: file.write(buffer[part[0] : part[1]], part[0]), chunks(len(buffer)))

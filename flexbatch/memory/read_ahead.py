@@ -9,24 +9,24 @@ so that reading goes on through all the layers in between, and on into the next 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from torch import Tensor
 
-from flexbatch.memory.files import ALIGNMENT, DiskFile, align, chunks
+from flexbatch.memory.files import ALIGNMENT, DiskFile, align, chunks, map_all
 from flexbatch.memory.transfer import READY, FutureHandle, Handle, TransferQueues
 from flexbatch.memory.weight_plan import PlacedTensor
 
 
-def read_tensors(tensors: Iterable[tuple[DiskFile, PlacedTensor]], host: Tensor, threads: Executor) -> None:
+def read_tensors(tensors: Iterable[tuple[DiskFile, PlacedTensor]], host: Tensor, threads: ThreadPoolExecutor) -> None:
     """Read tensors from their files, in chunks by several threads, each to its offset. host: [bytes on disk] uint8."""
     jobs = [
         (file, host[placed.offset + start : placed.offset + end], start)
         for file, placed in tensors
         for start, end in chunks(align(placed.num_bytes))
     ]
-    list(threads.map(lambda job: job[0].read(job[1], job[2]), jobs))
+    map_all(threads, lambda job: job[0].read(job[1], job[2]), jobs)
 
 
 class ReadAhead:

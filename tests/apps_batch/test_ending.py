@@ -60,14 +60,17 @@ def test_rows_that_wait_for_the_writer_are_kept(
         closed.set()
         close_store(self)
 
-    signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
     monkeypatch.setattr(Channel, "close", closing)
     monkeypatch.setattr(Journal, "append", appending)
     monkeypatch.setattr(Interrupts, "handle", handling)
     monkeypatch.setattr(OutputStore, "close", closing_store)
     source = write_input(tmp_path / "in.parquet", benchmark_prompts(ROWS))
     words, first, second = (source, tmp_path / "out", "--part-rows", 50), FakeLLM(block=64), FakeLLM()
-    assert run_here(*words, fake=first) == INTERRUPTED
+    try:
+        assert run_here(*words, fake=first) == INTERRUPTED
+    finally:
+        signal.signal(signal.SIGUSR1, before)
     assert first.prompts_seen == ROWS
     monkeypatch.undo()
     assert run_here(*words, fake=second) == 0
