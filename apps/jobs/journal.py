@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flexbatch.apps.jobs.records import RecordLog, Scan, report_damage, scan_log
+from flexbatch.apps.jobs.records import Order, RecordLog, Scan, report_damage, scan_log
 
 logger = logging.getLogger("flexbatch")
 SEGMENT_BYTES = 64 * 2**20
@@ -58,7 +58,12 @@ class Journal:
     def recover(self, wanted: Callable[[int], bool]) -> dict[int, dict[int, Any]]:
         """Reads every segment of every owner. Returns part -> row in the part -> its latest record, for the parts
         that ``wanted`` names."""
-        found: dict[int, dict[int, tuple[tuple[int, int], Any]]] = {}
+        found = self.recover_ordered(wanted)
+        return {part: {row: record for row, (_, record) in rows.items()} for part, rows in found.items()}
+
+    def recover_ordered(self, wanted: Callable[[int], bool]) -> dict[int, dict[int, tuple[Order, Any]]]:
+        """Does what `recover` does, and returns (order, record) in the place of records."""
+        found: dict[int, dict[int, tuple[Order, Any]]] = {}
         for path, owner, sequence, scan in self.segments():
             parts: set[int] = set()
             for entry in scan.entries:
@@ -72,7 +77,11 @@ class Journal:
             if owner == self._owner:
                 self._closed[path] = parts
                 self._sequence = max(self._sequence, sequence + 1)
-        return {part: {row: record for row, (_, record) in rows.items()} for part, rows in found.items()}
+        return found
+
+    def order(self, part: int) -> Order:
+        """The order of the last record of this part that this process can have written: every later one is above."""
+        return self._terms.get(part, self._term), self._stamp
 
     def lease(self, part: int, term: int) -> None:
         """From now on, records of this part are written under a term of its own."""

@@ -59,12 +59,13 @@ class PartQueue:
             for number in sorted(lost):
                 found = identity(state.parent / job.parts[number].file_name(job.output.suffix))
                 if found is not None and (commit := known.get(number, {}).get(found)) is not None:
-                    self._add(dataclasses.asdict(commit))
+                    self._add(dataclasses.asdict(commit[0]))
                     lost.discard(number)
         for number, records in Journal(state, "part-queue", self._digest).recover(lost.__contains__).items():
+            # What was finished before has not been given out: a journal can only have older records of those rows.
             self._finished[number] = {
-                **self._finished[number],
                 **{row: record for row, record in records.items() if not job.runs_again(record)},
+                **self._finished[number],
             }
         self._waiting.extendleft(sorted(lost, reverse=True))
 

@@ -29,6 +29,8 @@ logger = logging.getLogger("flexbatch")
 HEADER = struct.Struct("<4s16sI")
 RECORD = struct.Struct("<4sIQQII")
 MAGIC, MARK = b"FBJ2", b"\xff\xfaR\xf5"
+Order = tuple[int, int]
+"""(term, stamp) of a record: of two about the same thing the one with the greater order is the later one."""
 
 
 @dataclass(frozen=True)
@@ -136,12 +138,11 @@ def report_damage(path: Path, scan: Scan) -> None:
         )  # fmt: skip
 
 
-def read_log(path: Path, fingerprint: bytes) -> Iterator[Any]:
-    """Yields the values of one log and reports what is damaged. Raises ValueError for a log of another job."""
+def read_log(path: Path, fingerprint: bytes) -> Iterator[LogRecord]:
+    """Yields the records of one log and reports what is damaged. Raises ValueError for a log of another job."""
     scan = scan_log(path, fingerprint)
     report_damage(path, scan)
-    for entry in scan.entries:
-        yield entry.value
+    yield from scan.entries
 
 
 class RecordLog:

@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from flexbatch.apps.jobs.commits import Commit, Identity, identity, read_commits
+from flexbatch.apps.jobs.commits import NOBODY_KNOWS, Commit, Identity, identity, read_commits
 from flexbatch.apps.jobs.grants import Grant, refuse_other_writers, writers_lock
 from flexbatch.apps.jobs.journal import Journal
 from flexbatch.apps.jobs.layout import Part
@@ -32,7 +32,7 @@ from flexbatch.apps.jobs.manifest import (
     open_manifest,
     refuse_other_files,
 )
-from flexbatch.apps.jobs.records import RecordLog
+from flexbatch.apps.jobs.records import Order, RecordLog
 from flexbatch.apps.jobs.results import Output, RowRecord, runs_again
 from flexbatch.files.atomic import make_folder, rename_if_absent, sync_folder, temporary_name
 from flexbatch.validation.errors import ConfigurationError, told
@@ -138,13 +138,14 @@ class OutputStore:
         self._remove_temporary(parts, output)
         open_parts: list[Part] = []
         kept: dict[int, dict[int, RowRecord]] = {}
+        since: dict[int, Order] = {}
         for part in parts:
             path = self.folder / part.file_name(output.suffix)
             found = identity(path)
             if found is None:
                 open_parts.append(part)
                 continue
-            commit = known.get(part.number, {}).get(found)
+            commit, order = known.get(part.number, {}).get(found, (None, NOBODY_KNOWS))
             if commit is None or (retry_failed and commit.errors) or retry_truncated is not None:
                 try:
                     records = output.read(path, part.rows)
@@ -156,13 +157,19 @@ class OutputStore:
                 if any(map(again, records)):
                     open_parts.append(part)
                     self._replaced[part.number] = found
+                    since[part.number] = order
                     kept[part.number] = {row: record for row, record in enumerate(records) if not again(record)}
                     continue
             self.commits[part.number] = commit
         self._commits_log.sync()
         wanted = {part.number for part in open_parts}
-        for number, records_of in self.journal.recover(wanted.__contains__).items():
-            kept.setdefault(number, {}).update({row: record for row, record in records_of.items() if not again(record)})
+        for number, records_of in self.journal.recover_ordered(wanted.__contains__).items():
+            rows = kept.setdefault(number, {})
+            for row, (order, record) in records_of.items():
+                # A segment outlives those of its parts that were committed, and written anew, while it holds others:
+                # what the file has is older than its record only if that was written after the file.
+                if not again(record) and (row not in rows or order > since.get(number, NOBODY_KNOWS)):
+                    rows[row] = record
         for part in parts:
             if part.number not in wanted:
                 self.journal.committed(part.number)
@@ -181,8 +188,8 @@ class OutputStore:
                     ):
                         (self.folder / folder / name).unlink(missing_ok=True)
 
-    def _record(self, commit: Commit, found: Identity) -> None:
-        self._commits_log.append({**asdict(commit), "bytes": found[0], "mtime_ns": found[1]})
+    def _record(self, commit: Commit, found: Identity, order: Order = NOBODY_KNOWS) -> None:
+        self._commits_log.append({**asdict(commit), "bytes": found[0], "mtime_ns": found[1]}, *order)
 
     def commit(self, part: Part, table: pa.Table, records: Sequence[RowRecord], output: Output) -> Commit:
         """Writes a part, makes it durable and gives it its name; where another process has committed it meanwhile, that
@@ -196,7 +203,7 @@ class OutputStore:
             written = identity(temporary)
             if written is None:
                 raise FileNotFoundError(errno.ENOENT, "it was removed while it was written", str(temporary))
-            self._record(commit, written)
+            self._record(commit, written, self.journal.order(part.number))
             self._commits_log.sync()
             with writers_lock(self.state):
                 self.check_writer()
@@ -237,7 +244,7 @@ class OutputStore:
         found = identity(path)
         known = read_commits(self.state, self.digest).get(part.number, {})
         if found in known:
-            return known[found]
+            return known[found][0]
         try:
             commit = Commit.of(part.number, output.read(path, part.rows), output)
         except ValueError as error:

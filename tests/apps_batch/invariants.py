@@ -60,5 +60,7 @@ def check_store(store: OutputStore, parts: Sequence[Part], output: Output) -> No
             assert Commit.of(part.number, output.read(path, part.rows), output) == commit, (
                 f"{path} is not what was committed"
             )
-            assert known.get(part.number, {}).get(found) == commit, f"{path} is not what the log of commits says"
+            assert known.get(part.number, {}).get(found, (None,))[0] == commit, (
+                f"{path} is not what the log of commits says"
+            )
         assert not list(path.parent.glob(f".{path.name}.*tmp")), f"{path}: a temporary file was left behind"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 
 from tests.apps_batch.fake import FakeLLM
-from tests.apps_batch.helpers import benchmark_prompts, run_here, write_input
+from tests.apps_batch.helpers import benchmark_prompts, parts_of, read_output, run_here, write_input
 
 ROWS = 60
 
@@ -72,3 +75,43 @@ def test_requests_of_the_api(tmp_path: Path) -> None:
     assert engine.prompts_seen == sum(reason == "length" for reason, _ in before.values()) > 0
     assert all(after[key] == before[key] for key in before if before[key][0] == "stop")
     assert all(made >= 10 for key, (_, made) in after.items() if before[key][0] == "length")
+
+
+class Stopped(FakeLLM):
+    """Is lost when the given number of answers are there."""
+
+    answers = 0
+
+    def stream(self, items: Any, on_tokens: Any = None) -> Iterator[Any]:
+        for count, pair in enumerate(super().stream(items), 1):
+            yield pair
+            if count == self.answers:
+                raise RuntimeError("the fake device is lost")
+
+
+def stopped_after(answers: int) -> Stopped:
+    engine = Stopped(block=4)
+    engine.answers = answers
+    return engine
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("answers", range(1, 11))
+def test_longer_answers_stay_whatever_is_run_again_later(answers: int, copied: bool, tmp_path: Path) -> None:
+    """A segment of the journal that still holds the short answers of a part lives on for the sake of another part."""
+    prompts: list[str | None] = [f"p{row}" for row in range(20)]
+    prompts[3] = None  # an error, so that --retry-failed writes its part once more
+    out = tmp_path / "out"
+    words = [write_input(tmp_path / "in.parquet", prompts), out]
+    words += ["--max-tokens", 4, "--part-rows", 10, "--window-rows", 1]
+    assert run_here(*words, fake=stopped_after(12)) == 1
+    assert run_here(*words, "--retry-truncated", 64, fake=stopped_after(answers)) == 1
+    if copied:
+        for path in parts_of(out):
+            os.utime(path)
+    before = read_output(out).to_pylist()
+    assert run_here(*words, "--retry-failed", block=4) == 3
+    after = read_output(out).to_pylist()
+    assert [row["id"] for row in after] == list(range(20))
+    for old, new in zip(before, after, strict=False):
+        assert new["num_generated_tokens"] >= old["num_generated_tokens"], f"row {old['id']} lost what it had"
