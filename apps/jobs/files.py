@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from flexbatch.apps.jobs.globs import first_wild, glob_regex, is_hidden
 from flexbatch.validation.errors import ConfigurationError
 from flexbatch.validation.secrets import hide_uri, redacted, secrets_of
 
@@ -98,9 +99,9 @@ def list_files(location: str) -> tuple[pafs.FileSystem, list[InputFile]]:
     """
     filesystem, path = resolve(location)
     parts = path.split("/")
-    wild = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), None)
+    wild = first_wild(parts)
     base, pattern = (
-        (path, None) if wild is None else ("/".join(parts[:wild]) or "/", _glob_regex("/".join(parts[wild:])))
+        (path, None) if wild is None else ("/".join(parts[:wild]) or "/", glob_regex("/".join(parts[wild:])))
     )
     try:
         info = filesystem.get_file_info(base)
@@ -126,31 +127,10 @@ def list_files(location: str) -> tuple[pafs.FileSystem, list[InputFile]]:
             f"input {hide_uri(location)}: the name of a file in {base} is not UTF-8 ({error.object!r}): rename it"
         ) from None
     visible = [
-        (entry, name)
-        for entry, name in names
-        if not re.search(r"(^|/)[._]", name) and (pattern is None or pattern.fullmatch(name))
+        (entry, name) for entry, name in names if not is_hidden(name) and (pattern is None or pattern.fullmatch(name))
     ]
     files = [InputFile(entry.path, name, entry.size) for entry, name in sorted(visible, key=lambda pair: pair[1])]
     files = files if pattern else [file for file in files if file.format]
     if not files:
         raise ConfigurationError(f"input {hide_uri(location)} holds no Parquet, CSV or JSONL file")
     return filesystem, files
-
-
-def _glob_regex(pattern: str) -> re.Pattern[str]:
-    """Compiles a glob: ``**`` crosses folders, ``*`` and ``?`` do not."""
-    out, i = "", 0
-    while i < len(pattern):
-        if pattern.startswith("**/", i):
-            out, i = out + "(?:[^/]+/)*", i + 3
-        elif pattern.startswith("**", i):
-            out, i = out + ".*", i + 2
-        elif pattern[i] in "*?":
-            out, i = out + ("[^/]*" if pattern[i] == "*" else "[^/]"), i + 1
-        elif pattern[i] == "[" and "]" in pattern[i + 2 :]:
-            end = pattern.index("]", i + 2)
-            body = pattern[i + 1 : end].replace("\\", "\\\\")
-            out, i = out + "[" + ("^" + body[1:] if body[0] == "!" else body) + "]", end + 1
-        else:
-            out, i = out + re.escape(pattern[i]), i + 1
-    return re.compile(out)

@@ -6,6 +6,7 @@ import logging
 import re
 from pathlib import Path
 
+from flexbatch.apps.jobs.globs import first_wild, glob_regex, is_hidden
 from flexbatch.apps.jobs.manifest import STATE, refuse_other_files
 from flexbatch.apps.jobs.settings import JobConfig
 from flexbatch.policy.suggest import neighbor
@@ -15,6 +16,8 @@ from flexbatch.validation.secrets import redacted_word
 logger = logging.getLogger("flexbatch")
 
 DATASET_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+PARTS, PARTITIONS = ("part-00000.parquet", "part-00000.jsonl"), ("", "k=v/", "k=v/k=v/", "k=v/k=v/k=v/")
+"""What an output may hold, as far as wildcards may ask for it."""
 FILE_ENDINGS = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
 
 
@@ -46,10 +49,31 @@ def check_folders(location: str, folder: str) -> None:
     target = Path(folder).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise ConfigurationError(f"output {folder} is a file; give a folder")
-    if "://" not in location:
-        base = Path(re.split(r"[*?\[]", location, maxsplit=1)[0]).expanduser().resolve()
-        if base.is_dir() and (target == base or base in target.parents) and "*" not in location:
-            raise ConfigurationError(f"output {folder} lies in the input {location}: its parts would be read as input")
+    if _reads_from(location, target):
+        raise ConfigurationError(
+            f"output {folder} lies in the input {location}: its parts would be read as input, and no second start "
+            "would find the input of the first; choose a folder outside"
+        )
+
+
+def _reads_from(location: str, target: Path) -> bool:
+    """Returns whether the input would have the parts of this output among its files."""
+    location = location.removeprefix("file://")
+    if "://" in location:
+        return False
+    names = str(Path(location).expanduser().absolute()).split("/")
+    wild = first_wild(names)
+    base = Path("/".join(names[:wild]) or "/").resolve()
+    if not base.is_dir() or not (target == base or base in target.parents):
+        return False
+    if wild is None:
+        return target == base or not is_hidden(f"{target.relative_to(base)}/part")
+    pattern = glob_regex("/".join(names[wild:]))
+    folder = "" if target == base else f"{target.relative_to(base)}/"
+    return any(
+        pattern.fullmatch(name) and not is_hidden(name)
+        for name in (f"{folder}{inner}{part}" for inner in PARTITIONS for part in PARTS)
+    )
 
 
 def check_output(folder: str) -> None:

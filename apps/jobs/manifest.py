@@ -79,17 +79,27 @@ def open_manifest(folder: Path, fingerprint: dict[str, Any], ours: bool) -> int:
     return created
 
 
+def _folders_of_job(folder: Path) -> Iterator[Path]:
+    """Yields the output folder and those of its partitions, inner ones first. Another folder in it is somebody
+    else's, perhaps the output of another job."""
+    for entry in folder.iterdir():
+        if "=" in entry.name and entry.is_dir() and not entry.is_symlink():
+            yield from _folders_of_job(entry)
+    yield folder
+
+
 def discard_job(folder: Path) -> bool:
     """Removes parts and state of whatever job wrote here, if one did; other files stay. The manifest goes last, so
     that an interrupted removal can be repeated."""
     if not (folder / STATE / MANIFEST).exists():
         return False
-    for path in folder.rglob("*part-*"):
+    folders = list(_folders_of_job(folder))
+    for path in (path for each in folders for path in each.iterdir()):
         if PART_FILE.fullmatch(path.name) and path.is_file():
             path.unlink()
     for path in [*(folder / STATE).glob("*.log"), folder / STATE / MANIFEST]:
         path.unlink(missing_ok=True)
-    for path in sorted((path for path in folder.rglob("*=*") if path.is_dir()), reverse=True):
+    for path in folders[:-1]:
         with contextlib.suppress(OSError):
             path.rmdir()
     return True

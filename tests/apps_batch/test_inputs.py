@@ -156,3 +156,36 @@ def test_openai_batch_files(tmp_path: Path) -> None:
         and len(ids["choices"][0]["logprobs"]["token_logprobs"]) == ids["usage"]["completion_tokens"]
     )
     assert len({row["id"] for row in out}) == 10
+
+
+@pytest.mark.parametrize(
+    ("location", "output", "taken"),
+    [
+        ("data", "data/out", False), ("data", "data", False), ("data", "data/_out", True), ("data", "out", True),
+        ("file://data", "data/out", False), ("data/**/*.parquet", "data/out", False),
+        ("data/*/*.parquet", "data/k/v/out", True),
+        ("data/*/*.parquet", "data/out", False), ("data/**", "data/out", False), ("data/*/*", "data/k/out", True),
+        ("data/*/*/*.parquet", "data/out", False), ("data/in*/*.parquet", "data/out", True),
+        ("data/?n/*.parquet", "data/out", True), ("data/[io]*/*", "data/out", False),
+        ("data/**/*.parquet", "data/.out", True), ("data/**/*.jsonl", "data/out", False),
+    ],
+)  # fmt: skip
+def test_an_output_that_would_be_read_as_input_is_refused_at_the_first_start(
+    location: str, output: str, taken: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job that is resumed finds the input that it began with, whatever it has written since."""
+    head = "file://" if location.startswith("file://") else ""
+    source = f"{head}{tmp_path}/{location.removeprefix(head)}"
+    if "jsonl" in location:
+        (tmp_path / "data" / "in").mkdir(parents=True)
+        (tmp_path / "data" / "in" / "a.jsonl").write_bytes(json_lines())
+    else:
+        for folder in ("in", "k/v"):
+            write_input(tmp_path / "data" / folder / "a.parquet", ["a", "b", "c"])
+    words = [source, tmp_path / output, "--part-rows", 1, "--window-rows", 1]
+    if not taken:
+        assert run_here(*words) == 2 and "would be read as input" in capsys.readouterr().err
+        assert not list(tmp_path.rglob("part-*")) and not list(tmp_path.rglob(".flexbatch"))
+        return
+    assert run_here(*words, block=1, fail_after=70) == 1 and list(tmp_path.rglob("part-*"))
+    assert run_here(*words) == 0 and run_here(*words) == 0

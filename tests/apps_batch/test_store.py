@@ -69,8 +69,11 @@ def test_overwrite_removes_the_job_and_nothing_else(tmp_path: Path) -> None:
         ".part-00002.parquet.tmp",
         "k=v/notes.txt",
         "part-list.txt",
+        "k=v/l=w/part-00003.parquet",
+        "of another job/part-00000.parquet",
+        "of another job/k=v/part-00001.parquet",
     ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text("x")
     OutputStore(tmp_path, {"other": 1}, overwrite=True).close()
     left = sorted(
@@ -78,7 +81,8 @@ def test_overwrite_removes_the_job_and_nothing_else(tmp_path: Path) -> None:
         for path in tmp_path.rglob("*")
         if path.is_file() and ".flexbatch" not in path.parts
     )
-    assert left == ["k=v/notes.txt", "part-list.txt"]
+    others = [f"of another job/{name}" for name in ("k=v/part-00001.parquet", "part-00000.parquet")]
+    assert left == ["k=v/notes.txt", *others, "part-list.txt"] and not (tmp_path / "k=v" / "l=w").exists()
     assert json.loads((tmp_path / ".flexbatch" / "manifest.json").read_text())["fingerprint"] == {"other": 1}
 
 
