@@ -96,13 +96,23 @@ class Aside:
             self.free(table)
         elif in_place:
             self.counts.kept += 1
-            sequence.parked = park(self.cache, table, table.tier)
+            sequence.parked = self.kept_in_place(table)
         elif not drop and self.send_away(sequence, table):
             self.counts.moved += 1
         else:
             self.counts.dropped += 1
             if drop:
                 self.give_up(sequence, table)
+
+    def kept_in_place(self, table: PageTable) -> PageTable:
+        """The pages where they are. Those that are not filled yet are nobody else's to share until it runs again: who
+        came for them has its slot, perhaps, and would wait for it for ever."""
+        pool = self.cache.pools[table.tier]
+        unready = pool.unready(table.pages)
+        parked = park(self.cache, table, table.tier)
+        self.orphaned(parked.tier, unready)
+        pool.withdraw(parked.pages)
+        return parked
 
     def give_up(self, sequence: Sequence, table: PageTable) -> None:
         """Free pages whose tokens will be read anew."""

@@ -31,6 +31,9 @@ def check_block(block: Block, parked: Iterable[PageTable] = ()) -> None:
     placed = {"gpu": on_cpu.count(False), "cpu": on_cpu.count(True), "disk": 0}
     assert block.attention_tiers.placed == placed, (block.attention_tiers.placed, placed)
     assert block.priorities == Counter(sequence.request.priority for sequence in sequences), block.priorities
+    for tier, pool in cache.pools.items():
+        filling = {page for each in sequences if each.pages.tier == tier for page in each.pages.pages}
+        assert pool.prefixes.keys.keys() - pool.prefixes.ready <= filling, "nobody fills what others may wait for"
     block.tiers.check()
     block.lengths.check()
     block.decoding.check()

@@ -150,6 +150,12 @@ class PagePool:
         """Those of a sequence's pages that others share and wait for it to fill."""
         return {page for page in pages if self.references[page] > 1 and not self.prefixes.is_ready(page)}
 
+    def withdraw(self, pages: list[int]) -> None:
+        """Let nobody else share those of a sequence's pages that it has not filled: it does not run."""
+        for page in reversed(pages):
+            if page in self.prefixes.keys and not self.prefixes.is_ready(page):
+                self.forget(page)
+
     def evict_all(self) -> None:
         """Free the pages that nobody holds: a prompt that comes again is computed again."""
         for page in self.evictable:
