@@ -76,7 +76,8 @@ def shared_bytes(device: torch.device) -> int:
     """Shared memory of a program, at most. Triton's interpreter knows no limit."""
     if device.type != "cuda":
         return 1 << 30
-    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+    known = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    return known or triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
 
 
 def halves(x: Tensor) -> Tensor:

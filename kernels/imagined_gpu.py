@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from flexbatch.kernels.launchers_ahead import compile_launcher
+
 DEVICE = torch.device("cuda", 0)
 MULTIPLE = 16
 """Of integers and addresses, which Triton compiles kernels for."""
@@ -37,11 +39,15 @@ class GpuTraits:
 
     @classmethod
     def of(cls, device: torch.device) -> GpuTraits:
-        """Of a GPU that is there."""
-        from triton.runtime import driver
-
+        """Of a GPU that is there. Triton's driver, which would tell, is compiled at its first use: of NVIDIA's GPUs
+        torch knows as much."""
         from flexbatch.kernels.attention import multiprocessors_of
         from flexbatch.kernels.expert_products import shared_bytes
+
+        if torch.version.hip is None:
+            major, minor = torch.cuda.get_device_capability(device)
+            return cls(10 * major + minor, multiprocessors_of(device), shared_bytes(device))
+        from triton.runtime import driver
 
         with torch.cuda.device(device):
             target = driver.active.get_current_target()
@@ -106,10 +112,19 @@ class Launch:
     options: tuple[tuple[str, object], ...]
     arguments: tuple[Any, ...] = field(compare=False, repr=False)
 
+    @property
+    def weight(self) -> int:
+        """Which of several takes longest to compile, by its text: 3,000 characters took 1 to 2 s, 600 a tenth."""
+        return len(getattr(self.kernel, "src", ""))
+
     def compile(self) -> Any:
-        """Into Triton's cache on the disk; found there it takes a millisecond."""
+        """Into Triton's cache on the disk, with what launches it; found there it takes a millisecond."""
+        from triton.runtime import driver
+
         named = dict(zip(self.kernel.arg_names, self.arguments, strict=True))
-        return self.kernel.run(grid=(1,), warmup=True, **named, **dict(self.options))
+        compiled = self.kernel.run(grid=(1,), warmup=True, **named, **dict(self.options))
+        compile_launcher(compiled, driver.active.get_current_target().backend)
+        return compiled
 
 
 class Address:

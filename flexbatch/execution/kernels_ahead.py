@@ -1,8 +1,7 @@
 """Triton's kernels, compiled in processes before they are launched: half a second to 5 s each, in the middle of a job.
 
-The processes need no GPU, and take none of its memory (`kernels.imagined_gpu`). Each lists the kernels by itself and
-compiles its share; they hand their work on by Triton's cache on the disk, where every later start finds it. Threads
-would not do: the compiler holds the interpreter's lock.
+The processes need no GPU, and take none of its memory (`kernels.imagined_gpu`). They hand their work on by Triton's
+cache on the disk, where every later start finds it. Threads would not do: the compiler holds the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -10,31 +9,26 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
 import logging
 import math
 import os
-import pickle
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from flexbatch.execution.kernel_compilers import KernelCompilers
 from flexbatch.kernels.imagined_gpu import GpuTraits, Launch, imagined_gpu
 from flexbatch.parallel.processes import PACKAGE_ROOT
 from flexbatch.policy.units import duration_text
 
 logger = logging.getLogger("flexbatch")
 
-LEAST_PROCESSES, MOST_PROCESSES = 2, 8
-"""Each takes 3 s to begin. One alone would have a job wait longer for all kernels that it may launch than for those
-that it does."""
+LEAST_PROCESSES, MOST_PROCESSES = 2, 16
+"""One alone would have a job wait longer for all kernels that it may launch than for those that it does."""
 PROCESS_BYTES = 512 * 2**20
 """Of host memory, in each."""
 LIMIT_SECONDS = 60.0
@@ -57,18 +51,23 @@ class Announced:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Kernels that were looked at, the seconds that nothing else was done meanwhile, and those of all processes."""
+    """Kernels that were looked at, the seconds that nothing else was done meanwhile, and those of all processors."""
 
     count: int = 0
     seconds: float = 0.0
     processor_seconds: float = 0.0
     error: str = ""
     """Of a process that could not tell which kernels there are."""
+    imports_seconds: float = 0.0
+    listing_seconds: float = 0.0
+    compiling_seconds: float = 0.0
+    """Of the process that is given work, by the clock: what comes before it can be, which kernels there are, and until
+    the last of them was compiled."""
 
     def __add__(self, other: Compiled) -> Compiled:
-        processor_seconds = self.processor_seconds + other.processor_seconds
-        count, seconds = self.count + other.count, self.seconds + other.seconds
-        return Compiled(count, seconds, processor_seconds, other.error or self.error)
+        counts = (each.name for each in fields(Compiled) if each.name != "error")
+        added = {name: getattr(self, name) + getattr(other, name) for name in counts}
+        return Compiled(**added, error=other.error or self.error)
 
 
 @contextlib.contextmanager
@@ -78,94 +77,74 @@ def compiled_ahead(
     note: Callable[[Compiled], None] = lambda compiled: None,
     sharers: int = 1,
     free_bytes: float = math.inf,
+    waiting: KernelCompilers | None = None,
 ) -> Iterator[None]:
     """Others compile what is ``announced`` while the body runs, and are waited for at its end. What they do not
     get done is compiled where it is launched. Where all of it was compiled before, and where there is no GPU, nothing
     happens. note: is told what was done. sharers: processes that share the host, this one among them; free_bytes: of
-    its memory that they and the body leave."""
-    marker = marker_of(device, announced) if device.type == "cuda" else None
-    cores, held = len(os.sched_getaffinity(0)) // sharers - 1, free_bytes // (sharers * PROCESS_BYTES)
-    count = int(min(MOST_PROCESSES, cores, held))
-    if marker is None or marker.exists() or count < LEAST_PROCESSES:
-        yield
-        return
+    its memory that they and the body leave. waiting: was started in advance for this, and is closed here."""
     with contextlib.ExitStack() as stack:
+        if waiting is not None:
+            stack.callback(waiting.close)
+        marker = marker_of(device, announced) if device.type == "cuda" else None
+        count = process_count(sharers, free_bytes)
+        if marker is None or marker.exists() or count < LEAST_PROCESSES:
+            stack.close()
+            yield
+            return
         if (lock := locked(marker)) is None:
+            stack.close()
             yield
             wait_for(marker)
             return
         stack.enter_context(lock)
-        work = stack.enter_context(tempfile.NamedTemporaryFile(prefix="flexbatch-kernels-"))
-        work.write(pickle.dumps((announced, GpuTraits.of(device), count)))
-        work.flush()
-        workers = stack.enter_context(started(work.name, count))
-        logger.info("compiling kernels in %d processes, where they are not compiled already", len(workers))
+        compilers = waiting or started(announced.launch.__module__)
+        if compilers is None:
+            yield
+            return
+        stack.callback(compilers.close)
+        compilers.give((announced, GpuTraits.of(device), count))
+        logger.info("compiling kernels in %d processes, where they are not compiled already", count)
         yield
-        compiled = finished(workers)
+        compiled, whole = finished(compilers)
         if compiled.count and compiled.seconds > SAID_SECONDS:
             told = compiled.count, duration_text(compiled.seconds)
-            logger.info("compiled %d kernels before the first pass, which waited %s for them", *told)
+            logger.info("compiled %d kernels ahead, and waited %s for the last of them", *told)
         note(compiled)
-        if len(workers) == count and not compiled.error and all(worker.returncode == 0 for worker in workers):
+        if whole:
             with contextlib.suppress(OSError):
                 marker.touch()
 
 
-@contextlib.contextmanager
-def started(work: str, count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """As many processes as can be started. They are ended with the body."""
-    code = (
-        # Torch finds no GPU then, and nothing of it is taken.
-        "import os, sys; os.environ['CUDA_VISIBLE_DEVICES'] = ''; "
-        f"sys.path.insert(0, {str(PACKAGE_ROOT)!r}); from {__name__} import compile_part; "
-        "compile_part(sys.argv[1], int(sys.argv[2]))"
-    )
-    workers: list[subprocess.Popen[bytes]] = []
+def process_count(sharers: int = 1, free_bytes: float = math.inf) -> int:
+    """That compile; see `compiled_ahead`."""
+    cores, held = len(os.sched_getaffinity(0)) // sharers - 1, free_bytes // (sharers * PROCESS_BYTES)
+    return int(min(MOST_PROCESSES, cores, held))
+
+
+def started(module: str) -> KernelCompilers | None:
+    """None where no process can be started."""
     try:
-        with contextlib.suppress(OSError):
-            for part in range(count):
-                # They say nothing: of Ctrl-C or a full disk it is said where kernels are launched, and once.
-                command, silent = [sys.executable, "-c", code, work, str(part)], subprocess.DEVNULL
-                workers.append(subprocess.Popen(command, stdin=silent, stdout=subprocess.PIPE, stderr=silent))
-        yield workers
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-            if worker.stdout is not None:
-                worker.stdout.close()
+        return KernelCompilers(module)
+    except OSError:
+        return None
 
 
-def finished(workers: list[subprocess.Popen[bytes]]) -> Compiled:
-    """What all of them did, once they are done or the time is up."""
-    begun, until, found = time.perf_counter(), time.monotonic() + LIMIT_SECONDS, Compiled()
-    for worker in workers:
-        with contextlib.suppress(subprocess.TimeoutExpired, ValueError):
-            told, _ = worker.communicate(timeout=max(0.0, until - time.monotonic()))
-            found += Compiled(**json.loads(told))
+def finished(compilers: KernelCompilers) -> tuple[Compiled, bool]:
+    """What they did, once they are done or the time is up; and whether that is all of it."""
+    begun = time.perf_counter()
+    told = compilers.told(LIMIT_SECONDS)
+    found = Compiled(**(told or {}))
     if found.error:
         logger.info("kernels are compiled where they are first launched: %s", found.error)
-    return replace(found, seconds=time.perf_counter() - begun)
+    return replace(found, seconds=time.perf_counter() - begun), told is not None and not found.error
 
 
-def compile_part(work: str, part: int) -> None:
-    """In one of the processes, which says what it did as JSON."""
-    os.nice(5)
-    torch.set_num_threads(1)
-    begun, mine, error = time.perf_counter(), list[Launch](), ""
-    try:
-        announced, traits, parts = pickle.loads(Path(work).read_bytes())
-        with imagined_gpu(traits) as found:
-            announced.launch(announced.what)
-        mine = list(found)[part::parts]
-    except Exception as failed:  # whatever it is, a job runs all the same
-        error = f"{type(failed).__name__}: {failed}"[:300]
-    for launch in mine:
-        # One that cannot be compiled says so where it is launched, if it ever is.
-        with contextlib.suppress(Exception):
-            launch.compile()
-    told = Compiled(len(mine), processor_seconds=time.perf_counter() - begun, error=error)
-    print(json.dumps(asdict(told)), flush=True)
+def listed(announced: Announced, traits: GpuTraits) -> list[Launch]:
+    """In the process that compiles: the kernels that are launched."""
+    with imagined_gpu(traits) as found:
+        announced.launch(announced.what)
+    return list(found)
 
 
 def marker_of(device: torch.device, announced: Announced) -> Path | None:

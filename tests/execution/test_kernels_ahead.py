@@ -7,6 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +17,10 @@ import torch
 
 from flexbatch import LLM
 from flexbatch.execution import kernels_ahead
+from flexbatch.execution.kernel_compilers import KernelCompilers, compile_in_forks
 from flexbatch.execution.kernels_ahead import Announced, Compiled, compiled_ahead
 from flexbatch.execution.planned_kernels import launch_all
-from flexbatch.kernels.imagined_gpu import GpuTraits
+from flexbatch.kernels.imagined_gpu import GpuTraits, Launch
 from flexbatch.planner import loader
 
 pytest.importorskip("triton")
@@ -72,7 +76,8 @@ def test_what_is_announced_is_compiled_beside_the_body_and_once(cache, caplog, m
     assert [(each.count, each.error) for each in done] == [(3, "")], "the second time nothing was left to do"
     assert len(list(cache.rglob("*.cubin"))) == 3
     assert caplog.messages[0] == "compiling kernels in 3 processes, where they are not compiled already"
-    assert caplog.messages[1].startswith("compiled 3 kernels before the first pass, which waited ")
+    assert caplog.messages[1].startswith("compiled 3 kernels ahead, and waited ")
+    assert min(done[0].imports_seconds, done[0].listing_seconds, done[0].compiling_seconds) > 0
 
 
 def test_what_cannot_be_listed_is_compiled_where_it_is_launched(cache, caplog):
@@ -93,7 +98,62 @@ def test_processes_end_with_a_body_that_breaks_off(cache, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", noted)
     with pytest.raises(KeyboardInterrupt), compiled_ahead(GPU, Announced(norms, (512,))):
         raise KeyboardInterrupt
-    assert len(started) == 3 and all(each.returncode is not None for each in started)
+    assert len(started) == 1 and all(each.returncode is not None for each in started)
+
+
+def test_those_that_compile_end_with_the_process_that_has_forked_them(cache, tmp_path, monkeypatch):
+    """They are asleep in a kernel's compiler where it is ended."""
+    started, path = tmp_path / "started", tmp_path / "slow.py"
+    path.write_text(f"""
+import os, time
+from flexbatch.kernels.imagined_gpu import Launch
+
+def compile(self):
+    open({str(started)!r} + str(os.getpid()), "w").close()
+    time.sleep(600)
+
+def slow(what):
+    from tests.execution.test_kernels_ahead import norms
+    norms(what)
+
+Launch.compile = compile
+""")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    kept = Launch.compile
+    import slow
+
+    monkeypatch.setattr(Launch, "compile", kept)
+    with contextlib.suppress(KeyboardInterrupt), compiled_ahead(GPU, Announced(slow.slow, (512, 1024))):
+        until = time.monotonic() + 60
+        while len(list(tmp_path.glob("started*"))) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+    forks = [int(file.name.removeprefix("started")) for file in tmp_path.glob("started*")]
+    assert len(forks) == 2
+    until = time.monotonic() + 10
+    while any(Path(f"/proc/{fork}").exists() for fork in forks) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not [fork for fork in forks if Path(f"/proc/{fork}").exists()]
+
+
+def test_one_that_waits_for_work_ends_where_there_is_none(cache):
+    """Of a process that has ended before it knew its GPU."""
+    compilers = KernelCompilers("tests.execution.test_kernels_ahead")
+    compilers.process.stdin.close()
+    compilers.process.stdin = None
+    assert compilers.told(60) is None and compilers.process.returncode == 0
+    compilers.close()
+
+
+def test_one_that_was_started_in_advance_does_the_work(cache):
+    done: list[Compiled] = []
+    for _ in range(2):
+        waiting = KernelCompilers("tests.execution.test_kernels_ahead")
+        with compiled_ahead(GPU, Announced(norms, (512,)), done.append, waiting=waiting):
+            pass
+        assert waiting.process.returncode is not None
+    assert [(each.count, each.error) for each in done] == [(1, "")], "and nothing where it was done before"
 
 
 @pytest.fixture
@@ -126,22 +186,43 @@ def test_processes_that_fail_say_nothing(cache, stand_in, capfd):
     assert capfd.readouterr() == ("", "") and not list(cache.glob("flexbatch-compiled-*[!k]"))
 
 
-def test_where_no_more_processes_can_be_started_the_others_do_their_part(cache, stand_in, monkeypatch):
-    stand_in("""echo '{"count": 5}'""")
-    started, start = [], subprocess.Popen
+def test_where_no_process_can_be_started_the_body_runs(cache, monkeypatch):
+    def none(*arguments, **options):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    def limited(*arguments, **options):
-        if started:
-            raise BlockingIOError(11, "Resource temporarily unavailable")
-        started.append(start(*arguments, **options))
-        return started[-1]
-
-    monkeypatch.setattr(subprocess, "Popen", limited)
+    monkeypatch.setattr(subprocess, "Popen", none)
     done: list[Compiled] = []
     with compiled_ahead(GPU, Announced(norms, (512,)), done.append):
         pass
-    assert done[0].count == 5 and started[0].returncode == 0
-    assert not list(cache.glob("flexbatch-compiled-*[!k]")), "the share of the others is missing"
+    assert not done and not list(cache.glob("flexbatch-compiled-*[!k]"))
+
+
+@pytest.mark.parametrize("most", [0, 1, 5])
+def test_as_many_as_can_be_forked_compile_everything(most, tmp_path, monkeypatch):
+    """The longest first, each once; where none can be forked, the process does it itself."""
+    forks, fork = [], os.fork
+
+    def limited():
+        if len(forks) == most:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        forks.append(fork())
+        return forks[-1]
+
+    class Kernel:
+        def __init__(self, weight):
+            self.weight = weight
+
+        def compile(self):
+            with open(tmp_path / "done", "ab", buffering=0) as file:
+                file.write(bytes([self.weight]))
+            if self.weight == 3:
+                raise ValueError("it cannot be compiled")
+
+    monkeypatch.setattr(os, "fork", limited)
+    compile_in_forks([Kernel(weight) for weight in (2, 7, 3, 5)], 5)
+    done = list((tmp_path / "done").read_bytes())
+    assert sorted(done) == [2, 3, 5, 7] and len(forks) == min(most, 4)
+    assert most > 1 or done == [7, 5, 3, 2]
 
 
 def test_of_several_processes_one_compiles(cache, monkeypatch):
@@ -171,20 +252,21 @@ def test_no_more_processes_than_memory_holds_beside_the_weights(cache, stand_in,
     """Eight of half a GB each were more than a host of 16 GB has left beside a plan for nine tenths of it."""
     stand_in("exec sleep 600")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
-    started, start = [], subprocess.Popen
+    started, start, given = [], subprocess.Popen, []
+    monkeypatch.setattr(KernelCompilers, "give", lambda self, work: given.append(work[2]))
     monkeypatch.setattr(
         subprocess, "Popen", lambda *told, **options: started.append(start(*told, **options)) or started[-1]
     )
     with pytest.raises(KeyboardInterrupt), compiled_ahead(GPU, Announced(norms, (512,)), free_bytes=int(1.7 * 2**30)):
         raise KeyboardInterrupt
-    assert len(started) == 3
+    assert len(started) == 1 and given == [3]
 
 
 def test_an_engine_has_its_kernels_and_its_drafts_compiled_unless_the_model_is_small(monkeypatch):
     settings = {"gpu_memory": "512MiB", "cpu_memory": "512MiB", "draft": ("demo-draft",), "tree": "chain:3"}
     calls = []
     with LLM("demo", device="cpu", hardware="cpu", **settings) as llm:
-        assert llm.report()["compiled_ahead"] == {"count": 0, "seconds": 0.0, "processor_seconds": 0.0, "error": ""}
+        assert llm.report()["compiled_ahead"] == asdict(Compiled())
         model = llm._model
         monkeypatch.setattr(loader, "compiled_ahead", lambda *told: calls.append(told) or contextlib.nullcontext())
         monkeypatch.setattr(model, "queues", SimpleNamespace(device=GPU))
