@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import pickle
 from datetime import datetime, timezone
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -189,8 +189,23 @@ def test_csv_cells_are_text_unless_the_user_types_them(tmp_path: Path) -> None:
     assert source_of(tmp_path / "y.tsv").row_groups[0].rows == 0
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_json_lines_in_chunks(tmp_path: Path, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+class Opened:
+    """A file system that counts how often a file is opened to be read from its beginning."""
+
+    def __init__(self, filesystem: Any) -> None:
+        self._filesystem, self.times = filesystem, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._filesystem, name)
+
+    def open_input_stream(self, path: str) -> Any:
+        self.times += 1
+        return self._filesystem.open_input_stream(path)
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".bz2", ".zst"])
+def test_json_lines_in_chunks(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compressed file is unpacked once for all the chunks that are read in order."""
     monkeypatch.setattr(
         "flexbatch.apps.jobs.text_source.chunks_of", lambda stream, path, max_line: chunks_of(stream, path, 100)
     )
@@ -198,12 +213,20 @@ def test_json_lines_in_chunks(tmp_path: Path, packed: bool, monkeypatch: pytest.
         {"n": i, "when": "2024-01-01T00:00:00", "m": [{"role": "user", "content": "ü" * (i % 5)}]} for i in range(40)
     ]
     text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
-    path = tmp_path / ("x.jsonl.gz" if packed else "x.jsonl")
-    path.write_bytes(gzip.compress(text) if packed else text)
-    source = source_of(path)
+    path = tmp_path / f"x.jsonl{ending}"
+    with pa.output_stream(str(path), compression="detect") as file:
+        file.write(text)
+    source: Any = source_of(path)
     assert len(source.row_groups) > 10
-    assert rows_in_parts(source, 7) == rows
+    source._filesystem = opened = Opened(source._filesystem)
+    assert rows_in_parts(source, 7) == rows and opened.times == bool(ending)
     assert rows_in_parts(source, 7, every=3) == [row for i, row in enumerate(rows) if i // 7 % 3 == 0]
+    assert opened.times == 2 * bool(ending)
+    source._filesystem = opened._filesystem
+    assert rows_in_parts(pickle.loads(pickle.dumps(source)), 7) == rows
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(SourceError, match=r"line \d+ and on cannot be read|from line \d+ on"):
+        rows_in_parts(source, 7)
 
 
 def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
