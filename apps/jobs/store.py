@@ -88,7 +88,7 @@ class OutputStore:
                 f"output {self.folder} cannot be written: {told(error)}"
                 if isinstance(error, OSError)
                 else f"{error}, though its manifest is: remove that file"
-            ) from None
+            ) from (error if isinstance(error, OSError) else None)
         self.term = self.grant.term << TERM_BITS if self.grant is not None else 0
         self.journal = Journal(self.state, self._owner, self.digest, term=self.term)
         self.commits: dict[int, Commit] = {}

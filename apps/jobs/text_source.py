@@ -199,7 +199,8 @@ class LinesSource(abc.ABC):
                     count += len(rows)
                 digest = stream.digest()
         except UNREADABLE as error:
-            raise ConfigurationError(f"{file.name}: cannot be read: {error}") from None
+            cause = error if isinstance(error, OSError) else None
+            raise ConfigurationError(f"{file.name}: cannot be read: {error}") from cause
         self.identity["files"][file.name] = f"{count} rows, sha256 {digest}"
 
     def _rows(self, chunk: Chunk, data: bytes, name: str) -> tuple[list[Any], list[str | None]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -90,12 +89,15 @@ class BatchRun:
             why = "" if whole else self._why
             if why != STOPPED:
                 self._finish(job, why)
-        except (ConfigurationError, SourceError) as error:
-            logger.warning("%s failed: %s", self.id, error)
-            self._fail("invalid_input", "the input file cannot be read as a batch file")
-        except (OSError, sqlite3.OperationalError, TakenOver) as error:
-            logger.error("%s waits, as the state folder cannot be written: %s", self.id, error)
-            again = True
+        except (ConfigurationError, SourceError, OSError, TakenOver) as error:
+            # What the system refuses, such as room on the disk, may pass: a batch that has failed loses what it had
+            # finished.
+            again = isinstance(error, (OSError, TakenOver)) or isinstance(error.__cause__, OSError)
+            if again:
+                logger.error("%s waits, as its files cannot be read or written: %s", self.id, error)
+            else:
+                logger.warning("%s failed: %s", self.id, error)
+                self._fail("invalid_input", "the input file cannot be read as a batch file")
         except Exception:
             logger.exception("%s failed", self.id)
             self._fail("server_error", "the server failed while it ran the batch; its log says why")

@@ -12,6 +12,7 @@ of batches that have not ended.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -87,15 +88,19 @@ class ServerState:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction: all of the body, or nothing."""
+        """One transaction: all of the body, or nothing. Raises OSError for a disk that is full, or fails."""
         with self._lock:
-            self._database.execute("BEGIN IMMEDIATE")
             try:
+                self._database.execute("BEGIN IMMEDIATE")
                 yield self._database
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
+                self._database.execute("COMMIT")
+            except sqlite3.OperationalError as error:
+                number = errno.ENOSPC if "full" in str(error) else errno.EIO
+                raise OSError(number, str(error), str(self.folder / "server.db")) from error
+            finally:
+                # After some errors SQLite has rolled back itself, after others it waits to be told.
+                if self._database.in_transaction:
+                    self._database.execute("ROLLBACK")
 
     def _one(self, query: str, *values: Any) -> Any:
         with self._lock:
