@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from flexbatch.cli.command import resume_command
 from flexbatch.config import EngineConfig
 from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.validation.errors import ConfigurationError
-from tests.apps_batch.helpers import ROOT, read_output, run_here, start, write_input
+from tests.apps_batch.helpers import ROOT, read_output, run_here, start, wait_for, write_input
 
 
 def test_help_imports_no_torch() -> None:
@@ -102,8 +101,7 @@ def test_ranks_divide_shards_and_hosts() -> None:
 def test_progress_says_a_line_now_and_then(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     progress = JobProgress(Counts(100, 40), metrics_file=str(tmp_path / "m.prom"), interval_s=0.05)
     progress.counts.rows_done, progress.counts.generated_tokens_total = 70, 600
-    time.sleep(0.3)
-    assert (tmp_path / "m.prom").exists()
+    wait_for((tmp_path / "m.prom").exists)
     progress.close()
     err = capsys.readouterr().err
     assert "flexbatch: 70/100 rows (70.0 %)" in err and "out tokens/s" in err and " left, 0 errors" in err

@@ -160,22 +160,23 @@ def test_the_second_interrupt_and_sigterm_stop_at_once_and_keep_finished_rows(
 ) -> None:
     process, out = begun(tmp_path, step_s=0.04)
     kept = journal_bytes(out)
-    began = time.monotonic()
     for number in signals:
         process.send_signal(number)
-        time.sleep(0.3)
+        # Two that come at one moment are one.
+        wait_for(lambda: "are being finished" in process.said(), process)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "resume with: " in err and time.monotonic() - began < 5, err
+    assert process.returncode == 130 and "interrupted; resume with: " in err, err
+    assert "rows are done and kept" not in err, "those in flight were finished"
     assert journal_bytes(out) >= kept and "Traceback" not in err
 
 
 def test_an_interrupt_while_the_model_loads_stops_at_once(tmp_path: Path) -> None:
     source = write_input(tmp_path / "in.parquet", ["a"])
-    process = start(source, tmp_path / "out", load_s=20)
+    process = start(source, tmp_path / "out", load_s=300)
     wait_for((tmp_path / "out" / ".flexbatch" / "manifest.json").exists, process)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=5)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "resume with: " in err
 
 

@@ -72,5 +72,5 @@ def test_a_producer_that_waits_for_room_is_freed(end: str) -> None:
     thread.join(0.05)
     assert thread.is_alive()
     getattr(channel, end)()
-    thread.join(5)
+    thread.join(60)
     assert freed

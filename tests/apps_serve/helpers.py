@@ -47,7 +47,7 @@ class Server:
         self.process.kill()
         self.process.communicate()
 
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 30.0) -> str:
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 60.0) -> str:
         """Returns what it said."""
         self.process.send_signal(number)
         self.process.wait(seconds)

@@ -183,15 +183,17 @@ def test_what_cannot_be_run_is_told_and_what_is_given_up_is_gone(run) -> None:
     assert serving.snapshot(5.0)["passes"] > 0
 
 
-def test_a_stop_lets_answers_end_that_come_in_time(run) -> None:
+def test_a_stop_lets_answers_end_that_come_in_time(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that passes alone put on: a busy machine takes ten times as long for them."""
     engine = ScriptedEngine()
+    clock = SimpleNamespace(monotonic=lambda: engine.passes * 0.01, sleep=time.sleep)
+    monkeypatch.setattr("flexbatch.apps.serve.serving.time", clock)
     started, ends = run(engine), []
     started.serving.ask([asked(ends, 100), asked(ends, 10**9)])
     until(engine.has_unfinished)
-    began = time.monotonic()
     started.serving.stop()
-    started.thread.join(20)
-    assert [each.finish_reason for each in ends] == ["stop", "error"] and time.monotonic() - began < 10
+    started.thread.join(60)
+    assert [each.finish_reason for each in ends] == ["stop", "error"] and engine.passes < 1000
 
 
 def test_a_folder_has_one_server_and_keeps_what_clients_were_told(tmp_path: Path) -> None:

@@ -79,19 +79,20 @@ def test_what_is_made_in_passes_is_not_compared_with_the_prediction(monkeypatch)
         report = llm.report()
     assert report["set_up_seconds"] > 0.29
     assert 0 < report["job"]["measured_seconds"] <= report["seconds"] - report["set_up_seconds"]
-    assert " ms of it setting up, and " in str(report) and "set-up: 1 decode graphs in 3" in str(report)
+    assert " ms of it setting up, and " in str(report) and "set-up: 1 decode graphs in " in str(report)
 
 
-def test_what_is_compiled_while_something_is_made_counts_once():
+def test_what_is_compiled_while_something_is_made_counts_once(monkeypatch):
+    clock = iter((100.0, 100.5))
+    monkeypatch.setattr(set_up, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     found = SetUp(torch.device("cuda"))
     found.compiled(times=SimpleNamespace(total=3_000_000), src=None, cache_hit=False)
     assert found.take() == {COMPILED: Made(1, 3.0)} and found.take() == {}
     with found.making(DECODE_GRAPHS):
-        time.sleep(0.3)
         found.compiled(times=SimpleNamespace(total=200_000), src=None, cache_hit=True)
     made = found.take()
     assert made[LOADED] == Made(1, 0.2) and made[DECODE_GRAPHS].count == 1
-    assert 0.1 <= made[DECODE_GRAPHS].seconds < 0.29
+    assert made[DECODE_GRAPHS].seconds == pytest.approx(0.3)
 
 
 def test_what_a_pass_waited_for_is_named(caplog):

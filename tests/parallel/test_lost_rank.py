@@ -111,7 +111,7 @@ from flexbatch.parallel.processes import WHERE_IT_STANDS, RankProcesses
 ranks = RankProcesses({module!r}, [Mesh(1, 3, "127.0.0.1:1", 1, 2, False)])
 sys.stdin.readline()
 ranks.processes[0].send_signal(WHERE_IT_STANDS)
-time.sleep(1)
+sys.stdin.readline()
 print(ranks.processes[0].poll())
 ranks.closing.set()
 ranks.kill()
@@ -124,8 +124,15 @@ def test_a_rank_says_where_it_stands_and_goes_on():
     process = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, stderr=-1, text=True)
     assert process.stdin is not None and process.stderr is not None
     assert process.stderr.readline() == "waiting\n"
-    out, said = process.communicate("\n", timeout=SECONDS)
-    assert "in wait_for_nothing" in said and "in main" in said and out == "None\n", said
+    process.stdin.write("\n")
+    process.stdin.flush()
+    said = ""
+    while "in main" not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    out, _ = process.communicate("\n", timeout=SECONDS)
+    assert "in wait_for_nothing" in said and out == "None\n", said
 
 
 class Spinning:
