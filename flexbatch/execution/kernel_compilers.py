@@ -118,7 +118,8 @@ def main(module: str) -> None:
 
 
 def compile_in_forks(launches: Sequence[Any], processes: int) -> None:
-    """launches: have a ``compile``. Where no process can be forked, this one does it."""
+    """launches: have a ``compile``. Where no process can be forked, this one does it. Raises ChildProcessError where
+    one was ended: what it was at is not compiled."""
     order = sorted(range(len(launches)), key=lambda index: launches[index].weight, reverse=True)
     taken, given = os.pipe()
     forks = []
@@ -142,9 +143,10 @@ def compile_in_forks(launches: Sequence[Any], processes: int) -> None:
         for index in order:
             pipe.write(index.to_bytes(INDEX_BYTES, "little"))
             pipe.flush()
-    for fork in forks:
-        os.waitpid(fork, 0)
+    ended = [os.waitpid(fork, 0)[1] for fork in forks]
     os.close(taken)
+    if lost := sum(status != 0 for status in ended):
+        raise ChildProcessError(f"{lost} of {len(forks)} processes were ended; a host without memory does that")
 
 
 def compile_those(launches: Sequence[Any], taken: int) -> None:
