@@ -111,14 +111,16 @@ def test_a_disk_that_is_full_for_a_while_costs_no_batch(
     body, serving = begun(state), FakeServing()
     failed = 0
     for _ in range(60):
-        fails_at[0] = calls[0] + 1 + failed
+        fails_at[0], before = calls[0] + 1 + failed, serving.answered
         again = run_once(state, serving, body["id"])
         found = state.batch(body["id"])
         assert found is not None and found["status"] != "failed", f"the {failed + 1}. failure ended the batch"
         if not again:
             break
         failed += 1
-    assert found["status"] == "completed" and failed > 0 and serving.answered < 2 * ROWS
+    assert found["status"] == "completed" and failed > 0
+    # Answers that wait to be written when a write fails are asked for again, however many they are; none that was.
+    assert serving.answered == ROWS or serving.answered - before < ROWS
     assert found["request_counts"] == {"total": ROWS, "completed": ROWS, "failed": 0}
     assert len(state.path_of(found["output_file_id"]).read_bytes().splitlines()) == ROWS
     assert not list(state.batches.iterdir())
