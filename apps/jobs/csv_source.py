@@ -14,7 +14,8 @@ import pyarrow.fs as pafs
 from flexbatch.apps.jobs.columns import ROW_ERROR, check_names, refuse_reserved, text_column
 from flexbatch.apps.jobs.files import InputFile, SourceError
 from flexbatch.apps.jobs.layout import RowGroup
-from flexbatch.apps.jobs.text_source import CHUNK_BYTES, MAX_LINE, UNREADABLE, DigestingStream, record_batch
+from flexbatch.apps.jobs.text_source import CHUNK_BYTES, MAX_LINE, UNREADABLE, DigestingStream, TextDigest, record_batch
+from flexbatch.apps.jobs.unchanged import Unchanged
 from flexbatch.text.csv_rows import CsvRows, delimiter_of
 from flexbatch.text.files import lone_surrogate
 from flexbatch.validation.errors import ConfigurationError
@@ -34,6 +35,8 @@ class CsvSource:
         self, filesystem: pafs.FileSystem, files: Sequence[InputFile], types: Mapping[str, pa.DataType] | None = None
     ) -> None:
         self._filesystem, self._files = filesystem, list(files)
+        self._digests: dict[str, TextDigest] = {}
+        self._unchanged = Unchanged(filesystem, files, self._is_same)
         headers: dict[str, None] = {}
         for file in files:
             with self._open(file) as (records, _):
@@ -72,6 +75,7 @@ class CsvSource:
             for batch in self._batches(records, file.name):
                 rows += len(batch)
                 errors += len(batch) - batch.column(ROW_ERROR).null_count
+            self._digests[file.path] = TextDigest.of(stream)
             return rows, errors, stream.digest()
 
     def _batches(self, records: Iterator[tuple[int, list[str]]], name: str) -> Iterator[pa.RecordBatch]:
@@ -91,11 +95,16 @@ class CsvSource:
                     columns.append(text_column(values, kind, errors))
             yield record_batch(columns, errors, self.schema)
 
+    def _is_same(self, file: InputFile) -> bool:
+        return self._digests[file.path].begins(self._filesystem, file)
+
     def batches(self, row_group: int) -> Iterator[pa.RecordBatch]:
-        row = 0
+        row, file = 0, self._files[row_group]
         try:
-            with self._open(self._files[row_group]) as (records, _):
+            with self._open(file) as (records, _):
+                self._unchanged.opened(file)
                 for batch in self._batches(records, self.row_groups[row_group].file):
+                    self._unchanged.read(file)
                     row += len(batch)
                     yield batch
         except ConfigurationError as error:

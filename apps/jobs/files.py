@@ -33,11 +33,12 @@ class SourceError(RuntimeError):
 @dataclass(frozen=True)
 class InputFile:
     """One file: ``path`` for the file system, ``name`` relative to the input's folder (its identity), ``size`` in
-    bytes."""
+    bytes, the time of its last change in ns where the file system tells it."""
 
     path: str
     name: str
     size: int
+    changed_ns: int | None = None
 
     @property
     def folder(self) -> str:
@@ -111,7 +112,7 @@ def list_files(location: str) -> tuple[pafs.FileSystem, list[InputFile]]:
             # Over HTTP the path is the whole address; its options, such as a signature that runs out, are no part of
             # the file's name.
             address = URI_OPTIONS.sub("", info.path) if "://" in location else info.path
-            return filesystem, [InputFile(info.path, PurePosixPath(address).name, info.size)]
+            return filesystem, [InputFile(info.path, PurePosixPath(address).name, info.size, info.mtime_ns)]
         if info.type == pafs.FileType.NotFound:
             raise ConfigurationError(f"input {hide_uri(location)} does not exist")
         infos = filesystem.get_file_info(pafs.FileSelector(base, recursive=True))
@@ -129,7 +130,8 @@ def list_files(location: str) -> tuple[pafs.FileSystem, list[InputFile]]:
     visible = [
         (entry, name) for entry, name in names if not is_hidden(name) and (pattern is None or pattern.fullmatch(name))
     ]
-    files = [InputFile(entry.path, name, entry.size) for entry, name in sorted(visible, key=lambda pair: pair[1])]
+    visible.sort(key=lambda pair: pair[1])
+    files = [InputFile(entry.path, name, entry.size, entry.mtime_ns) for entry, name in visible]
     files = files if pattern else [file for file in files if file.format]
     if not files:
         raise ConfigurationError(f"input {hide_uri(location)} holds no Parquet, CSV or JSONL file")

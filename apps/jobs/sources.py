@@ -8,6 +8,7 @@ one row group at a time.
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import hashlib
 import itertools
 import os
@@ -24,6 +25,7 @@ from flexbatch.apps.jobs.columns import refuse_reserved
 from flexbatch.apps.jobs.content import content, wanted_whole
 from flexbatch.apps.jobs.files import InputFile, SourceError
 from flexbatch.apps.jobs.layout import Part, RowGroup
+from flexbatch.apps.jobs.unchanged import Unchanged
 from flexbatch.validation.errors import ConfigurationError, reason
 
 BATCH_ROWS = 1024
@@ -81,9 +83,10 @@ class ParquetSource:
 
     def __init__(self, filesystem: pafs.FileSystem, files: Sequence[InputFile]) -> None:
         self._filesystem, self._files = filesystem, files
-        whole = wanted_whole(file.size for file in files)
+        self._whole = wanted_whole(file.size for file in files)
+        self._unchanged = Unchanged(filesystem, files, self._is_same)
         with ThreadPoolExecutor(16) as pool:
-            found = list(pool.map(lambda file: self._footer(file, whole), files))
+            found = list(pool.map(self._footer, files))
         for file, (_, schema, _) in zip(files, found, strict=True):
             repeated = {name for name in schema.names if schema.names.count(name) > 1}
             if not schema.names:
@@ -102,7 +105,8 @@ class ParquetSource:
             RowGroup(file.name, group.num_rows, group.total_byte_size, file.folder, index)
             for file, index, group in groups
         ]
-        self._paths = [file.path for file, _, _ in groups]
+        self._group_files = [file for file, _, _ in groups]
+        self._contents = {file.path: identity for file, (_, _, identity) in zip(files, found, strict=True)}
         self.identity = {
             "format": "parquet",
             "files": {
@@ -111,11 +115,11 @@ class ParquetSource:
             },
         }
 
-    def _footer(self, file: InputFile, whole: bool) -> tuple[pq.FileMetaData, pa.Schema, dict[str, str]]:
+    def _footer(self, file: InputFile) -> tuple[pq.FileMetaData, pa.Schema, dict[str, str]]:
         try:
             with self._filesystem.open_input_file(file.path) as handle:
                 parquet = pq.ParquetFile(handle)
-                identity = content(self._filesystem, file, handle, whole)
+                identity = content(self._filesystem, file, handle, self._whole)
                 if "samples" in identity:
                     footer = handle.read_at(file.size, file.size - parquet.metadata.serialized_size - 8)
                     identity["footer"] = f"sha256 {hashlib.sha256(footer).hexdigest()[:32]}"
@@ -123,14 +127,20 @@ class ParquetSource:
         except (pa.ArrowException, OSError) as error:
             raise ConfigurationError(f"{file.name}: not a readable Parquet file: {reason(error)}") from None
 
-    def _file(self, path: str) -> pq.ParquetFile:
+    def _is_same(self, file: InputFile) -> bool:
+        size = self._filesystem.get_file_info(file.path).size
+        return self._footer(dataclasses.replace(file, size=size))[2] == self._contents[file.path]
+
+    def _file(self, file: InputFile) -> pq.ParquetFile:
         """Returns the file, opened once for all its row groups: parsing the footer again for each would be quadratic
         in their number."""
-        if self._open is None or self._open[0] != path:
+        if self._open is None or self._open[0] != file.path:
             self.close()
-            handle = self._filesystem.open_input_file(path)
+            handle = self._filesystem.open_input_file(file.path)
             remote = not isinstance(self._filesystem, pafs.LocalFileSystem)
-            self._open = (path, handle, pq.ParquetFile(handle, pre_buffer=remote, page_checksum_verification=True))
+            opened = pq.ParquetFile(handle, pre_buffer=remote, page_checksum_verification=True)
+            self._open = (file.path, handle, opened)
+            self._unchanged.opened(file)
         return self._open[2]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -143,11 +153,10 @@ class ParquetSource:
             self._open = None
 
     def batches(self, row_group: int) -> Iterator[pa.RecordBatch]:
-        where, row = self.row_groups[row_group], 0
+        where, row, file = self.row_groups[row_group], 0, self._group_files[row_group]
         try:
-            for batch in self._file(self._paths[row_group]).iter_batches(
-                batch_size=BATCH_ROWS, row_groups=[where.group]
-            ):
+            for batch in self._file(file).iter_batches(batch_size=BATCH_ROWS, row_groups=[where.group]):
+                self._unchanged.read(file)
                 row += len(batch)
                 yield conform(batch, self.schema)
         except (pa.ArrowException, OSError) as error:

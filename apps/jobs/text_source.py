@@ -22,6 +22,7 @@ import pyarrow.fs as pafs
 from flexbatch.apps.jobs.columns import ROW_ERROR
 from flexbatch.apps.jobs.files import COMPRESSED, InputFile, SourceError
 from flexbatch.apps.jobs.layout import RowGroup
+from flexbatch.apps.jobs.unchanged import Unchanged
 from flexbatch.text.files import UTF8_MARK, without_mark
 from flexbatch.validation.errors import ConfigurationError
 
@@ -84,7 +85,7 @@ class DigestingStream(io.RawIOBase):
 
     def __init__(self, filesystem: pafs.FileSystem, file: InputFile) -> None:
         self._stream, self._name = cast(BinaryIO, filesystem.open_input_stream(file.path)), file.name
-        self._digest, self._began = hashlib.sha256(), False
+        self._digest, self._began, self.num_bytes = hashlib.sha256(), False, 0
 
     def readable(self) -> bool:
         return True
@@ -95,6 +96,7 @@ class DigestingStream(io.RawIOBase):
             without_mark(data, self._name)
             self._began = True
         self._digest.update(data)
+        self.num_bytes += len(data)
         buffer[: len(data)] = data
         return len(data)
 
@@ -104,6 +106,30 @@ class DigestingStream(io.RawIOBase):
     def close(self) -> None:
         self._stream.close()
         super().close()
+
+
+@dataclass(frozen=True)
+class TextDigest:
+    """What a text file held in the pass before the job."""
+
+    num_bytes: int
+    digest: str
+
+    @classmethod
+    def of(cls, stream: DigestingStream) -> TextDigest:
+        """Of what was read of the stream."""
+        return cls(stream.num_bytes, stream.digest())
+
+    def begins(self, filesystem: pafs.FileSystem, file: InputFile) -> bool:
+        """Returns whether the file begins with the same text. Raises ConfigurationError, OSError."""
+        try:
+            with contextlib.closing(DigestingStream(filesystem, file)) as stream:
+                while stream.num_bytes < self.num_bytes:
+                    if not stream.read(min(self.num_bytes - stream.num_bytes, CHUNK_BYTES)):
+                        return False
+                return TextDigest.of(stream) == self
+        except (pa.ArrowException, EOFError, zlib.error):
+            return False
 
 
 def record_batch(columns: Sequence[pa.Array], errors: Sequence[str | None], schema: pa.Schema) -> pa.RecordBatch:
@@ -117,21 +143,24 @@ class PackedText:
     """One compressed file at a time, open where it was read last: unpacked from its beginning for every chunk, a file
     of 4 GB of text, a thousand chunks, would be unpacked 500 times."""
 
-    def __init__(self, filesystem: pafs.FileSystem) -> None:
-        self._filesystem = filesystem
+    def __init__(self, filesystem: pafs.FileSystem, unchanged: Unchanged) -> None:
+        self._filesystem, self._unchanged = filesystem, unchanged
         self._stream: BinaryIO | None = None
         self._path, self._at = "", 0
 
-    def read(self, chunk: Chunk) -> bytes:
-        """Returns the text of a chunk. Raises OSError, and EOFError for a file that has become shorter."""
+    def read(self, chunk: Chunk, file: InputFile) -> bytes:
+        """Returns the text of a chunk. Raises SourceError, OSError, and EOFError for a file that has become shorter."""
         if self._stream is None or self._path != chunk.path or self._at > chunk.start:
             self.close()
             self._stream = cast(BinaryIO, self._filesystem.open_input_stream(chunk.path))
             self._path, self._at = chunk.path, 0
+            self._unchanged.opened(file)
         try:
             while self._at < chunk.start:
                 self._take(min(chunk.start - self._at, CHUNK_BYTES))
-            return self._take(chunk.stop - chunk.start)
+            data = self._take(chunk.stop - chunk.start)
+            self._unchanged.read(file)
+            return data
         except BaseException:
             self.close()
             raise
@@ -164,6 +193,9 @@ class LinesSource(abc.ABC):
         """max_line: bytes. What is longer is never held, and its row is an error."""
         self._filesystem, self._max_line = filesystem, max_line
         self._packed: PackedText | None = None
+        self._by_path = {file.path: file for file in files}
+        self._digests: dict[str, TextDigest] = {}
+        self._unchanged = Unchanged(filesystem, files, self._is_same)
         self._chunks: list[Chunk] = []
         self._first_error = ""
         self.row_groups: list[RowGroup] = []
@@ -198,6 +230,7 @@ class LinesSource(abc.ABC):
                     self.row_groups.append(RowGroup(file.name, len(rows), len(data), file.folder, len(self.row_groups)))
                     count += len(rows)
                 digest = stream.digest()
+                self._digests[file.path] = TextDigest.of(stream)
         except UNREADABLE as error:
             cause = error if isinstance(error, OSError) else None
             raise ConfigurationError(f"{file.name}: cannot be read: {error}") from cause
@@ -235,11 +268,18 @@ class LinesSource(abc.ABC):
         yield batch
 
     def _read(self, chunk: Chunk) -> bytes:
+        file = self._by_path[chunk.path]
         if chunk.path.endswith(COMPRESSED):
-            self._packed = self._packed or PackedText(self._filesystem)
-            return self._packed.read(chunk)
-        with contextlib.closing(self._filesystem.open_input_file(chunk.path)) as file:
-            return file.read_at(chunk.stop - chunk.start, chunk.start)
+            self._packed = self._packed or PackedText(self._filesystem, self._unchanged)
+            return self._packed.read(chunk, file)
+        with contextlib.closing(self._filesystem.open_input_file(chunk.path)) as opened:
+            data = opened.read_at(chunk.stop - chunk.start, chunk.start)
+        self._unchanged.opened(file)
+        return data
+
+    def _is_same(self, file: InputFile) -> bool:
+        """What was added to it since is no part of the job."""
+        return self._digests[file.path].begins(self._filesystem, file)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out an open file: a copy in another process (a Ray actor) opens its own."""

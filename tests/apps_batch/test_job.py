@@ -293,7 +293,9 @@ def test_a_damaged_row_group_stops_the_job_after_what_was_in_flight(
         """The disk fails when the job has begun."""
 
         def __enter__(self) -> FakeLLM:
+            before = source.stat()
             source.write_bytes(data.replace(b"prompt 45", b"PROMPT 45", 1))
+            os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
             return self
 
     assert run_here(source, tmp_path / "out", "--part-rows", 10, fake=Damages()) == 1

@@ -157,11 +157,11 @@ def test_a_damaged_row_group_and_a_file_that_is_gone_are_named(tmp_path: Path) -
         compression="none",
         use_dictionary=False,
     )
-    source = source_of(path)
     data = bytearray(path.read_bytes())
     position = data.index(b"row 150")
     data[position : position + 7] = b"ROW 150"
     path.write_bytes(data)
+    source = source_of(path)
     stream = read_parts(source, plan_parts(source.row_groups, 100))
     assert next(stream)[1]["a"][0].as_py() == "row 0"
     with pytest.raises(SourceError, match=r"x\.parquet: row group 1 cannot be read"):
@@ -225,17 +225,8 @@ def test_json_lines_in_chunks(tmp_path: Path, ending: str, monkeypatch: pytest.M
     source._filesystem = opened._filesystem
     assert rows_in_parts(pickle.loads(pickle.dumps(source)), 7) == rows
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(SourceError, match=r"line \d+ and on cannot be read|from line \d+ on"):
+    with pytest.raises(SourceError, match="has changed since the job began"):
         rows_in_parts(source, 7)
-
-
-def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
-    path = tmp_path / "x.jsonl"
-    path.write_text('{"a": 1}\n{"a": 2}\n')
-    source = source_of(path)
-    path.write_text('{"a": 100000000}\n')
-    with pytest.raises(SourceError, match=r"1 rows from line 1 on, 2 at the start"):
-        list(read_parts(source, plan_parts(source.row_groups, 5)))
 
 
 def test_a_saved_data_set_and_its_splits(tmp_path: Path) -> None:
