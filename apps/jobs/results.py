@@ -239,14 +239,14 @@ class ParquetOutput:
     def errors(self, path: Path) -> list[str]:
         name = f"{self._prefix}error"
         try:
-            column = pq.read_table(path, columns=[name], partitioning=None)[name]
+            column = _read_columns(path, [name])[name]
         except (pa.ArrowException, OSError, KeyError) as error:
             raise ValueError(f"{path}: {error}") from error
         return [error for error in column.to_pylist() if error]
 
     def read(self, path: Path, rows: int) -> list[RowRecord]:
         try:
-            table = pq.read_table(path, columns=[self._prefix + name for name in self._kept], partitioning=None)
+            table = _read_columns(path, [self._prefix + name for name in self._kept])
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path}: {reason(error)}") from error
         if len(table) != rows:
@@ -264,6 +264,12 @@ class ParquetOutput:
         if value is None:
             return None
         return [change(answer) for answer in value] if self._many else change(value)
+
+
+def _read_columns(path: Path, names: Sequence[str]) -> pa.Table:
+    """Reads a part. It is opened here: by its name pyarrow opens none in a folder whose name is not UTF-8."""
+    with path.open("rb") as file:
+        return pq.read_table(file, columns=list(names), partitioning=None)
 
 
 def _as_structs(steps: Any) -> Any:

@@ -308,6 +308,24 @@ def test_a_damaged_row_group_stops_the_job_after_what_was_in_flight(
     assert read_output(tmp_path / "out")["prompt"].to_pylist() == table["prompt"].to_pylist()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [b"a b", b"new\nline", b"'\"", b"100%25", b"[x]*?", b"k=v", b"#h?x=1", b"~", b"{x}", b"\xff\xfe", b"-x"],
+    ids=repr,
+)
+def test_an_output_may_have_any_name(tmp_path: Path, name: bytes) -> None:
+    """Parts are written, found again, and read to be written anew."""
+    source, out = write_input(tmp_path / "in.parquet", ["a", None, "b"] * 20), tmp_path / os.fsdecode(name)
+    words = [source, out, "--part-rows", 10, "--window-rows", 4]
+    assert run_here(*words, block=4, fail_after=100) == 1
+    assert run_here(*words) == 3
+    for path in out.rglob("*.parquet"):
+        os.utime(path)
+    assert run_here(*words, "--retry-failed") == 3
+    rows = [row for path in sorted(out.glob("*.parquet")) for row in pq.read_table(path.open("rb")).to_pylist()]
+    assert [row["id"] for row in rows] == list(range(60)) and sum(bool(row["error"]) for row in rows) == 20
+
+
 def test_a_torn_or_foreign_part_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_input(tmp_path / "in.parquet", [f"p{i}" for i in range(10)])
     assert run_here(source, tmp_path / "out") == 0
