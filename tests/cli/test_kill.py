@@ -40,7 +40,7 @@ def words_of(model: Path, offload_dir: Path) -> list[str]:
 
 
 def start(model: Path, offload_dir: Path) -> Forked:
-    return Forked("flexbatch.run", words_of(model, offload_dir))
+    return Forked("tests.cli.slow_files", words_of(model, offload_dir))
 
 
 def tokens(out: str) -> list[list[int]]:
