@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from flexbatch.calibrate.passes import PROMPT_TOKENS, resident, run_job, small_arch
+from flexbatch.calibrate.passes import PROMPT_TOKENS, SmallJob, job_runner, resident, small_arch, turns_of
 from flexbatch.calibrate.replays import recorded_seconds, replayed_seconds
 from flexbatch.execution.runner import Runner
 from flexbatch.models.specs import weight_specs
@@ -49,16 +49,12 @@ def graph_seconds(device: torch.device) -> float:
 def replay_seconds(num_layers: int, device: torch.device) -> float:
     """Of the graph of a decode pass, replayed by itself: what is copied to its inputs before takes the host longer than
     a layer."""
-    found = []
-
-    def time_replays(runner: Runner) -> None:
+    policy, arch, job = resident(SEQUENCES, 1), small_arch(num_layers, HEAD_DIM, HEADS), SmallJob(SEQUENCES)
+    with job_runner(arch, policy, device, Tracer(), job) as runner:
+        turns_of(runner, policy, Tracer(), replace(job, new_tokens=RECORDED_BY))
         graphs = runner.executor.graphs
         assert graphs is not None and graphs.captured, "no pass was recorded"
-        found.append(replayed_seconds(next(reversed(graphs.captured.values())).graph.replay, device, REPLAYS))
-
-    policy, arch = resident(SEQUENCES, 1), small_arch(num_layers, HEAD_DIM, HEADS)
-    run_job(arch, policy, device, Tracer(), SEQUENCES, PROMPT_TOKENS, RECORDED_BY, at_end=time_replays)
-    return found[0]
+        return replayed_seconds(next(reversed(graphs.captured.values())).graph.replay, device, REPLAYS)
 
 
 def element_seconds(device: torch.device) -> float:
@@ -72,13 +68,16 @@ def piece_seconds(device: torch.device) -> float:
     """Returns the extra seconds per layer of passes on the GPU that run in pieces: of those that read prompts, whose
     attention is another kernel than that of single tokens. Of these 0.19 ms were found where jobs took 0.25 to 0.32."""
     policy = replace(resident(SEQUENCES, 1), piece_tokens=SEQUENCES * PROMPT_TOKENS)
-    tokens = PROMPT_TOKENS * (RECORDING + READING)
 
     def of_pass(num_layers: int) -> float:
         arch, found = small_arch(num_layers, HEAD_DIM), []
-        for _ in range(ROUNDS):
-            turns = run_job(arch, policy, device, Tracer(), SEQUENCES, tokens, at_end=check_pieces)
-            found.append(median(seconds for _, seconds in turns[RECORDING : RECORDING + READING]))
+        first, later = (SmallJob(SEQUENCES, PROMPT_TOKENS * (passes + READING), 2) for passes in (RECORDING, 1))
+        with job_runner(arch, policy, device, Tracer(), first) as runner:
+            for job in (first, *[later] * (ROUNDS - 1)):
+                turns = turns_of(runner, policy, Tracer(), job)
+                last = job.prompt_tokens // PROMPT_TOKENS
+                found.append(median(seconds for _, seconds in turns[last - READING : last]))
+            check_pieces(runner)
         return min(found)
 
     return max(0.0, (of_pass(MANY_PIECES) - of_pass(FEW_PIECES)) / (MANY_PIECES - FEW_PIECES))

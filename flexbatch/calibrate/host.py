@@ -7,7 +7,9 @@ Passes of a model too small to compute anything leave only these costs.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from statistics import median, quantiles
 from typing import NamedTuple
@@ -22,10 +24,12 @@ from flexbatch.calibrate.passes import (
     ON_GPU,
     SHORT_ANSWER,
     WAVES,
+    SmallJob,
+    decode_seconds_of,
+    job_runner,
     resident,
-    run_job,
-    run_passes,
     small_arch,
+    turns_of,
     with_cpu_attention,
 )
 from flexbatch.calibrate.phases import Phases
@@ -64,17 +68,23 @@ def head_dim(device: torch.device) -> int:
     return 128 if device.type == "cuda" else 8
 
 
-def decode_seconds(num_layers: int, policy: Policy, device: torch.device) -> float:
-    """Returns the seconds of a decode pass: the median, which is what jobs take. The fastest of three was 0.5 ms less
-    than the mean pass of a job on H100's hosts with other users, of 1.5 that the host takes beside a graph."""
-    return median(run_passes(small_arch(num_layers, head_dim(device)), policy, device, Tracer()))
+@contextlib.contextmanager
+def decode_passes(num_layers: int, policy: Policy, device: torch.device) -> Iterator[Callable[[], float]]:
+    """Gives what runs a job and returns the seconds of a decode pass: the median, which is what jobs take. The fastest
+    of three was 0.5 ms less than the mean pass of a job on H100's hosts with other users, of 1.5 that the host takes
+    beside a graph."""
+    arch, job, tracer = small_arch(num_layers, head_dim(device)), SmallJob(policy.block_size), Tracer()
+    with job_runner(arch, policy, device, tracer, job) as runner:
+        yield lambda: median(decode_seconds_of(runner, policy, tracer, job))
 
 
 def attention_seconds(device: torch.device) -> float:
     """Returns the seconds of a call of CPU attention that has next to nothing to attend to, while the host
     launches the other micro-batch: the lower quartile."""
-    tracer = RecordingTracer(device)
-    run_passes(small_arch(MANY, head_dim(device)), with_cpu_attention(16, 2), device, tracer)
+    tracer, policy = RecordingTracer(device), with_cpu_attention(16, 2)
+    job = SmallJob(policy.block_size)
+    with job_runner(small_arch(MANY, head_dim(device)), policy, device, tracer, job) as runner:
+        decode_seconds_of(runner, policy, tracer, job)
     return quantiles([span.end - span.start for span in tracer.spans() if span.resource == "cpu_attention"], n=4)[0]
 
 
@@ -117,20 +127,22 @@ def attention_in_passes(device: torch.device, weights: Split, calls: AttentionCa
     passes.
     """
     sizes, seconds = [], []
-    arch = small_arch(calls.num_layers, head_dim(device), calls.num_heads)
-    for context in calls.contexts:
-        tracer = RecordingTracer(device)
-        policy = replace(
-            with_cpu_attention(calls.sequences, 2), weights=weights, prefill_chunk=context, prefill_budget=8 * context
-        )
-        run_passes(arch, policy, device, tracer, context)
-        spans = tracer.spans()
-        attention = [span for span in spans if span.resource == "cpu_attention"]
-        # While prompts still come in, calls are smaller.
-        most = max(span.num_bytes for span in attention)
-        full = [span for span in attention if span.num_bytes > 0.95 * most]
-        sizes.append(median(span.num_bytes for span in full))
-        seconds.append(median(span.end - span.start for span in full))
+    arch, tracer = small_arch(calls.num_layers, head_dim(device), calls.num_heads), RecordingTracer(device)
+    policy = replace(with_cpu_attention(calls.sequences, 2), weights=weights)
+    policies = [replace(policy, prefill_chunk=context, prefill_budget=8 * context) for context in calls.contexts]
+    jobs = [SmallJob(policy.block_size, context) for context in calls.contexts]
+    # Placing a GB of weights and two of cache in pinned memory takes longer than the passes of a job.
+    with job_runner(arch, policies[-1], device, tracer, jobs[-1]) as runner:
+        for policy, job in zip(policies, jobs, strict=True):
+            began = tracer.clock()
+            turns_of(runner, policy, tracer, job)
+            spans = [span for span in tracer.spans() if span.start >= began]
+            attention = [span for span in spans if span.resource == "cpu_attention"]
+            # While prompts still come in, calls are smaller.
+            most = max(span.num_bytes for span in attention)
+            full = [span for span in attention if span.num_bytes > 0.95 * most]
+            sizes.append(median(span.num_bytes for span in full))
+            seconds.append(median(span.end - span.start for span in full))
     link_rate = rate_beside([span for span in spans if span.resource == "h2d" and span.start > full[0].start], full)
     slope = (seconds[1] - seconds[0]) / (sizes[1] - sizes[0])
     if slope <= 0:
@@ -161,7 +173,9 @@ class HostPasses:
         """of_few: measured with few layers only."""
         cells = [(name, layers) for name in policies for layers in (FEW, MANY)] + [(name, FEW) for name in of_few]
         policies = policies | of_few
-        rounds = [[decode_seconds(layers, policies[name], device) for name, layers in cells] for _ in range(ROUNDS)]
+        with contextlib.ExitStack() as stack:
+            timed = [stack.enter_context(decode_passes(layers, policies[name], device)) for name, layers in cells]
+            rounds = [[seconds() for seconds in timed] for _ in range(ROUNDS)]
         self.seconds = {cell: min(times) for cell, times in zip(cells, zip(*rounds, strict=True), strict=True)}
 
     def layer_seconds(self, name: str) -> float:
@@ -173,11 +187,11 @@ def request_seconds(device: torch.device, pass_seconds: float) -> float:
     """Returns what a sequence costs beside its passes, of ``pass_seconds`` each: in a job of the sizes of "few", of
     which every block lasts two passes; the first, in which kernels are loaded, does not count."""
     policy = resident(8)
-    found = []
-    for _ in range(ROUNDS):
-        turns = run_job(small_arch(FEW, head_dim(device)), policy, device, Tracer(), WAVES * policy.block_size)
-        later = [seconds for seconds, _ in turns][SHORT_ANSWER:]
-        found.append((sum(later) - len(later) * pass_seconds) / ((WAVES - 1) * policy.block_size))
+    job, found = SmallJob(WAVES * policy.block_size, new_tokens=SHORT_ANSWER), []
+    with job_runner(small_arch(FEW, head_dim(device)), policy, device, Tracer(), job) as runner:
+        for _ in range(ROUNDS):
+            later = [seconds for seconds, _ in turns_of(runner, policy, Tracer(), job)][SHORT_ANSWER:]
+            found.append((sum(later) - len(later) * pass_seconds) / ((WAVES - 1) * policy.block_size))
     return max(0.0, min(found))
 
 

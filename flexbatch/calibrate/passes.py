@@ -7,7 +7,8 @@ import contextlib
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -106,42 +107,51 @@ def small_runner(
         yield runner
 
 
-def run_passes(
-    arch: Arch, policy: Policy, device: torch.device, tracer: Tracer, prompt_tokens: int = PROMPT_TOKENS
-) -> list[float]:
-    """Seconds of the decode passes of a full block, after some that warm up."""
-    new_tokens = 1 + WARM_UP + PASSES
-    turns = run_job(arch, policy, device, tracer, policy.block_size, prompt_tokens, new_tokens)
-    return [seconds for _, seconds in turns][1 + WARM_UP : -1]
+@dataclass(frozen=True)
+class SmallJob:
+    """So many requests alike."""
+
+    num_requests: int
+    prompt_tokens: int = PROMPT_TOKENS
+    new_tokens: int = 1 + WARM_UP + PASSES
+
+    @property
+    def lengths(self) -> Job:
+        rows = self.prompt_tokens + self.new_tokens
+        return Job((rows,) * self.num_requests, (self.prompt_tokens,) * self.num_requests)
+
+    @property
+    def requests(self) -> list[Request]:
+        """Of another prompt length others: a cache that has seen these has no part of those."""
+        params = SamplingParams(max_tokens=self.new_tokens, temperature=0, ignore_eos=True)
+        generator = random.Random(self.prompt_tokens)
+        drawn = (generator.choices(range(3, 64), k=self.prompt_tokens) for _ in range(self.num_requests))
+        return [Request(index, prompt, params) for index, prompt in enumerate(drawn)]
 
 
-def run_job(
-    arch: Arch,
-    policy: Policy,
-    device: torch.device,
-    tracer: Tracer,
-    num_requests: int,
-    prompt_tokens: int = PROMPT_TOKENS,
-    new_tokens: int = SHORT_ANSWER,
-    at_end: Callable[[Runner], None] = lambda runner: None,
-) -> list[tuple[float, float]]:
-    """Seconds of every turn of the loop, and of its pass: between two passes sequences are admitted. at_end: is called
-    before the runner is closed."""
+@contextlib.contextmanager
+def job_runner(arch: Arch, policy: Policy, device: torch.device, tracer: Tracer, longest: SmallJob) -> Iterator[Runner]:
+    """For jobs that are no longer than this one. Opening one takes a GPU's host as long as ten passes."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
-    generator = random.Random(0)
-    requests = [Request(i, generator.choices(range(3, 64), k=prompt_tokens), params) for i in range(num_requests)]
-    job = Job((prompt_tokens + new_tokens,) * len(requests), (prompt_tokens,) * len(requests))
-    turns = []
-    with small_runner(arch, policy, job, device, dtype, tracer) as runner:
-        sequences = (Sequence(request, sequence_id=request.index) for request in requests)
-        scheduler = Scheduler(policy, runner.cache, sequences, runner.sizes.max_micro_batch_tokens)
-        passes, began = Passes(scheduler, runner.executor, tracer, ahead=False), time.perf_counter()
-        while scheduler.has_work():
-            start = time.perf_counter()
-            passes.turn()
-            end = time.perf_counter()
-            turns.append((end - began, end - start))
-            began = end
-        at_end(runner)
+    with small_runner(arch, policy, longest.lengths, device, dtype, tracer) as runner:
+        yield runner
+
+
+def turns_of(runner: Runner, policy: Policy, tracer: Tracer, job: SmallJob) -> list[tuple[float, float]]:
+    """Seconds of every turn of the loop, and of its pass: between two passes sequences are admitted. policy: the
+    runner's, but for how much of the prompts a pass reads."""
+    sequences = (Sequence(request, sequence_id=request.index) for request in job.requests)
+    scheduler = Scheduler(policy, runner.cache, sequences, runner.sizes.max_micro_batch_tokens)
+    passes, turns, began = Passes(scheduler, runner.executor, tracer, ahead=False), [], time.perf_counter()
+    while scheduler.has_work():
+        start = time.perf_counter()
+        passes.turn()
+        end = time.perf_counter()
+        turns.append((end - began, end - start))
+        began = end
     return turns
+
+
+def decode_seconds_of(runner: Runner, policy: Policy, tracer: Tracer, job: SmallJob) -> list[float]:
+    """Of the passes of a full block, after some that warm up."""
+    return [seconds for _, seconds in turns_of(runner, policy, tracer, job)][1 + WARM_UP : -1]

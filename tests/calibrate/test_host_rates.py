@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +22,26 @@ from flexbatch.trace import Span, Tracer
 CPU = torch.device("cpu")
 
 
+def let_passes_take(monkeypatch: pytest.MonkeyPatch, seconds: Any, turns: Any = None) -> None:
+    """seconds: of a decode pass, by layers, policy and device; turns: of a job, by layers, policy and the job."""
+
+    @contextlib.contextmanager
+    def runner(arch: Arch, policy: Policy, device: torch.device, *told: Any) -> Iterator[Any]:
+        yield SimpleNamespace(arch=arch, device=device, executor=SimpleNamespace(pieces=SimpleNamespace(passes=99)))
+
+    @contextlib.contextmanager
+    def timed(num_layers: int, policy: Policy, device: torch.device) -> Iterator[Any]:
+        yield lambda: seconds(num_layers, policy, device)
+
+    monkeypatch.setattr(host, "decode_passes", timed)
+    if turns is not None:
+        for module in (host, graphs):
+            monkeypatch.setattr(module, "job_runner", runner)
+            monkeypatch.setattr(
+                module, "turns_of", lambda runner, policy, tracer, job: turns(runner.arch.num_layers, policy, job)
+            )
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def seconds(num_layers: int, policy: Policy, device: torch.device) -> float:
@@ -29,15 +53,14 @@ def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch)
         each = 1e-5 if policy.cache.gpu else 5e-5
         return 2e-3 + each * policy.block_size + 3e-4 * ticks + more * num_layers
 
-    def turns(arch: Arch, policy: Policy, device: torch.device, tracer: Tracer, count: int) -> list:
+    def turns(num_layers: int, policy: Policy, job: passes.SmallJob) -> list:
         """Blocks of two passes; the first loads kernels."""
-        one = seconds(arch.num_layers, policy, device)
-        later = count // policy.block_size - 1
+        one = seconds(num_layers, policy, CPU)
+        later = job.num_requests // policy.block_size - 1
         return [(9.0, 9.0)] * 2 + later * [(one + 3e-5 * policy.block_size, one), (one, one)]
 
     attention = {0: host.AttentionInPasses(6e-4, 1e11, 5e10), 1: host.AttentionInPasses(5e-4, 1.2e11, math.inf)}
-    monkeypatch.setattr(host, "decode_seconds", seconds)
-    monkeypatch.setattr(host, "run_job", turns)
+    let_passes_take(monkeypatch, seconds, turns)
     monkeypatch.setattr(host, "attention_seconds", lambda device: 4e-4)
     monkeypatch.setattr(host, "graph_seconds", lambda device: 4e-5)
     monkeypatch.setattr(host, "piece_seconds", lambda device: 7e-5)
@@ -92,15 +115,18 @@ def test_what_is_recorded_takes_the_device_as_long_as_it_does() -> None:
 def test_pieces_are_timed_while_prompts_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the first passes, which record them, nor those behind the prompts; of a round the median."""
 
-    def turns(
-        arch: Arch, policy: Policy, device: torch.device, tracer: Tracer, count: int, tokens: int, at_end: Any
-    ) -> list:
-        assert policy.piece_tokens == count * policy.prefill_chunk and not tokens % policy.prefill_chunk
-        reading = [1e-3 + 2e-4 * arch.num_layers] * (tokens // policy.prefill_chunk)
-        reading[:RECORDING_PASSES], reading[-2] = [9.0] * RECORDING_PASSES, 7.0
+    recorded = set()
+
+    def turns(num_layers: int, policy: Policy, job: passes.SmallJob) -> list:
+        assert policy.piece_tokens == job.num_requests * policy.prefill_chunk
+        assert not job.prompt_tokens % policy.prefill_chunk
+        reading = [1e-3 + 2e-4 * num_layers] * (job.prompt_tokens // policy.prefill_chunk)
+        first = 1 if num_layers in recorded else RECORDING_PASSES
+        recorded.add(num_layers)
+        reading[:first], reading[-2] = [9.0] * first, 7.0
         return [(seconds, seconds) for seconds in [*reading, 8.0]]
 
-    monkeypatch.setattr(graphs, "run_job", turns)
+    let_passes_take(monkeypatch, None, turns)
     assert graphs.piece_seconds(CPU) == pytest.approx(2e-4)
 
 
@@ -113,7 +139,7 @@ def test_the_fastest_of_all_rounds_counts(late: bool, monkeypatch: pytest.Monkey
         calls.append(num_layers)
         return num_layers * (1e-3 if (len(calls) > 4) == late else 5e-3)
 
-    monkeypatch.setattr(host, "decode_seconds", seconds)
+    let_passes_take(monkeypatch, seconds)
     timed = host.HostPasses({"one": passes.resident(8), "two": passes.resident(16)}, CPU, {})
     assert timed.layer_seconds("one") == timed.layer_seconds("two") == pytest.approx(1e-3)
     assert len(calls) == 8
@@ -158,6 +184,22 @@ def test_costs_of_this_machine() -> None:
     assert found["sequence_seconds"] + found["launch_seconds"] + found["pass_seconds"] > 0
 
 
+def test_jobs_in_one_runner_are_as_long_as_each_says() -> None:
+    """A runner for the longest serves shorter ones before it, and the same again, on every tier; nothing that it has
+    seen shortens what comes."""
+    for policy in (passes.resident(4), passes.with_cpu_attention(4, 2), replace(passes.resident(4), cache=host.ON_CPU)):
+        policy = replace(policy, prefill_chunk=16)
+        longest = passes.SmallJob(policy.block_size, 48, 5)
+        with (
+            torch.inference_mode(),
+            passes.job_runner(passes.small_arch(2, 8), policy, CPU, Tracer(), longest) as runner,
+        ):
+            for prompt, answer in ((16, 3), (48, 5), (4, 5), (4, 5)):
+                turns = passes.turns_of(runner, policy, Tracer(), passes.SmallJob(policy.block_size, prompt, answer))
+                assert len(turns) == -(-prompt // 16) + answer - 1
+            runner.check()
+
+
 @pytest.mark.parametrize("noise", range(20))
 def test_costs_of_a_noisy_machine(noise: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes that take up to fifty times as long as they should, by chance: what is found is still finite and not
@@ -168,8 +210,7 @@ def test_costs_of_a_noisy_machine(noise: int, monkeypatch: pytest.MonkeyPatch) -
         work = 1e-3 + 2e-5 * policy.block_size + 1e-4 * policy.num_gpu_batches * (num_layers + 1)
         return work * chance.choice((1, 1, 2, 50 * chance.random() + 1))
 
-    monkeypatch.setattr(host, "decode_seconds", seconds)
-    monkeypatch.setattr(host, "run_job", lambda *_: [(chance.random(), chance.random()) for _ in range(16)])
+    let_passes_take(monkeypatch, seconds, lambda *_: [(chance.random(), chance.random()) for _ in range(16)])
     monkeypatch.setattr(host, "attention_seconds", lambda device: chance.random())
     found = host.host_rates(CPU)
     assert all(0 <= value < math.inf for value in found.values())
@@ -181,7 +222,7 @@ def test_costs_of_a_quiet_machine_are_found(monkeypatch: pytest.MonkeyPatch) -> 
     def seconds(num_layers: int, policy, device) -> float:
         return 1e-3 + 2e-5 * policy.block_size + 1e-4 * policy.num_gpu_batches * (num_layers + 1)
 
-    monkeypatch.setattr(host, "decode_seconds", seconds)
+    let_passes_take(monkeypatch, seconds)
     monkeypatch.setattr(host, "attention_seconds", lambda device: 1e-4)
     found = host.host_rates(CPU)
     assert (found["pass_seconds"], found["sequence_seconds"]) == (pytest.approx(1e-3), pytest.approx(2e-5))
