@@ -19,7 +19,7 @@ shift
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 HW=$O/hardware.json
-ONE_GPU=(tests:260 codes:90 ceilings:90 resident:480 reservation:250 loading:140 drawn:440 users:260 experts:300 experts-whole:770 experts-parts:440 rows-16:300 rows-4:270 row-70b:110 paired:320)
+ONE_GPU=(tests:300 codes:90 ceilings:90 resident:480 reservation:250 loading:140 drawn:440 users:260 experts:300 experts-whole:770 experts-parts:440 rows-16:300 rows-4:270 row-70b:110 paired:320)
 
 # A command's output goes to FOLDER/NAME.log and .err; it is ended by TERM, on which benchmarks write what they have.
 step() { # NAME SECONDS COMMAND...
@@ -37,8 +37,8 @@ bench() { # NAME SECONDS MODULE ARGUMENTS...
 
 # Some count what is free on the GPU, which they must have to themselves.
 tests() {
-    step tests-alone 60 python3 -m pytest -v --tb=short -n 0 -m "gpu and alone" tests/engine
-    step tests "$(($1 - 60))" python3 -m pytest -v --tb=short -n 8 --dist worksteal -m "gpu and not slow and not alone" tests/kernels tests/engine tests/memory tests/calibrate
+    step tests-alone 100 python3 -m pytest -v -rP --tb=short -n 0 -m "gpu and alone" tests/calibrate tests/engine
+    step tests "$(($1 - 100))" python3 -m pytest -v --tb=short -n 8 --dist worksteal -m "gpu and not slow and not alone" tests/kernels tests/engine tests/memory tests/calibrate
 }
 
 codes() {

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from flexbatch.calibrate.identity import machine_key
-from flexbatch.calibrate.measure import DiskTimes, capacities, logger, measure
+from flexbatch.calibrate.measure import EngineRates, capacities, logger, measure
 from flexbatch.calibrate.phases import Phases
 from flexbatch.calibrate.profile_file import write_hardware
 from flexbatch.policy.hardware import Hardware, read_hardware
@@ -26,13 +23,12 @@ def cached(
     cache_folder: Path,
     device: str,
     disk_folder: Path,
-    overrides: Mapping[str, Any] | None = None,
+    engine: EngineRates | None = None,
     refresh: bool = False,
     phases: Phases | None = None,
-    disk: Future[DiskTimes] | None = None,
 ) -> Hardware:
     """The machine's profile from ``cache_folder``, measured at first use, and again where the file is damaged or of
-    another version."""
+    another version. engine: as for `measure.measure`."""
     path = cache_path(cache_folder, device, disk_folder)
     hardware = None
     if path.is_file() and not refresh:
@@ -45,7 +41,7 @@ def cached(
                 for tier in ("gpu_memory", "cpu_memory", "disk")
             )
         )
-    hardware = measure(device, disk_folder, overrides, phases, disk)
+    hardware = measure(device, disk_folder, engine, phases)
     try:
         write_hardware(hardware, path)
     except OSError as error:

@@ -242,7 +242,8 @@ def host_rates(device: torch.device, phases: Phases | None = None) -> dict[str, 
         torch.set_num_threads(threads)
     rates = {"graph_seconds": 0.0, "piece_seconds": 0.0, "request_seconds": coming_and_going}
     if gpu:
-        rates |= {"graph_seconds": graph_seconds(device), "piece_seconds": piece_seconds(device)}
+        with phases.of("layers in graphs and in pieces"):
+            rates |= {"graph_seconds": graph_seconds(device), "piece_seconds": piece_seconds(device)}
     rates |= python_rates(passes, baseline)
     layer = {name: passes.layer_seconds(name) for name in others}
     more = baseline["many"].block_size - baseline["few"].block_size

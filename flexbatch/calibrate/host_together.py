@@ -24,7 +24,7 @@ from flexbatch.policy.curve import Curve
 KV_HEADS = 8
 CACHE_BYTES = 1024 * MIB
 """Attended at one time by each process: more than processors keep in their own caches."""
-SECONDS = 0.35
+SECONDS = 0.2
 """Of each measurement."""
 MEASURED_ALONE = "host measured alone"
 """What the others wait for at the store: on a group of GPUs they would wait with a core of the host each."""

@@ -39,7 +39,7 @@ SHORTER = 64
 """On CPUs sizes are so much smaller."""
 LAUNCHED = 100
 """Sums that are launched one after another: more would wait for room in the queue of launches."""
-ROUNDS, SECONDS = 3, 0.15
+ROUNDS, SECONDS = 3, 0.08
 """Timings of each size, of which the fastest counts, and about how long each takes on an idle machine."""
 
 
@@ -51,27 +51,48 @@ def lacks_interconnect(hardware: Hardware, gpus: int) -> bool:
     return together is None or hardware.cpu_attention_together is None or together.points[-1] < gpus
 
 
-def with_interconnect(hardware: Hardware, gpus: int) -> Hardware:
-    """A profile with what is measured between so many GPUs of this host. Raises LostRankError."""
-    found = measure_interconnect(hardware.device, gpus)
+def with_interconnect(hardware: Hardware, gpus: int, ranks: WaitingRanks | None = None) -> Hardware:
+    """A profile with what is measured between so many GPUs of this host. ranks: the others, where they were started
+    earlier. Raises LostRankError."""
+    found = measure_interconnect(hardware.device, gpus, ranks)
     errors = {**hardware.fit_error, **found.pop("fit_error")}
     said = f"measured on {gpus} GPUs of this host, a process each"
     source = {**hardware.source, **dict.fromkeys(found, said)}
     return dataclasses.replace(hardware, **found, fit_error=errors, source=source)
 
 
-def measure_interconnect(device_type: str, count: int) -> dict[str, Any]:
-    """Fields of `Hardware`. Raises LostRankError."""
-    started = time.perf_counter()
-    mesh = Mesh(0, count, "127.0.0.1:0", 0, count, hosts_store=True)
-    store = open_store(mesh)
-    store.set("device", device_type)
-    others = [Mesh(rank, count, f"127.0.0.1:{store.port}", rank, count, False) for rank in range(1, count)]
-    processes = RankProcesses(MODULE, others)
+class WaitingRanks:
+    """The processes of the other GPUs, which import what they need while this one measures something else, and take
+    nothing of a GPU until all of them measure together."""
+
+    def __init__(self, device_type: str, count: int) -> None:
+        """Raises LostRankError, OSError."""
+        self.device_type = device_type
+        self.mesh = Mesh(0, count, "127.0.0.1:0", 0, count, hosts_store=True)
+        self.store = open_store(self.mesh)
+        address = f"127.0.0.1:{self.store.port}"
+        self.processes = RankProcesses(MODULE, [Mesh(k, count, address, k, count, False) for k in range(1, count)])
+
+    def measured(self) -> dict[str, Any]:
+        self.store.set("device", self.device_type)
+        return measured(self.mesh, self.store, self.device_type)
+
+    def close(self, done: bool = False) -> None:
+        """done: they have measured, and end by themselves."""
+        if not done:
+            self.processes.closing.set()
+            self.processes.kill()
+        self.processes.close()
+
+
+def measure_interconnect(device_type: str, count: int, ranks: WaitingRanks | None = None) -> dict[str, Any]:
+    """Fields of `Hardware`. ranks: are closed in any case. Raises LostRankError."""
+    started, done = time.perf_counter(), False
+    ranks = ranks or WaitingRanks(device_type, count)
     try:
-        found = measured(mesh, store, device_type)
+        found, done = ranks.measured(), True
     finally:
-        processes.close()
+        ranks.close(done)
     logger.info("measured the interconnect of %d GPUs in %.1f s", count, time.perf_counter() - started)
     return found
 

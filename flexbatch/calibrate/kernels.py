@@ -1,13 +1,12 @@
-"""Rates of the engine's own kernels on this machine, for the profile that the policy optimizer plans by; `host_rates`
-adds what its Python costs.
+"""Rates of the engine's own kernels on this machine, for the profile that the policy optimizer plans by;
+`engine_kernels` adds what its Python costs.
 
-`policy.profile` measures links, GEMMs and disks with torch alone; what runs in kernels of this project is measured
-here, by the calls that the engine makes.
+`measure` has links, GEMMs and disks, with torch alone; what runs in kernels of this project is measured here, by the
+calls that the engine makes.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -17,15 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexbatch.calibrate.coded import coded_curves
-from flexbatch.calibrate.compiling import profile_kernels, small_pass_calls
-from flexbatch.calibrate.experts import expert_curves, repeated
+from flexbatch.calibrate.compiling import small_pass_calls
+from flexbatch.calibrate.experts import repeated
 from flexbatch.calibrate.fits import fit_curve
-from flexbatch.calibrate.host import ALONE, host_rates
-from flexbatch.calibrate.phases import Phases
 from flexbatch.calibrate.replays import recorded_seconds
-from flexbatch.execution.kernels_ahead import compiled_ahead
-from flexbatch.kernels import native, ops, reference
+from flexbatch.kernels import ops, reference
 from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.policy.curve import Curve
 
@@ -39,17 +34,19 @@ DRAWN_TOKENS = 8192
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """The fastest of ``repeats`` after a warm-up; on a GPU by its own clock."""
+    """The fastest of ``repeats`` after a warm-up, or of less where two are within a fiftieth of each other; on a GPU by
+    its own clock."""
     if device.type == "cuda":
         return recorded_seconds(work, device)
-
-    def once() -> float:
+    found: list[float] = []
+    for _ in range(1 + repeats):
         start = time.perf_counter()
         work()
-        return time.perf_counter() - start
-
-    once()
-    return min(once() for _ in range(repeats))
+        found.append(time.perf_counter() - start)
+        fastest = sorted(found[1:])[:2]
+        if len(fastest) == 2 and fastest[1] <= 1.02 * fastest[0]:
+            break
+    return min(found[1:])
 
 
 def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -238,38 +235,3 @@ def beside(attend: Callable[[], object], num_bytes: int, rounds: int = 10) -> tu
         finally:
             stop.set()
         return rounds * num_bytes / took, link.result()
-
-
-def kernel_rates(device: str, phases: Phases | None = None) -> dict[str, Any]:
-    """Fields of `policy.hardware.Hardware`, for `calibrate.measure`.
-
-    Takes about 30 seconds with a GPU, some of it compilation, and 5 without.
-    """
-    phases = phases or Phases()
-    dev = torch.empty(0, device=device).device  # with its number
-    dtype = torch.bfloat16 if dev.type == "cuda" else torch.float32
-    with torch.no_grad():
-        if dev.type == "cuda":
-            # The C kernels of the host meanwhile: those of a GPU would run in the middle of what is measured.
-            with phases.of("the compilers"), compiled_ahead(dev, profile_kernels(dtype)):
-                ops.load_compiled()
-        with phases.of("attention"):
-            rates = attention_rates(dev, dtype)
-        with phases.of("attention on the CPU"):
-            rates |= cpu_attention_rates(dev, dtype)
-        rates |= host_rates(dev, phases)
-        if dev.type == "cpu":
-            with phases.of("products with quantized weights"):
-                rates |= coded_curves(dtype)
-        if native.library() is not None:
-            with phases.of("experts on the CPU"):
-                rates |= expert_curves(dev, dtype)
-        # As in passes of the engine, where less of the machine is left to attention than beside nothing.
-        share = min(1.0, rates.pop(ALONE, math.inf) / rates["cpu_attention"].values[0])
-        for name in ("cpu_attention", "cpu_attention_8", "cpu_attention_4"):
-            rates[name] = Curve(rates[name].points, tuple(share * rate for rate in rates[name].values))
-        rates["cpu_attention_during_h2d"] = min(rates["cpu_attention_during_h2d"], rates["cpu_attention"].values[0])
-        if dev.type == "cuda":
-            with phases.of("pages over the link"):
-                rates |= page_rates(dev)
-        return rates

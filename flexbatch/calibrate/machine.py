@@ -18,9 +18,8 @@ from flexbatch.validation.errors import ConfigurationError, LostRankError
 
 logger = logging.getLogger("flexbatch")
 
-IDLE_SECONDS = {"cpu": 12.0, "cuda": 40.0}
-"""What a profile takes on an idle machine (36 and 45 s with an H200 and an H100); it grows with the processes that
-share the cores."""
+IDLE_SECONDS = {"cpu": 10.0, "cuda": 20.0}
+"""What a profile takes on an idle machine; it grows with the processes that share the cores."""
 PATIENCE_SECONDS = 20.0
 
 
@@ -59,7 +58,7 @@ def this_machine(
 
     if not lacks_interconnect(hardware, gpus):
         return hardware
-    logger.info("measuring once how %d GPUs of this host work together, about 20 s", gpus)
+    logger.info("measuring once how %d GPUs of this host work together, about 10 s", gpus)
     try:
         hardware = with_interconnect(hardware, gpus)
         write_hardware(hardware, profile_path(AUTO, device, disk_folder, cache_folder))
@@ -82,18 +81,18 @@ def of_one_gpu(device: torch.device, disk_folder: Path, cache_folder: Path, meas
     path = cache_path(cache_folder, str(device), disk_folder)
     expected = IDLE_SECONDS[device.type] * max(1.0, (os.getloadavg()[0] + 1) / (os.cpu_count() or 1))
     if measure and (device.type == "cuda" or expected <= PATIENCE_SECONDS):
-        from flexbatch.calibrate.kernels import kernel_rates
-        from flexbatch.calibrate.measure import begin_disk
+        from flexbatch.calibrate.engine_kernels import EngineKernels
         from flexbatch.calibrate.phases import Phases
 
         logger.info(
             "measuring this machine's links, processors and disk once, about %s; --hardware %s skips it",
             *(duration_text(expected), shipped_for(device)),
         )
-        phases, disk = Phases(), begin_disk(str(device), disk_folder)
-        rates = kernel_rates(str(device), phases)
-        hardware = cached(cache_folder, str(device), disk_folder, rates, phases=phases, disk=disk)
+        phases, engine = Phases(), EngineKernels(str(device))
+        hardware = cached(cache_folder, str(device), disk_folder, engine, phases=phases)
         logger.info("measured %s (%s) -> %s", hardware.name, phases.text, path)
+        if engine.text:
+            logger.info("%s", engine.text)
         return hardware
     why = (
         f"measuring would take about {expected:.0f} s at a load of {os.getloadavg()[0]:.1f}"

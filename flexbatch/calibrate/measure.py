@@ -1,23 +1,24 @@
-"""Measures this machine for the policy optimizer: links, compute, host, disk.
+"""Measures this machine for the policy optimizer: links, compute, host, disk, and the engine's kernels and Python.
 
-Pinned and plain buffers stay below 2 GiB together. Rates of the engine's own kernels can be given as ``overrides``
-by a caller that may import them; without, library kernels or stated ratios stand in, and the JSON's ``source`` says
-so.
+What computes on the device's own clock or waits for a link is measured while kernels are compiled; what needs the
+host's cores afterwards, each part alone. Pinned and plain buffers stay below 2 GiB together.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from torch import Tensor
 from flexbatch.calibrate.disk import measure_disk
 from flexbatch.calibrate.fits import fit_curve, mean_rate
 from flexbatch.calibrate.identity import machine_key
-from flexbatch.calibrate.links import GATHER_SHARE, MIB, Timer, measure_links
+from flexbatch.calibrate.links import GATHER_SHARE, MIB, Timer, host_bandwidth, measure_links
 from flexbatch.calibrate.phases import Phases
 from flexbatch.calibrate.replays import recorded_seconds
 from flexbatch.policy.hardware import KERNELS_OF_TICK, Hardware
@@ -41,52 +42,75 @@ DiskTimes = tuple[list[Request], list[Request], float]
 """What `measure_disk` gives."""
 
 
+class EngineRates(Protocol):
+    """Measures what runs in the engine's own kernels: `kernels.EngineKernels`."""
+
+    def compiled(self, phases: Phases) -> AbstractContextManager[None]:
+        """Its kernels are, at the end of the body."""
+
+    def rates(self, phases: Phases) -> dict[str, Any]:
+        """Fields of `Hardware`."""
+
+
 def begin_disk(device: str, folder: Path) -> Future[DiskTimes] | None:
     """Measure the disk beside what follows on a machine with a GPU, of whose links and cores it takes a fiftieth. None:
     a CPU does either by itself."""
     if torch.device(device).type != "cuda":
         return None
     pool = ThreadPoolExecutor(1, thread_name_prefix="flexbatch-profile")
-    disk = pool.submit(measure_disk, folder, 1024 * MIB, 8.0)
+    disk = pool.submit(measure_disk, folder, 1024 * MIB, 4.0)
     pool.shutdown(wait=False)
     return disk
 
 
 def measure(
-    device: str,
-    disk_folder: Path,
-    overrides: Mapping[str, Any] | None = None,
-    phases: Phases | None = None,
-    disk: Future[DiskTimes] | None = None,
+    device: str, disk_folder: Path, engine: EngineRates | None = None, phases: Phases | None = None
 ) -> Hardware:
-    """Measure everything that the cost model uses. ``overrides``: fields of `Hardware` that the caller measured better;
-    they are not measured here. disk: what `begin_disk` gave.
+    """Measure everything that the cost model uses. engine: None where library kernels and stated ratios are to stand
+    in for the engine's own, and the JSON's ``source`` says so.
 
-    Takes about 4 seconds with a GPU and 10 without. Raises OSError when the disk folder cannot be written.
+    Takes less than 20 seconds with a GPU, 3 of them compiling, and as long without (docs/architecture.md has the
+    parts). Raises OSError when the disk folder cannot be written.
     """
     phases = phases or Phases()
-    dev = torch.device(device)
-    dtype = torch.bfloat16 if dev.type == "cuda" else torch.float32
-    timer = Timer(dev, 0.1 if dev.type == "cuda" else 0.12)
+    dev = torch.empty(0, device=device).device  # with its number
+    gpu = dev.type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    timer = Timer(dev, 0.1 if gpu else 0.12)
     values: dict = {}
     errors: dict[str, float] = {}
-    disk = disk or begin_disk(device, disk_folder)
-    with torch.no_grad(), phases.of("links and products"):
-        measure_links(values, errors, dev, timer)
-        _compute(values, errors, dev, dtype, timer)
-        if "cpu_attention" not in (overrides or {}):
-            _cpu_attention(values, errors, dev, dtype, timer)
-        if "launch_seconds" not in (overrides or {}):
-            _overheads(values, dev, timer)
+    disk, given = begin_disk(device, disk_folder), dict[str, Any]()
+    compiled = engine.compiled(phases) if engine is not None else contextlib.nullcontext()
+    with torch.no_grad():
+        with compiled, phases.of("links and products"):
+            host = measure_links(values, errors, dev, timer)
+            weight = _products(values, errors, dev, dtype, timer)
+        with phases.of("the host's memory"):
+            values["host_bandwidth"] = host_bandwidth(*host, timer.seconds)
+        del host
+        if engine is None:
+            with phases.of("stand-ins for kernels"):
+                _attention(values, dev, dtype, timer)
+                _expansion(values, weight, timer)
+                _cpu_attention(values, errors, dev, dtype, timer)
+                _overheads(values, dev, timer)
+        else:
+            if not gpu:
+                _expansion(values, weight, timer)
+            del weight
+            given = engine.rates(phases)
     with phases.of("the disk"):
         times = measure_disk(disk_folder, 128 * MIB, seconds=4.0) if disk is None else disk.result()
     _note_disk(values, errors, *times)
     values |= capacities(dev, disk_folder)
-    given = dict(overrides or {})
-    source = {
-        "measured": f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}",
-        "machine": machine_key(dev, disk_folder)[0],
-    }
+    return _hardware(values, given, errors, dev, machine_key(dev, disk_folder)[0], phases)
+
+
+def _hardware(
+    values: dict, given: dict[str, Any], errors: dict[str, float], dev: torch.device, machine: str, phases: Phases
+) -> Hardware:
+    """given: fields that the engine's own kernels were measured for; they come before ``values``."""
+    source = {"measured": f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}", "machine": machine}
     source["load average"] = (
         f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
     )
@@ -104,14 +128,11 @@ def measure(
         values["host_bandwidth"] = max(
             values["host_bandwidth"], given["cpu_attention_during_h2d"] + given["h2d_during_cpu_attention"]
         )
-    return Hardware(
-        **{"name": source["machine"], "device": dev.type, **values, **given, "fit_error": errors, "source": source}
-    )
+    return Hardware(**{"name": machine, "device": dev.type, **values, **given, "fit_error": errors, "source": source})
 
 
-def _compute(values: dict, errors: dict[str, float], dev: torch.device, dtype: torch.dtype, timer: Timer) -> None:
-    """GEMM against tokens, memory bandwidth, attention for single tokens and for prompts, dequantization of
-    weights."""
+def _products(values: dict, errors: dict[str, float], dev: torch.device, dtype: torch.dtype, timer: Timer) -> Tensor:
+    """GEMM against tokens, and memory bandwidth. Returns the weight."""
     gpu = dev.type == "cuda"
     rows, columns = (8192, 8192) if gpu else (2048, 2048)
     weight = torch.randn(rows, columns, device=dev, dtype=dtype)
@@ -123,7 +144,12 @@ def _compute(values: dict, errors: dict[str, float], dev: torch.device, dtype: t
     values["gemm"], errors["gemm"] = fit_curve(TOKENS[dev.type], rates)
     source, target = (torch.empty((512 if gpu else 64) * MIB, dtype=torch.uint8, device=dev).fill_(1) for _ in range(2))
     values["gpu_bandwidth"] = 2 * source.numel() / timer(lambda: target.copy_(source))
-    batch, heads, head_dim, context = (64, 32, 128, 1024) if gpu else (16, 8, 64, 1024)
+    return weight
+
+
+def _attention(values: dict, dev: torch.device, dtype: torch.dtype, timer: Timer) -> None:
+    """Of the library, for single tokens and for prompts."""
+    batch, heads, head_dim, context = (64, 32, 128, 1024) if dev.type == "cuda" else (16, 8, 64, 1024)
     cache = torch.randn(2, batch, heads, context, head_dim, device=dev, dtype=dtype)
     single = torch.randn(batch, heads, 1, head_dim, device=dev, dtype=dtype)
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -133,10 +159,14 @@ def _compute(values: dict, errors: dict[str, float], dev: torch.device, dtype: t
     few = cache[:, : max(1, batch // 16)]
     flops = 4 * few.shape[1] * heads * head_dim * context * (context + 1) / 2
     values["attention_prefill"] = flops / timer(lambda: attend(few[0], few[0], few[1], is_causal=True))
-    codes = torch.randint(0, 255, (weight.numel() // 64, 64), device=dev, dtype=torch.uint8)
-    scale = torch.rand(codes.shape[0], 1, device=dev, dtype=dtype)
+
+
+def _expansion(values: dict, weight: Tensor, timer: Timer) -> None:
+    """Dequantization of weights, of which this one has the size."""
+    codes = torch.randint(0, 255, (weight.numel() // 64, 64), device=weight.device, dtype=torch.uint8)
+    scale = torch.rand(codes.shape[0], 1, device=weight.device, dtype=weight.dtype)
     moved = codes.numel() * (1 + weight.element_size())
-    values["expand"] = moved / timer(lambda: codes.to(dtype).mul_(scale).add_(scale))
+    values["expand"] = moved / timer(lambda: codes.to(weight.dtype).mul_(scale).add_(scale))
 
 
 def _cpu_attention(values: dict, errors: dict[str, float], dev: torch.device, dtype: torch.dtype, timer: Timer) -> None:

@@ -6,23 +6,30 @@ Exit codes: 0 done, 2 usage, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-import time
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from flexbatch.execution.kernel_compilers import KernelCompilers
 from flexbatch.policy.command_line import Parser
 from flexbatch.policy.stdout import data_apart, run_process
 from flexbatch.validation.devices import check_device
 from flexbatch.validation.errors import DONE, INTERRUPTED, USAGE, ConfigurationError
+
+if TYPE_CHECKING:
+    from flexbatch.calibrate.phases import Phases
+    from flexbatch.policy.hardware import Hardware
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         "flexbatch profile",
         description="Measure this machine for the policy optimizer: links, kernels, host, disk, and what is between "
-        "its GPUs. Takes about 20 s on an idle CPU machine, 40 s with a GPU, half a minute more with several. Every "
-        "run measures by itself at first use; this is for other machines' plans.",
+        "its GPUs. Takes up to 20 s on an idle machine, and 10 s more where it has several GPUs. Every run measures by "
+        "itself at first use; this is for other machines' plans.",
         first={
             "--output": "JSON file to write",
             "--device": "auto, cpu, cuda, cuda:N",
@@ -61,29 +68,62 @@ def check(options: argparse.Namespace) -> None:
 
 
 def write_profile(options: argparse.Namespace) -> None:
-    import torch
-
-    from flexbatch.calibrate.interconnect import with_interconnect
-    from flexbatch.calibrate.measure import begin_disk, measure
-    from flexbatch.calibrate.phases import Phases
+    from flexbatch.calibrate.phases import Phases, process_age
     from flexbatch.calibrate.profile_file import write_hardware
 
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    start = time.perf_counter()
-    kernels, disk = {}, begin_disk(device, options.offload_dir)
-    phases = Phases(lambda line: print(line, file=sys.stderr, flush=True))
-    if options.kernels == "engine":
-        from flexbatch.calibrate.kernels import kernel_rates
-
-        kernels = kernel_rates(device, phases)
-    hardware = measure(device, options.offload_dir, kernels, phases, disk)
-    if device == "cuda" and (gpus := torch.cuda.device_count()) > 1:
-        hardware = with_interconnect(hardware, gpus)
+    phases = Phases(lambda line: print(line, file=sys.stderr, flush=True), earlier_seconds=process_age())
+    with contextlib.ExitStack() as stack:
+        waiting = begin_compilers(options)
+        if waiting is not None:
+            stack.callback(waiting.close)
+        print("starting", file=sys.stderr, flush=True)
+        hardware, compilers = measured(options, phases, waiting)
     write_hardware(hardware, options.output)
-    print(f"{hardware.name}: measured in {time.perf_counter() - start:.1f} s -> {options.output}", file=sys.stderr)
-    print(f"  {phases.text}", file=sys.stderr)
-    for name, error in hardware.fit_error.items():
-        print(f"  fit error of {name}: {error:.1%}", file=sys.stderr)
+    took, *parts = reversed(phases.text.rsplit("; ", 1))
+    print(f"{hardware.name}: measured, {took} -> {options.output}", file=sys.stderr)
+    for line in (*parts, compilers, *fit_errors(hardware)):
+        if line:
+            print(f"  {line}", file=sys.stderr)
+
+
+def begin_compilers(options: argparse.Namespace) -> KernelCompilers | None:
+    """Before torch is imported here, which takes those that compile as long. None where there is nothing to compile, or
+    nobody to do it."""
+    if options.kernels != "engine" or options.device == "cpu" or find_spec("triton") is None:
+        return None
+    try:
+        check_device("cuda")
+        return KernelCompilers("flexbatch.calibrate.kernels") if len(os.sched_getaffinity(0)) > 2 else None
+    except (ConfigurationError, OSError):
+        return None
+
+
+def measured(options: argparse.Namespace, phases: Phases, waiting: KernelCompilers | None) -> tuple[Hardware, str]:
+    """The machine, and what its compilers did."""
+    import torch
+
+    from flexbatch.calibrate.engine_kernels import EngineKernels
+    from flexbatch.calibrate.interconnect import WaitingRanks, with_interconnect
+    from flexbatch.calibrate.measure import measure
+
+    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    engine = EngineKernels(device, waiting) if options.kernels == "engine" else None
+    gpus = torch.cuda.device_count() if device == "cuda" else 1
+    phases.passed("starting")
+    if gpus == 1:
+        hardware = measure(device, options.offload_dir, engine, phases)
+    else:
+        ranks = WaitingRanks(device, gpus)
+        with contextlib.ExitStack() as stack:
+            stack.callback(ranks.close)
+            hardware = measure(device, options.offload_dir, engine, phases)
+            with phases.of(f"what is between {gpus} GPUs"):
+                hardware = with_interconnect(hardware, gpus, ranks)
+    return hardware, engine.text if engine is not None else ""
+
+
+def fit_errors(hardware: Hardware) -> list[str]:
+    return [f"fit error of {name}: {error:.1%}" for name, error in hardware.fit_error.items()]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,7 +67,7 @@ def two_gpus(monkeypatch, tmp_path):
     known = load_hardware("h200")
     monkeypatch.setattr(machine, "of_one_gpu", lambda *_: read_hardware(path) if path.exists() else known)
 
-    def measure(device, count):
+    def measure(device, count, ranks=None):
         calls.append((device, count))
         return dict(FOUND)
 
@@ -84,7 +86,7 @@ def test_what_is_between_gpus_is_measured_when_it_is_first_needed(two_gpus, tmp_
 
 
 def test_where_it_cannot_be_measured_a_line_says_so(two_gpus, tmp_path, monkeypatch, caplog):
-    def lost(device, count):
+    def lost(device, count, ranks=None):
         raise LostRankError("rank 1 ended with exit code 1")
 
     monkeypatch.setattr(interconnect, "measure_interconnect", lost)
@@ -96,8 +98,26 @@ def test_a_profile_has_what_is_between_the_gpus_of_its_host(two_gpus, tmp_path, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("flexbatch.calibrate.measure.measure", lambda *_: load_hardware("h200"))
     monkeypatch.setattr(profile, "check", lambda options: None)
+    closed = []
+    started = lambda *told: SimpleNamespace(close=lambda: closed.append(told))  # noqa: E731
+    monkeypatch.setattr(interconnect, "WaitingRanks", started)
     for device, there in (("auto", True), ("cuda:1", False)):
         words = ["--output", str(tmp_path / "out.json"), "--device", device, "--kernels", "none"]
         assert profile.main(words) == 0
         written = json.loads((tmp_path / "out.json").read_text())
         assert bool(written["links_together"]) == there, device
+    assert closed == [("cuda", 2)], "processes of the other GPUs, where there are any"
+
+
+def test_ranks_wait_until_all_of_them_measure(monkeypatch):
+    """Started while something else is measured; those that never get to measure end as well."""
+    for measures in (True, False):
+        ranks = interconnect.WaitingRanks("cpu", 2)
+        (process,) = ranks.processes.processes
+        try:
+            if measures:
+                assert ranks.measured()["interconnect"] > 0
+        finally:
+            ranks.close(measures)
+            ranks.close()
+        assert process.returncode == (0 if measures else -signal.SIGKILL) and not ranks.processes.lost

@@ -67,7 +67,7 @@ def measured(monkeypatch):
     """Counts measurements, which take a moment and not seconds."""
     calls = []
 
-    def measure(device, disk_folder, overrides=None, phases=None, disk=None):
+    def measure(device, disk_folder, engine=None, phases=None):
         calls.append(device)
         with (phases or Phases()).of("the disk"):
             pass
@@ -75,7 +75,7 @@ def measured(monkeypatch):
 
     monkeypatch.setattr("flexbatch.calibrate.machine.known_machine", known_machine)  # all others know none
     monkeypatch.setattr("flexbatch.calibrate.cache.measure", measure)
-    monkeypatch.setattr("flexbatch.calibrate.kernels.kernel_rates", lambda device, phases: {})
+    monkeypatch.setattr("flexbatch.calibrate.engine_kernels.kernel_rates", lambda *told: {})
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     return calls
 
@@ -154,7 +154,8 @@ def test_a_start_on_a_known_machine_measures_nothing(tmp_path, measured, monkeyp
         raise AssertionError("something is measured")
 
     for name in (
-        "kernels.kernel_rates",
+        "engine_kernels.kernel_rates",
+        "engine_kernels.EngineKernels.compiled",
         "cache.measure",
         "measure.begin_disk",
         "measure.measure_disk",
@@ -171,8 +172,9 @@ def test_what_is_measured_is_said_while_it_is(tmp_path, measured, caplog):
     caplog.set_level(logging.INFO, "flexbatch")
     this_machine(torch.device("cpu"), tmp_path, tmp_path)
     said = [message for message in caplog.messages if "measur" in message]
-    assert said[0].startswith("measuring this machine's links, processors and disk once, about 12")
-    assert said[1] == "measuring the disk" and "(the disk 0.0 s)" in said[2]
+    assert said[0].startswith("measuring this machine's links, processors and disk once, about 10")
+    assert said[1] == "measuring the disk (0.0 s so far)"
+    assert "(the disk 0.0 s, between these 0.0 s; 0.0 s in all)" in said[2]
     caplog.clear()
     this_machine(torch.device("cpu"), tmp_path, tmp_path)
     assert not [message for message in caplog.messages if "measur" in message], "a known machine"

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch.calibrate import cache
 from flexbatch.calibrate.fits import fit_curve, fit_rate, mean_rate
+from flexbatch.calibrate.links import Timer
+from flexbatch.calibrate.phases import Phases, process_age
 from flexbatch.policy.curve import Curve
 from flexbatch.policy.hardware import Hardware, load_hardware
 
@@ -78,18 +83,53 @@ def test_curves_are_checked():
         Curve((2.0, 1.0), (1.0, 1.0))
 
 
+def test_the_seconds_of_all_parts_are_those_since_the_beginning():
+    clock, said = iter([10.0, 13.0, 13.5, 13.5, 15.5, 16.0, 16.0, 17.0, 17.25]), []
+    phases = Phases(said.append, lambda: next(clock), earlier_seconds=2.0)
+    phases.passed("starting")
+    with phases.of("links"):
+        pass
+    with phases.of("the compilers", "waiting for"):
+        pass
+    assert said == [
+        "measuring links (starting 5.0 s, 5.5 s so far)",
+        "waiting for the compilers (links 2.0 s, 8.0 s so far)",
+    ]
+    assert phases.text == "starting 5.0 s, links 2.0 s, the compilers 1.0 s, between these 1.2 s; 9.2 s in all"
+
+
+def test_a_process_knows_since_when_it_runs():
+    """To a hundredth of a second; what its parent has waited for it, at the most."""
+    code = "from flexbatch.calibrate.phases import process_age; print(process_age())"
+    started = time.monotonic()
+    told = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 0 < told < time.monotonic() - started + 0.02 and process_age() > told
+
+
+@pytest.mark.parametrize("seconds, runs", [((5, 1, 1, 1, 1, 9), 5), ((5, 1, 2, 1, 3, 1, 4, 1, 9), 8)])
+def test_a_timer_stops_when_its_fastest_runs_agree(seconds, runs, monkeypatch):
+    """The warm-up does not count; on a machine where nothing agrees the time is up at some time."""
+    timer, told = Timer(torch.device("cpu"), 60.0), []
+    left = iter(seconds)
+    monkeypatch.setattr(timer, "_once", lambda work, calls=1: told.append(next(left)) or told[-1])
+    assert timer(lambda: None) == 1 and len(told) == runs
+    timer, told = Timer(torch.device("cpu"), 0.0), []
+    left = iter(range(9, 0, -1))
+    monkeypatch.setattr(timer, "_once", lambda work, calls=1: told.append(next(left)) or told[-1])
+    assert timer(lambda: None) == 7 and len(told) == 3
+
+
 def test_this_machine_is_measured_and_cached(tmp_path, monkeypatch):
     """The whole profile on the CPU, then from the cache without measuring again."""
     pytest.importorskip("torch")
     # Of the processor: how long others make it wait says nothing.
     start = time.process_time()
-    hardware = cache.cached(tmp_path / "cache", "cpu", tmp_path, overrides={"scatter": 123e6})
+    phases = Phases(say=lambda line: None)
+    hardware = cache.cached(tmp_path / "cache", "cpu", tmp_path, phases=phases)
     elapsed = time.process_time() - start
-    assert (
-        hardware.device == "cpu"
-        and hardware.scatter == 123e6
-        and hardware.source["scatter"] == "the engine's own kernel"
-    )
+    assert hardware.device == "cpu" and "in all" in hardware.source["took"]
+    assert list(phases.seconds) == ["links and products", "the host's memory", "stand-ins for kernels", "the disk"]
+    assert 0 <= phases.total - sum(phases.seconds.values()) < 1 + 0.1 * phases.total, "the lines are all that it took"
     # A disk that is busy gives one block size in its time, and nothing to fit.
     assert (
         {"h2d", "d2h", "gemm", "cpu_attention"}
