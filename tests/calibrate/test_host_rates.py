@@ -187,14 +187,19 @@ def test_costs_of_this_machine() -> None:
 def test_jobs_in_one_runner_are_as_long_as_each_says() -> None:
     """A runner for the longest serves shorter ones before it, and the same again, on every tier; nothing that it has
     seen shortens what comes."""
-    for policy in (passes.resident(4), passes.with_cpu_attention(4, 2), replace(passes.resident(4), cache=host.ON_CPU)):
+    for policy in (
+        passes.resident(1, 1),
+        passes.resident(4),
+        passes.with_cpu_attention(4, 2),
+        replace(passes.resident(4), cache=host.ON_CPU),
+    ):
         policy = replace(policy, prefill_chunk=16)
         longest = passes.SmallJob(policy.block_size, 48, 5)
         with (
             torch.inference_mode(),
             passes.job_runner(passes.small_arch(2, 8), policy, CPU, Tracer(), longest) as runner,
         ):
-            for prompt, answer in ((16, 3), (48, 5), (4, 5), (4, 5)):
+            for prompt, answer in ((32, 3), (48, 5), (4, 5), (4, 5)):
                 turns = passes.turns_of(runner, policy, Tracer(), passes.SmallJob(policy.block_size, prompt, answer))
                 assert len(turns) == -(-prompt // 16) + answer - 1
             runner.check()
