@@ -22,11 +22,11 @@ from flexbatch.calibrate.links import MIB
 from flexbatch.parallel import numa
 from flexbatch.parallel.channel import Group, device_group, open_store
 from flexbatch.parallel.mesh import Mesh
-from flexbatch.parallel.processes import RankProcesses, live_as_long_as_rank_0, log_as_rank_0, mesh_of_words
+from flexbatch.parallel.processes import GRACE, RankProcesses, live_as_long_as_rank_0, log_as_rank_0, mesh_of_words
 from flexbatch.parallel.tensor_ranks import TensorRanks
 from flexbatch.policy.curve import Curve
 from flexbatch.policy.hardware import Hardware
-from flexbatch.validation.errors import DONE
+from flexbatch.validation.errors import DONE, LostRankError
 
 logger = logging.getLogger("flexbatch")
 
@@ -39,6 +39,9 @@ SHORTER = 64
 """On CPUs sizes are so much smaller."""
 LAUNCHED = 100
 """Sums that are launched one after another: more would wait for room in the queue of launches."""
+WAITING = 300.0
+"""Seconds for which one of the ranks that wait may be gone before this process ends with it: it measures something
+else, and looks before it needs them."""
 ROUNDS, SECONDS = 3, 0.08
 """Timings of each size, of which the fastest counts, and about how long each takes on an idle machine."""
 
@@ -71,9 +74,14 @@ class WaitingRanks:
         self.mesh = Mesh(0, count, "127.0.0.1:0", 0, count, hosts_store=True)
         self.store = open_store(self.mesh)
         address = f"127.0.0.1:{self.store.port}"
-        self.processes = RankProcesses(MODULE, [Mesh(k, count, address, k, count, False) for k in range(1, count)])
+        others = [Mesh(rank, count, address, rank, count, False) for rank in range(1, count)]
+        self.processes = RankProcesses(MODULE, others, WAITING)
 
     def measured(self) -> dict[str, Any]:
+        """Raises LostRankError."""
+        if self.processes.lost:
+            raise LostRankError(self.processes.lost)
+        self.processes.grace = GRACE
         self.store.set("device", self.device_type)
         return measured(self.mesh, self.store, self.device_type)
 

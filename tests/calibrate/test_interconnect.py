@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -121,3 +122,26 @@ def test_ranks_wait_until_all_of_them_measure(monkeypatch):
             ranks.close(measures)
             ranks.close()
         assert process.returncode == (0 if measures else -signal.SIGKILL) and not ranks.processes.lost
+
+
+def test_a_profile_is_written_where_a_rank_has_gone_meanwhile(two_gpus, tmp_path, monkeypatch, capsys):
+    """Everything else of it has been measured."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(profile, "check", lambda options: None)
+    monkeypatch.setattr(interconnect, "measure_interconnect", lambda kind, count, ranks: ranks.measured())
+    ranks = interconnect.WaitingRanks("cpu", 2)
+    monkeypatch.setattr(interconnect, "WaitingRanks", lambda *told: ranks)
+
+    def measure(*told):
+        (process,) = ranks.processes.processes
+        process.kill()
+        process.wait()
+        until = time.monotonic() + 10
+        while not ranks.processes.lost and time.monotonic() < until:
+            time.sleep(0.01)
+        return load_hardware("h200")
+
+    monkeypatch.setattr("flexbatch.calibrate.measure.measure", measure)
+    words = ["--output", str(tmp_path / "out.json"), "--device", "auto", "--kernels", "none"]
+    assert profile.main(words) == 0 and read_hardware(tmp_path / "out.json") == load_hardware("h200")
+    assert "counts as the bus: rank 1 was killed by SIGKILL" in capsys.readouterr().err
