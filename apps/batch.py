@@ -226,6 +226,17 @@ def run_rows(
     return run_shard(job, assignment, open_engine, resume)
 
 
+def overwrites_unasked(args: argparse.Namespace, environ: Mapping[str, str]) -> bool:
+    """Whether the command would discard the output even without --overwrite: a settings file or a variable says so, and
+    would say so again to who goes on."""
+    others = argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "overwrite"})
+    try:
+        config, _ = read_settings([JobConfig, EngineConfig], others, environ, getattr(args, "config", None))
+    except ConfigurationError:  # told when the command runs
+        return False
+    return config.overwrite and getattr(args, "overwrite", True)
+
+
 def main(
     argv: Sequence[str] | None = None, *, open_engine: OpenEngine = open_llm, identity: Any = model_identity
 ) -> int:
@@ -235,7 +246,7 @@ def main(
     if len(args.words) > 2:
         parser.error(f"unrecognized arguments: {' '.join(args.words[2:])}")
     set_up_logging(words=argv)
-    resume = resume_command(sys.orig_argv)
+    resume = resume_command(sys.orig_argv) + " --no-overwrite" * overwrites_unasked(args, os.environ)
     return run_command(lambda data: run(args, os.environ, resume, open_engine, identity, data), resume)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from flexbatch.cli.command import resume_command
 from flexbatch.config import EngineConfig
 from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.validation.errors import ConfigurationError
-from tests.apps_batch.helpers import ROOT, read_output, run_here, start, wait_for, write_input
+from tests.apps_batch.helpers import ROOT, command, parts_of, read_output, run_here, start, wait_for, write_input
 
 
 def test_help_imports_no_torch() -> None:
@@ -143,3 +144,24 @@ def test_names_that_are_not_utf8_are_refused_by_name(tmp_path: Path, capsys) -> 
         assert run_here(location, tmp_path / "out") == 2
         said = capsys.readouterr().err
         assert "the name of a file in" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("how", ["flag", "file", "variable", "flag and file"])
+def test_the_command_that_goes_on_discards_nothing(how: str, tmp_path: Path) -> None:
+    """Wherever it was said that the first start discards what is there."""
+    settings = tmp_path / "job.yaml"
+    settings.write_text("part_rows: 10\nwindow_rows: 4\n" + "overwrite: true\n" * ("file" in how))
+    words = [write_input(tmp_path / "in.parquet", [f"p{row}" for row in range(40)]), tmp_path / "out"]
+    words += ["--config", settings, *["--overwrite"] * ("flag" in how)]
+    environ = {**os.environ, **({"FLEXBATCH_OVERWRITE": "true"} if how == "variable" else {})}
+    first = command(*words, block=4, fail_after=200)
+    done = subprocess.run(first, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    kept = {path: path.stat().st_ino for path in parts_of(tmp_path / "out")}
+    assert kept
+    resume = shlex.split(done.stderr.rsplit("resume with: ", 1)[1])
+    resume[resume.index("tests.apps_batch.driver") + 1] = "{}"
+    done = subprocess.run(resume, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "resuming" in done.stderr, done.stderr
+    assert {path: path.stat().st_ino for path in kept} == kept
+    assert read_output(tmp_path / "out")["id"].to_pylist() == list(range(40))
