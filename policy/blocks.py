@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
 
+import numpy as np
+
+from flexbatch.policy.candidates import ON_GPU
+from flexbatch.policy.footprint import capacity, memory_rows
 from flexbatch.policy.pass_load import Lengths
 from flexbatch.policy.policy import Policy
 from flexbatch.policy.search import Search
@@ -19,6 +24,12 @@ MIN_BUDGET = 256
 FILLS = (1.0, 0.5, 0.25, 0.0)
 """How fast an empty block fills: the share of a sequence's stay over which prompts are spread. 1 keeps every pass
 alike, 0 brings all at once."""
+READ_AT_ONCE = 3.0
+"""Standard deviations of the prompt tokens of a micro-batch, beyond their mean, that it may bring where all are to be
+read in as few passes as there are chunks. Of 1,009 prompts of 4 to 32 tokens whose answers are one token each,
+micro-batches that had room for the mean left a few for a second pass, which takes as long as the first."""
+MOST_ON_GPU = 4096
+"""Sequences of the largest block on the GPU that is looked for."""
 FEW_WAVES = 8
 """Waves of a job from which a small last one costs too little to look for others."""
 
@@ -35,7 +46,11 @@ def budget_of(workload: Workload, policy: Policy, fill: float) -> int:
     that limits nothing."""
     lengths = Lengths.of(workload, policy)
     passes = max(lengths.prompt_passes, fill * lengths.residence)
-    budget = max(MIN_BUDGET, coarse(policy.gpu_batch_size * lengths.prompt / passes))
+    tokens = policy.gpu_batch_size * lengths.prompt
+    if passes <= lengths.prompt_passes:
+        # One prompt that is left for another pass costs a pass: as much as micro-batches differ.
+        tokens += READ_AT_ONCE * math.sqrt(policy.gpu_batch_size) * float(workload.columns[0].std())
+    budget = max(MIN_BUDGET, coarse(tokens / passes))
     return budget if budget < policy.gpu_batch_size * policy.prefill_chunk else 0
 
 
@@ -65,6 +80,22 @@ def grid(sequences: float, step: int = 1) -> list[tuple[int, int]]:
     flight first, so that the rest is pruned early."""
     pairs = itertools.product(GRID_BATCHES[::step], GRID_COUNTS)
     return sorted(pairs, key=lambda pair: (abs(math.log2(pair[0] * pair[1] / sequences)), abs(pair[1] - 4)))
+
+
+def on_gpu(search: Search, template: Policy) -> list[tuple[int, int]]:
+    """The size of the largest block with everything on the GPU, if there is one. It launches a pass as one graph, and
+    is a peak of its own: blocks of about the best offloaded one's size say nothing of it."""
+    if search.hardware.device != "cuda" or template.cpu_attention or template.cpu_experts or template.cache.disk:
+        return []
+    budget, most = capacity(search.hardware)["gpu"], search.workload.num_sequences or MOST_ON_GPU
+
+    def exceeds(batch: int) -> bool:
+        policy = block_policy(search, template, batch, 1, first_fill(search, batch))
+        rows = memory_rows(search.shape, search.hardware, search.workload, policy)["gpu"]
+        return float(np.sum(list(rows.values()), axis=0) @ ON_GPU) > budget
+
+    batch = bisect.bisect_left(range(1, min(most, MOST_ON_GPU) + 1), True, key=exceeds)
+    return [(batch, 1)] if batch else []
 
 
 def neighbors(policy: Policy, total: int | None) -> Iterator[tuple[int, int]]:

@@ -8,7 +8,8 @@ v = 1 / N and v times the weights' split (Charnes and Cooper 1962, "Programming 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +23,17 @@ from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import hit_expert_tokens
 from flexbatch.policy.lp import LinearProgram, add_shares, column, fixed_fractions
 from flexbatch.policy.model_shape import ModelShape
-from flexbatch.policy.pass_load import Lengths, steady_load
+from flexbatch.policy.pass_load import PROMPT_FIELDS, Lengths, PassLoad, steady_load
 from flexbatch.policy.policy import TIERS, Constraints, Policy, Split
 from flexbatch.policy.units import GIB
 from flexbatch.policy.workload import Workload
 
 IDEAL = 1e30
+COMPUTE = "gpu_compute", "gpu_memory"
+FEW_SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+"""In flight, between which a pass of a model with experts is counted as one of the smaller number."""
+OF_WEIGHTS = np.array([name.startswith("weights") or name == "cpu_experts" for name in ("", *VARIABLES)])
+"""Columns of what a pass brings once, however many sequences it has."""
 
 
 @dataclass(frozen=True)
@@ -57,29 +63,53 @@ def machine_bound(
     # Two micro-batches of half a sequence: with one, CPU attention would not overlap.
     policy = dataclasses.replace(policy, num_gpu_batches=2)
     load, finished = steady_load(workload, policy, in_flight=1.0)
-    # Of many sequences all experts cross the link in each pass, though a single one would hit few.
-    experts, count = shape.experts, workload.num_sequences
-    hits = experts is not None and count is not None and count <= hit_expert_tokens(experts.count, experts.top_k)
-    rows = rows_of(PassModel(shape, ideal, policy, load, hits=hits))
+    rows = rows_of(PassModel(shape, ideal, policy, load, hits=False))
     if weight_bits != 16:
         # By itself a sequence would be multiplied with codes, whose start and tiles many share in fact.
-        plain = rows_of(PassModel(shape, ideal, dataclasses.replace(policy, weight_bits=16), load, hits=hits))
-        alone = {name: row for name, row in rows.items() if "gpu_compute" not in JOINT.get(name, ())}
-        rows = alone | {name: plain[name] for name in ("gpu_compute", "gpu_memory")}
+        plain = rows_of(PassModel(shape, ideal, dataclasses.replace(policy, weight_bits=16), load, hits=False))
+        rows = without_compute(rows) | {name: plain[name] for name in COMPUTE}
     lengths = Lengths.of(workload, policy)
     occupied = lengths.prompt + lengths.output / 2
-    seconds = _solve(
-        shape,
-        hardware,
-        workload,
-        constraints,
-        policy,
-        rows.values(),
-        shape.kept_layers(occupied, shape.window) * shape.token_bytes(cache_bits) * shape.stages,
-    )
-    if seconds is None:
+    cache_bytes = shape.kept_layers(occupied, shape.window) * shape.token_bytes(cache_bits) * shape.stages
+    most = workload.num_sequences or math.inf
+    ranges = [(1.0, math.inf, rows)] if shape.experts is None else of_experts(shape, ideal, load, policy, rows)
+    solved = [
+        _solve(shape, hardware, constraints, policy, own, cache_bytes, (least, min(below, most)))
+        for least, below, own in ranges
+        if least <= most
+    ]
+    found = [each for each in solved if each is not None]
+    if not found:
         return None
-    return MachineBound(finished * lengths.output / seconds[0], seconds[1])
+    seconds, sequences = min(found)
+    return MachineBound(finished * lengths.output / seconds, sequences)
+
+
+def without_compute(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: row for name, row in rows.items() if "gpu_compute" not in JOINT.get(name, ())}
+
+
+def of_experts(
+    shape: ModelShape, ideal: Hardware, load: PassLoad, policy: Policy, rows: dict[str, np.ndarray]
+) -> Iterator[tuple[float, float, dict[str, np.ndarray]]]:
+    """(sequences in flight, at least and at most, rows of a pass for each of them) of a model with experts. ``rows``:
+    of one whose passes bring all experts; what it computes grows with each token alike.
+
+    A pass of few tokens reads few experts, on the link or on the CPU, and the second token adds less than the first.
+    So of a range of numbers the least is counted, and of prompts, which come in some of the passes alone, nothing.
+    """
+    experts = shape.experts
+    assert experts is not None
+    limit = hit_expert_tokens(experts.count, experts.top_k)
+    cuts = sorted({*FEW_SEQUENCES, limit + 1})
+    own = dataclasses.replace(load, **dict.fromkeys(PROMPT_FIELDS, 0.0))
+    on_cpu = 1.0 if ideal.cpu_experts is not None and shape.stages == ideal.tensor_ranks == 1 else 0.0
+    for least, below in zip(cuts, (*cuts[1:], math.inf), strict=True):
+        sizes = dataclasses.replace(policy, gpu_batch_size=least, num_gpu_batches=1, cpu_experts=on_cpu)
+        found = without_compute(rows_of(PassModel(shape, ideal, sizes, own.scaled(least)))) | {
+            name: least * rows[name] for name in COMPUTE
+        }
+        yield least, below, {name: np.where(OF_WEIGHTS, row, row / least) for name, row in found.items()}
 
 
 def ideal_machine(hardware: Hardware, weight_bits: int) -> Hardware:
@@ -119,23 +149,24 @@ def rows_of(model: PassModel) -> dict[str, np.ndarray]:
 def _solve(
     shape: ModelShape,
     hardware: Hardware,
-    workload: Workload,
     constraints: Constraints,
     policy: Policy,
-    rows: Iterable[np.ndarray],
+    rows: Mapping[str, np.ndarray],
     cache_bytes: float,
+    in_flight: tuple[float, float],
 ) -> tuple[float, float] | None:
-    """(seconds of a pass for each sequence in flight, sequences in flight)."""
+    """(seconds of a pass for each sequence in flight, sequences in flight), of which there are no fewer and no more
+    than ``in_flight``."""
     program = LinearProgram()
     for _ in VARIABLES:
         program.add(0.0, 1.0)
     per_sequence = program.add()
-    inverse = program.add(1.0 / workload.num_sequences if workload.num_sequences else 0.0, 1.0)
+    inverse = program.add(1.0 / in_flight[1], 1.0 / in_flight[0])
     program.cost[per_sequence] = 1.0
     weights = shape.total_bytes(policy.weight_bits)
     least_read = shape.least_bytes_read(policy.weight_bits)
     program.at_most.append(({inverse: least_read / hardware.gpu_bandwidth, per_sequence: -1.0}, 0.0))
-    for row in rows:
+    for row in rows.values():
         program.at_most.append(({**dict(enumerate(row[1:])), per_sequence: -1.0}, -float(row[0])))
     fixed = fixed_fractions(constraints)
     for kind in KINDS:

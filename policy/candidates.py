@@ -12,6 +12,7 @@ from flexbatch.policy.affine import affine, evaluate, total
 from flexbatch.policy.cost import PassModel, together
 from flexbatch.policy.layer_window import LayerWindow
 from flexbatch.policy.lp import Solution, StageTimes
+from flexbatch.policy.plan import Plan
 from flexbatch.policy.policy import Policy
 from flexbatch.policy.trajectory import JobPasses, passes_of
 from flexbatch.policy.workload import Workload
@@ -87,13 +88,16 @@ class Known:
     walks: dict[tuple[Any, ...], JobPasses] = field(default_factory=dict)
     """The job's passes by what they depend on: of bits they know nothing."""
     sizes: dict[Policy, Sizes] = field(default_factory=dict)
+    dry: dict[tuple[Any, ...], tuple[Plan | None, float]] = field(default_factory=dict)
+    """By budgets of memory and by what is fixed: what was found without the disk."""
 
     def passes(
         self, workload: Workload, policy: Policy, exact: bool = True, window: LayerWindow | None = None
     ) -> JobPasses:
         """See `trajectory.passes_of`: the pages of tiers, and so the cache's split, count where it is exact."""
         sizes = (policy.gpu_batch_size, policy.num_gpu_batches, policy.prompt_tokens_per_micro_batch, policy.chunk)
-        key = (*sizes, policy.admission_passes, bool(policy.prefill_budget), policy.cache if exact else None)
+        rest = policy.admission_passes, bool(policy.prefill_budget), policy.cache if exact else None
+        key = (workload.num_sequences, *sizes, *rest)
         if key not in self.walks:
             self.walks[key] = passes_of(workload, policy, exact, window=window)
         return self.walks[key]

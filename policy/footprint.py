@@ -14,6 +14,7 @@ from flexbatch.policy.balancer import dealt
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.layer_window import passing_pages
 from flexbatch.policy.limits import (
+    DISK_ALIGNMENT,
     INPUT_BUFFER_BYTES,
     LOGITS_CHUNK_BYTES,
     MIN_LOGIT_ROWS,
@@ -112,10 +113,16 @@ def memory_rows(
     }
     disk = {
         "weights": affine(weights_disk=weights),
-        "cache": affine(cache_disk=cache),
+        "cache": affine(cache_disk=padded(row) * cache),
         "activations": affine(activations_disk=hidden),
     }
     return {"gpu": gpu, "cpu": cpu, "disk": disk}
+
+
+def padded(row_bytes: int) -> float:
+    """Times as many bytes as a page of so large rows takes on the disk, where it begins at an aligned offset."""
+    page = PAGE_TOKENS * row_bytes
+    return math.ceil(page / DISK_ALIGNMENT) * DISK_ALIGNMENT / page
 
 
 def kept_tokens(shape: ModelShape, workload: Workload, policy: Policy) -> float:
@@ -246,7 +253,7 @@ def peak_memory(
             longest = dataclasses.replace(policy, gpu_batch_size=count, num_gpu_batches=1)
             more = shape.stages * (count * kept_tokens(shape, workload, longest) - share * policy.block_size * average)
             more += max(0.0, passing_tokens(shape, workload, policy, share) - share * passing)
-            peak[tier]["cache"] += math.ceil(row * max(0.0, more))
+            peak[tier]["cache"] += math.ceil(row * max(0.0, more) * (padded(row) if tier == "disk" else 1.0))
     resident = all(each.gpu >= 1 - RESIDENT for each in (policy.weights, policy.cache, policy.activations))
     graphs = graph_bytes_of(shape, hardware, workload, policy) if resident else 0
     peak["gpu"]["decode graphs"] = 0

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 
 from flexbatch.policy.affine import KINDS
-from flexbatch.policy.blocks import FILLS, block_policy, coarse, first_fill, grid, neighbors
+from flexbatch.policy.blocks import FILLS, block_policy, coarse, first_fill, grid, neighbors, on_gpu
 from flexbatch.policy.bound import MachineBound
 from flexbatch.policy.candidates import Known
 from flexbatch.policy.families import families, templates
@@ -41,17 +41,19 @@ GOOD_ENOUGH = 0.995
 """The share of the machine's bound above which nothing is left to search for."""
 
 
-def effort(template: Policy, whole: int) -> int:
-    """A third of the ``whole`` effort for caches that reach to the disk, which seldom win and then by far."""
-    return whole // 3 if template.cache.disk else whole
+def effort(search: Search, template: Policy, whole: int) -> int:
+    """A third of the ``whole`` effort for caches that reach to the disk, which seldom win: where blocks of one are the
+    best so far, the whole."""
+    behind = search.top(template) < max(search.tops.values(), default=0.0)
+    return whole // 3 if template.cache.disk and behind else whole
 
 
 def explore(search: Search, template: Policy, bound: MachineBound, sizes: Iterable[tuple[int, int]]) -> None:
     """The blocks of these sizes, then hill climbing from the best of them, then other fills."""
     good = GOOD_ENOUGH * bound.tokens_per_second
-    for batch, count in sizes:
+    for batch, count in (*on_gpu(search, template), *sizes):
         search.attempt(block_policy(search, template, batch, count, first_fill(search, batch * count)))
-    limit = search.weighed + effort(template, CLIMB)
+    limit = search.weighed + effort(search, template, CLIMB)
 
     def climb(sizes: Iterable[Policy]) -> bool:
         before = search.top(template)
@@ -87,7 +89,7 @@ def finals(search: Search, template: Policy) -> list[Plan]:
 
     The linear program sees a job as four average passes, so that its order among candidates is not the last word.
     """
-    count = effort(template, FINALISTS)
+    count = effort(search, template, FINALISTS)
     plans = [plan for plan in map(search.finish, search.best(template, count)) if plan]
     return plans or [plan for plan in map(search.finish, search.best(template, 3 * FINALISTS)[count:]) if plan]
 
@@ -137,16 +139,14 @@ def best_plan_of_all(search: Search, bounds: list[tuple[MachineBound, Policy]]) 
     fixed = fixed_fractions(search.constraints)
     if search.placement_given or any(fixed.get(f"{kind}_disk") for kind in KINDS):
         return best_plan(search, bounds)
-    dry = dataclasses.replace(search, hardware=search.hardware.with_memory(disk=0))
-    plan = best_plan(dry, [(bound, template) for bound, template in bounds if not template.cache.disk])
-    search.linear_programs = dry.linear_programs
+    plan, most = best_plan_without_disk(search, bounds)
     if plan is None:
         return best_plan(search, bounds)
     # The program's dual is that of a machine without a disk; here it has capacity that the plan leaves.
     duals = {**plan.tokens_per_second_per_gib, "disk": 0.0}
     plan = dataclasses.replace(plan, hardware=search.hardware, tokens_per_second_per_gib=duals)
     # Whole tensors and sequences may lose much of what the program promised, where memory is all but full.
-    rate = min(plan.predicted_tokens_per_second, max(dry.top(template) for _, template in bounds))
+    rate = min(plan.predicted_tokens_per_second, most)
     if not disk_could_gain(search, bounds, plan, rate):
         return plan
     best = best_plan(search, bounds, with_disk(plan.policy))
@@ -154,6 +154,18 @@ def best_plan_of_all(search: Search, bounds: list[tuple[MachineBound, Policy]]) 
         return plan
     least = (1 - DISK_GAIN) * best.predicted_tokens_per_second
     return plan if plan.predicted_tokens_per_second >= least else best
+
+
+def best_plan_without_disk(search: Search, bounds: list[tuple[MachineBound, Policy]]) -> tuple[Plan | None, float]:
+    """The best plan, and what the programs promise at most. A search with the disk often follows one without."""
+    budgets = search.hardware.gpu_memory_bytes, search.hardware.cpu_memory_bytes
+    key = (*budgets, dataclasses.replace(search.constraints, gpu_memory=None, cpu_memory=None, disk=None))
+    if key not in search.known.dry:
+        dry = dataclasses.replace(search, hardware=search.hardware.with_memory(disk=0))
+        plan = best_plan(dry, [(bound, template) for bound, template in bounds if not template.cache.disk])
+        search.linear_programs = dry.linear_programs
+        search.known.dry[key] = plan, max((dry.top(template) for _, template in bounds), default=0.0)
+    return search.known.dry[key]
 
 
 def with_disk(dry: Policy) -> list[tuple[int, int]]:
@@ -175,12 +187,15 @@ def disk_could_gain(search: Search, bounds: list[tuple[MachineBound, Policy]], d
 
 
 def in_sight(search: Search, template: Policy, best: tuple[float, Policy] | None) -> bool:
-    """Whether a family comes near the ``best`` candidate so far with blocks of about that one's size, or has others."""
+    """Whether a family comes near the ``best`` candidate so far with blocks of about that one's size, or with one on
+    the GPU, or has others."""
     if best is None:
         return True
     rate, policy = best
-    for factor, cut in QUICK:
-        batch, count = max(1, round(factor * policy.gpu_batch_size / cut)), policy.num_gpu_batches * cut
+    sizes = [
+        (max(1, round(factor * policy.gpu_batch_size / cut)), policy.num_gpu_batches * cut) for factor, cut in QUICK
+    ]
+    for batch, count in (*on_gpu(search, template), *sizes):
         search.attempt(block_policy(search, template, batch, count, first_fill(search, batch * count)))
     return not search.top(template) or search.top(template) >= IN_SIGHT * rate
 

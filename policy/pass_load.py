@@ -16,6 +16,8 @@ from flexbatch.policy.limits import PAGE_TOKENS
 from flexbatch.policy.policy import Policy
 from flexbatch.policy.workload import Workload
 
+PROMPT_FIELDS = ("prompt_tokens", "prompt_context", "prompt_pairs", "finished_prompts")
+
 
 @dataclass(frozen=True)
 class PassLoad:

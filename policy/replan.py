@@ -15,7 +15,7 @@ from flexbatch.policy.affine import point_of
 from flexbatch.policy.cost import RESOURCES, PassModel
 from flexbatch.policy.curve import Curve
 from flexbatch.policy.hardware import Hardware
-from flexbatch.policy.pass_load import steady_load
+from flexbatch.policy.pass_load import PROMPT_FIELDS, steady_load
 from flexbatch.policy.plan import Plan
 
 TOLERANCE = 0.2
@@ -23,7 +23,6 @@ TOLERANCE = 0.2
 SHARES = tuple(i / 20 for i in range(21))
 LEAST_GAIN = 0.01
 """Of the average pass: a smaller prompt budget fills the block later, which the average pass does not show."""
-PROMPT_FIELDS = ("prompt_tokens", "prompt_context", "prompt_pairs", "finished_prompts")
 
 
 @dataclass(frozen=True)

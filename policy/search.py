@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from flexbatch.policy.affine import KINDS, VARIABLES
+from flexbatch.policy.affine import COLUMNS, KINDS, VARIABLES
 from flexbatch.policy.candidates import ALL_ATTENDED, ALL_DISK, ON_GPU, Candidate, Deferred, Known, Sizes
 from flexbatch.policy.cost import PassModel
 from flexbatch.policy.footprint import capacity, memory_rows, peak_memory, shortfall
@@ -161,31 +161,54 @@ class Search:
         self.tops[family] = max(candidate.tokens_per_second, self.tops.get(family, 0.0))
         return candidate
 
-    def constraints_for(self, policy: Policy) -> Constraints:
+    def constraints_for(self, policy: Policy, constraints: Constraints | None = None) -> Constraints:
         """Without CPU attention or CPU experts where ``policy`` has none."""
+        constraints = constraints or self.constraints
         return dataclasses.replace(
-            self.constraints,
-            cpu_attention=self.constraints.cpu_attention if policy.cpu_attention else 0.0,
-            cpu_experts=self.constraints.cpu_experts if policy.cpu_experts else 0.0,
+            constraints,
+            cpu_attention=constraints.cpu_attention if policy.cpu_attention else 0.0,
+            cpu_experts=constraints.cpu_experts if policy.cpu_experts else 0.0,
         )
 
-    def placed(self, candidate: Candidate) -> Policy:
+    def placed(self, candidate: Candidate, constraints: Constraints | None = None) -> Policy:
         """The candidate's policy with whole tensors and sequences."""
-        return placed(self.shape, candidate.policy, candidate.solution.point, self.constraints)
+        return placed(self.shape, candidate.policy, candidate.solution.point, constraints or self.constraints)
 
     def shortage(self, policy: Policy) -> dict[str, int]:
         """Bytes by which tiers are too small for a policy's exact sizes, decode graphs included."""
         return shortfall(peak_memory(self.shape, self.hardware, self.workload, policy, True), self.hardware)
 
     def finish(self, candidate: Candidate) -> Plan | None:
-        """The plan of a candidate with whole tensors and sequences; the program runs again with less memory while
-        rounding does not fit."""
+        """The plan of a candidate with whole tensors and sequences.
+
+        What is launched for a cache, or for weights, of which anything is off the GPU does not depend on how much it
+        is, so that no program sees it: where all of one on the GPU is faster by that, the rest is placed around it. A
+        single sequence of Llama-3.1-8B in 8 GiB had its one page in host memory, beside weights that left no room for
+        it, and took 30 % longer.
+        """
+        plans = [self.rounded(candidate, self.constraints)]
+        for kind in ("cache", "weights") if self.hardware.device == "cuda" else ():
+            pinned = with_all_on_gpu(self.constraints, kind)
+            column, sizes = COLUMNS[f"{kind}_gpu"], self.sizes(candidate.policy)
+            too_large = float(sizes.memory["gpu"][column]) > capacity(self.hardware)["gpu"]
+            if pinned is None or too_large or candidate.solution.point[column] >= 1:
+                continue
+            solution = self.solve(candidate.policy, sizes, capacity(self.hardware), pinned)
+            if solution is None:
+                continue
+            rate = sizes.tokens / float(np.sum(sizes.counts * sizes.model.pass_seconds(solution.point)))
+            if rate > candidate.tokens_per_second:
+                plans.append(self.rounded(dataclasses.replace(candidate, solution=solution), pinned))
+        return max(filter(None, plans), key=lambda plan: plan.predicted_tokens_per_second, default=None)
+
+    def rounded(self, candidate: Candidate, constraints: Constraints) -> Plan | None:
+        """The plan of a candidate's placement; the program runs again with less memory while rounding does not fit."""
         sizes, budgets = self.sizes(candidate.policy), dict(capacity(self.hardware))
         solution: Solution | None = candidate.solution
         for _ in range(8):
             if solution is None:
                 return None
-            policy = self.placed(dataclasses.replace(candidate, solution=solution))
+            policy = self.placed(dataclasses.replace(candidate, solution=solution), constraints)
             missing = self.shortage(policy)
             if not missing:
                 plan = self.price(policy)
@@ -198,18 +221,21 @@ class Search:
                 return None
             for tier, size in missing.items():
                 budgets[tier] -= size + min(2**20, capacity(self.hardware)[tier] // 100)
-            solution = self.solve(candidate.policy, sizes, budgets)
+            solution = self.solve(candidate.policy, sizes, budgets, constraints)
         return None
 
-    def price(self, policy: Policy) -> Plan:
-        """See `plan.price`."""
-        workload = dataclasses.replace(self.workload, num_sequences=None) if self.is_long(policy) else self.workload
+    def price(self, policy: Policy, whole: bool = False) -> Plan:
+        """See `plan.price`. A long job counts by its steady state where it is not ``whole``."""
+        steady = self.is_long(policy) and not whole
+        workload = dataclasses.replace(self.workload, num_sequences=None) if steady else self.workload
         passes = self.known.passes(workload, policy, exact=False)
         return price(self.shape, self.hardware, self.workload, policy, passes)
 
-    def solve(self, policy: Policy, sizes: Sizes, budgets: dict[str, int]) -> Solution | None:
+    def solve(
+        self, policy: Policy, sizes: Sizes, budgets: dict[str, int], constraints: Constraints | None = None
+    ) -> Solution | None:
         """The best placement; one without CPU attention or CPU experts where ``policy`` has none."""
-        constraints = self.constraints_for(policy)
+        constraints = self.constraints_for(policy, constraints)
         if not self.has_program(policy):
             return given_solution(sizes.times, constraints)
         if self.placement_given:
@@ -229,6 +255,15 @@ def given_solution(times: StageTimes, constraints: Constraints) -> Solution:
     fixed["cpu_experts"] = (constraints.cpu_experts or 0.0) * fixed["weights_cpu"]
     point = np.array([1.0, *(fixed[name] for name in VARIABLES)])
     return Solution(point, times.at(point), dict.fromkeys(TIERS, 0.0), np.zeros(times.kept.shape))
+
+
+def with_all_on_gpu(constraints: Constraints, kind: str) -> Constraints | None:
+    """All of a kind of tensor on the GPU; None where the user has said anything of it."""
+    percent, index = list(constraints.percent or (None,) * 2 * len(KINDS)), 2 * KINDS.index(kind)
+    if percent[index : index + 2] != [None, None]:
+        return None
+    percent[index : index + 2] = 100.0, 0.0
+    return dataclasses.replace(constraints, percent=tuple(percent))
 
 
 def family_of(policy: Policy) -> PolicyFamily:

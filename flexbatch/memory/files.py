@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from flexbatch.files.atomic import replacing
+from flexbatch.policy.limits import DISK_ALIGNMENT
 from flexbatch.policy.units import size_text
 from flexbatch.validation.errors import reason
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
-ALIGNMENT = 4096
+ALIGNMENT = DISK_ALIGNMENT
 """Bytes. Offsets and lengths of O_DIRECT transfers, and of every tensor in a slab that the disk fills."""
 READ_CHUNK_BYTES = 8 << 20
 """Bytes of one disk request: 8 MiB reads reach the device's rate with 4 to 8 threads."""
