@@ -15,7 +15,7 @@ from flexbatch.execution.feed import Feed
 from flexbatch.intake import Item
 from flexbatch.loop import EngineLoop
 from flexbatch.planner.comparison import Turn, turns
-from flexbatch.planner.forecast import Forecast
+from flexbatch.planner.forecast import Forecast, kept_pages
 from flexbatch.planner.report import Report, Statistics, describe_memory, of_engines
 from flexbatch.request import Completion, Request
 from flexbatch.validation.errors import ConfigurationError
@@ -30,7 +30,7 @@ def completions(
         job = loop.job(requests).of_every(loop.engines)
         with loop.shared(job, exactly=True):
             runner = loop.capacity.prepare(job)
-        forecast = Forecast(loop.planner.engine_plan, job, runner.sizes, requests)
+        forecast = Forecast(loop.planner.engine_plan, job, runner.sizes, requests, kept_pages(runner.cache))
         loop.begin(runner, (), loop.capacity.speculator if drafted else None, forecast)
         loop.intake.add_requests(requests)
         while loop.intake:

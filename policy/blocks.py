@@ -48,8 +48,11 @@ def budget_of(workload: Workload, policy: Policy, fill: float) -> int:
     passes = max(lengths.prompt_passes, fill * lengths.residence)
     tokens = policy.gpu_batch_size * lengths.prompt
     if passes <= lengths.prompt_passes:
-        # One prompt that is left for another pass costs a pass: as much as micro-batches differ.
-        tokens += READ_AT_ONCE * math.sqrt(policy.gpu_batch_size) * float(workload.columns[0].std())
+        # One prompt that is left for another pass costs a pass: as much more as micro-batches differ, whose sequences
+        # are drawn from the job's. Of longer ones than a chunk the rest waits anyway.
+        rest = 1 - policy.gpu_batch_size / (workload.num_sequences or math.inf)
+        deviation = float(np.minimum(workload.columns[0], policy.prefill_chunk).std())
+        tokens += READ_AT_ONCE * math.sqrt(policy.gpu_batch_size * max(0.0, rest)) * deviation
     budget = max(MIN_BUDGET, coarse(tokens / passes))
     return budget if budget < policy.gpu_batch_size * policy.prefill_chunk else 0
 

@@ -4,7 +4,7 @@ are filled, and how long pages are kept that nobody holds any more."""
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flexbatch.policy.admission import CacheSizes, num_pages
@@ -19,13 +19,14 @@ class SharedPages:
     """The pages of one tier that hold beginnings of prompts, by the number of the beginning: `memory.pages.PagePool` on
     numbers. All other pages are only counted."""
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, kept: Sequence[int] = ()) -> None:
+        """kept: beginnings of earlier jobs, in the order of their release."""
         self.num_pages = num_pages
         self.holders: dict[int, int] = {}
         """Sequences that hold each beginning; all of these are about to be filled, or are."""
-        self.evictable: dict[int, None] = {}
+        self.evictable: dict[int, None] = dict.fromkeys(kept)
         """Beginnings that nobody holds, in the order of their release."""
-        self.ready: set[int] = set()
+        self.ready: set[int] = set(kept)
 
     def match(self, request: RequestLengths) -> tuple[int, ...]:
         """The beginnings that a prompt finds here: without its last token, whose logits are wanted."""
@@ -87,10 +88,17 @@ class Held:
 class PrefixWalker(Walker):
     """`Walker` of a job whose requests know their ``beginnings``, in pools that keep all layers whole."""
 
-    def __init__(self, requests: Sequence[RequestLengths], policy: Policy, sizes: CacheSizes, token_limit: int) -> None:
+    def __init__(
+        self,
+        requests: Sequence[RequestLengths],
+        policy: Policy,
+        sizes: CacheSizes,
+        token_limit: int,
+        kept: Mapping[str, Sequence[int]],
+    ) -> None:
         assert sizes.windows is None, "beginnings are shared otherwise where layers keep only their window"
         super().__init__(requests, policy, sizes, token_limit)
-        self.shared = {tier: SharedPages(sizes.pages(tier)) for tier in self.allowed}
+        self.shared = {tier: SharedPages(sizes.pages(tier), kept.get(tier, ())) for tier in self.allowed}
         self.held: dict[Reading, Held] = {}
         self.order: list[Reading] = []
         """Those that decode, in the order of `decoding.Decoding`: the last one takes the place of one that goes."""

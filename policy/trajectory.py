@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,9 +93,12 @@ def passes_of(
     return JobPasses.of_walk(walked, tokens)
 
 
-def passes_with_prefixes(requests: Sequence[RequestLengths], policy: Policy, sizes: CacheSizes) -> JobPasses:
-    """The passes of a whole job whose requests know how their prompts begin, in pools that a block has."""
-    walked = all_passes(PrefixWalker(requests, policy, sizes, micro_batch_tokens(policy)))
+def passes_with_prefixes(
+    requests: Sequence[RequestLengths], policy: Policy, sizes: CacheSizes, kept: Mapping[str, Sequence[int]]
+) -> JobPasses:
+    """The passes of a whole job whose requests know how their prompts begin, in pools that a block has, and that have
+    kept beginnings of earlier ones."""
+    walked = all_passes(PrefixWalker(requests, policy, sizes, micro_batch_tokens(policy), kept))
     return JobPasses.of_walk(walked, float(sum(request.output for request in requests)))
 
 

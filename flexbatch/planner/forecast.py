@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +15,8 @@ from flexbatch.execution.observer import RunObserver
 from flexbatch.execution.pass_batch import PassBatch
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
+from flexbatch.memory.kvcache import KVCache
+from flexbatch.memory.prefix import Key
 from flexbatch.planner.choose import with_budget, without_reserves
 from flexbatch.planner.engine_plan import EnginePlan
 from flexbatch.planner.problem import model_shape, workload_of
@@ -26,21 +29,58 @@ from flexbatch.policy.trajectory import JobPasses, passes_of, passes_with_prefix
 from flexbatch.policy.workload import Workload
 from flexbatch.request import Request
 
+KeptPages = Mapping[str, tuple[tuple[int, Key], ...]]
+"""By tier the pages, with their keys, of prompts of earlier jobs that nobody holds, in the order in which they will be
+forgotten."""
 
-def beginnings_of(requests: Many[Request], read: Many[int]) -> list[tuple[int, ...]]:
-    """A number for each full page of every prompt, of which so many tokens are ``read``: the same one where prompts
-    are alike up to its end and read with the same adapter. Empty where no two are alike for a page."""
-    numbers: dict[tuple[int, tuple[int, ...]], int] = {}
-    found, total = [], 0
-    for request, tokens in zip(requests, read, strict=True):
-        before, own = -1 - request.adapter, list[int]()
-        for start in range(0, tokens // PAGE_TOKENS * PAGE_TOKENS, PAGE_TOKENS):
-            page = tuple(request.prompt_token_ids[start : start + PAGE_TOKENS])
-            before = numbers.setdefault((before, page), len(numbers))
-            own.append(before)
-        found.append(tuple(own))
-        total += len(own)
-    return found if len(numbers) < total else []
+
+def kept_pages(cache: KVCache) -> KeptPages:
+    """Of a cache in which nothing runs."""
+    return {
+        tier: tuple((page, pool.prefixes.keys[page]) for page in pool.evictable) for tier, pool in cache.pools.items()
+    }
+
+
+@dataclass(frozen=True)
+class Beginnings:
+    """Numbers for full pages of prompts: the same one where prompts are alike up to its end and read with the same
+    adapter."""
+
+    of_prompts: tuple[tuple[int, ...], ...]
+    kept: dict[str, tuple[int, ...]]
+    """Of earlier jobs, by tier."""
+    alike: bool
+    """Whether any prompt begins as another one does, or one of an earlier job."""
+
+    @classmethod
+    def of(cls, requests: Many[Request], read: Many[int], kept: KeptPages) -> Beginnings:
+        """Of the prompts so many tokens are ``read``."""
+        numbers: dict[tuple[int, tuple[int, ...]], int] = {}
+        there = {tier: numbers_of(dict(pages), numbers) for tier, pages in kept.items()}
+        found, alike = [], False
+        for request, tokens in zip(requests, read, strict=True):
+            before, own = -1 - request.adapter, list[int]()
+            for start in range(0, tokens // PAGE_TOKENS * PAGE_TOKENS, PAGE_TOKENS):
+                page = tuple(request.prompt_token_ids[start : start + PAGE_TOKENS])
+                known = len(numbers)
+                before = numbers.setdefault((before, page), known)
+                alike = alike or before < known
+                own.append(before)
+            found.append(tuple(own))
+        return cls(tuple(found), there, alike)
+
+
+def numbers_of(keys: dict[int, Key], numbers: dict[tuple[int, tuple[int, ...]], int]) -> tuple[int, ...]:
+    """Of pages of one tier; whoever is kept is kept with what comes before it."""
+    known: dict[int, int] = {}
+    for page in keys:
+        behind = [page]
+        while (before := keys[behind[-1]][0]) >= 0 and before not in known:
+            behind.append(before)
+        for each in reversed(behind):
+            before, tokens = keys[each]
+            known[each] = numbers.setdefault((known.get(before, before), tokens), len(numbers))
+    return tuple(known[page] for page in keys)
 
 
 @dataclass(frozen=True)
@@ -52,6 +92,8 @@ class Forecast:
     sizes: BlockSizes
     requests: Many[Request] = ()
     """Of the job in their order, where prompts that begin alike are to be looked for."""
+    kept: KeptPages = field(default_factory=dict)
+    """In the block's cache, when the job begins."""
 
     @property
     def looks_for_beginnings(self) -> bool:
@@ -65,10 +107,12 @@ class Forecast:
         """Of the job, or of each of several parts of the block."""
         parts = self.engine_plan.deployment.passes_in_flight
         workload, policy = workload_of(self.job.of_every(parts)), self.engine_plan.policy
-        if self.looks_for_beginnings and (found := beginnings_of(self.requests, self.job.prompt_tokens)):
-            lengths = zip(workload.requests, found, strict=True)
-            requests = [dataclasses.replace(each, beginnings=beginnings) for each, beginnings in lengths]
-            return passes_with_prefixes(requests, policy, self.sizes.cache)
+        if self.looks_for_beginnings:
+            found = Beginnings.of(self.requests, self.job.prompt_tokens, self.kept)
+            if found.alike:
+                lengths = zip(workload.requests, found.of_prompts, strict=True)
+                requests = [dataclasses.replace(each, beginnings=beginnings) for each, beginnings in lengths]
+                return passes_with_prefixes(requests, policy, self.sizes.cache, found.kept)
         return passes_of(workload, policy, sizes=self.cache_of_a_part(parts))
 
     def cache_of_a_part(self, parts: int) -> CacheSizes:
