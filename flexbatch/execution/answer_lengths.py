@@ -169,7 +169,7 @@ class AnswerLengths:
 
     def draw(self, requests: Iterable[tuple[Request, int]]) -> list[int]:
         """Answers that are spread as those that were seen, of requests and the tokens that each may generate: for a
-        plan. Empty before enough were seen."""
+        plan. Empty before enough were seen, and where every request runs to its limit whatever was seen."""
         if not self.learns or self.num_seen < ENOUGH:
             return []
         found, drawn = [], dict.fromkeys(self.sources, 0)
@@ -180,7 +180,7 @@ class AnswerLengths:
                 # Multiples of the golden ratio fill the interval evenly, however many there are.
                 limit = self.sources[source].likely.quantile(drawn[source] * GOLDEN % 1, limit)
             found.append(limit)
-        return found
+        return found if any(drawn.values()) else []
 
     def job(self, requests: Iterable[Request], context: int) -> Job:
         """The lengths of requests: what they may reach, and what is likely by the answers seen so far."""

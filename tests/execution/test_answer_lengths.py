@@ -163,6 +163,16 @@ def test_a_plan_draws_lengths_that_are_spread_as_those_seen() -> None:
     assert learned(lengths[: ENOUGH - 1]).draw([(fresh.request, MOST)]) == []
 
 
+def test_nothing_is_drawn_for_requests_whose_lengths_are_known() -> None:
+    """A job that ignores EOS after one that did not was planned as if its answers were drawn from its limits: 20 passes
+    where 15 were certain."""
+    known = waiting(0, (2, 3), max_context=10**6, max_tokens=7, ignore_eos=True)
+    open_ended = waiting(1, (2, 3), max_context=10**6, max_tokens=MOST)
+    seen = learned([5] * 200)
+    assert seen.draw([(known.request, 7)] * 3) == []
+    assert seen.draw([(known.request, 7), (open_ended.request, MOST)]) == [7, 5]
+
+
 def test_a_block_is_sized_by_what_it_meets() -> None:
     """Longer answers stay longer, so that a block holds more of them than the job does, at half of their length."""
     chance = random.Random(3)
