@@ -36,9 +36,10 @@ def checked_percent(percent: Sequence[float | None]) -> tuple[float | None, ...]
     return tuple(share for kind, gpu, cpu in pairs for share in checked_pair(gpu, cpu, kind))
 
 
-def percent_text(percent: Sequence[float], digits: int = 4) -> str:
+def percent_text(percent: Sequence[float], digits: int = 7) -> str:
     """Six shares with so many digits, as they can be given again: rounded up, both shares of a kind could pass 100
-    together (60.365 and 39.635 as 60.37 and 39.64)."""
+    together (60.365 and 39.635 as 60.37 and 39.64). By default enough for the same tensors to go to the same tiers:
+    with 15.68 for 15.678 one of Llama-3.1-70B's went to the GPU, which had no room for it."""
     words = []
     for gpu, cpu in zip(percent[0::2], percent[1::2], strict=True):
         on_gpu = f"{gpu:.{digits}g}"

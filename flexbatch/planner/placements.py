@@ -133,7 +133,10 @@ def fallbacks(problem: Problem, requirements: Requirements) -> Iterator[Policy]:
 
 def smaller_blocks(problem: Problem, placement: tuple[Split, Split]) -> Iterator[Policy]:
     """Ever smaller blocks of one placement."""
-    for budget in [problem.config.prefill_budget] if problem.config.prefill_budget else [512, SMALLEST_PREFILL_BUDGET]:
+    config = problem.config
+    # A block that the user fixed has no other way to fit, and reading prompts in several passes may be most of a job.
+    large = RESIDENT_BUDGETS if None not in (config.gpu_batch_size, config.num_gpu_batches) else ()
+    for budget in [config.prefill_budget] if config.prefill_budget else [*large, 512, SMALLEST_PREFILL_BUDGET]:
         sequences = min(WHOLE_BLOCK, problem.job.num_requests)
         while sequences:
             policy = baseline_policy(problem, placement, sequences)

@@ -18,6 +18,7 @@ from flexbatch.planner.planner import Planner
 from flexbatch.policy.blocks import block_policy
 from flexbatch.policy.families import templates
 from flexbatch.policy.hardware import load_hardware
+from flexbatch.policy.percent import percent_text
 from flexbatch.policy.policy import TIERS, Constraints, Policy, Split
 from flexbatch.policy.search import Search
 from flexbatch.policy.shapes import SHAPES, public_shape
@@ -160,6 +161,28 @@ def test_ragged_prompts_with_answers_of_one_token_are_read_in_one_pass(seed: int
 @pytest.mark.parametrize("seed", range(60))
 def test_no_simple_change_of_a_plan_for_any_job_is_faster(seed: int) -> None:
     check(Case.drawn(seed))
+
+
+PRINTED = {
+    "seven in one pass": Case("llama-3.1-70b", 16, 64, 8, 16, ((512, 1),) * 7),
+    "one": Case("llama-3.1-8b", 8, 16, 8, 4, ((16, 1),)),
+    "several waves": Case("opt-30b", 16, 110, 4, 8, ((1500, 32),) * 199),
+}
+
+
+@pytest.mark.parametrize("case", PRINTED.values(), ids=PRINTED)
+def test_what_a_plan_prints_gives_it_again(case: Case) -> None:
+    """With four digits a tensor more of the first one went to a GPU that was full, and with the budgets that were tried
+    then its prompts took seven passes instead of one."""
+    found = (planner := case.planner()).engine_plan
+    policy = found.policy
+    percent = tuple(map(float, percent_text(policy.percent).split()))
+    given = {"percent": percent, "gpu_batch_size": policy.gpu_batch_size, "num_gpu_batches": policy.num_gpu_batches}
+    config = replace(planner.config, **given, cpu_attention=policy.cpu_attention, prefill_chunk=policy.prefill_chunk)
+    again = Planner(config, case.job, dry=True, hardware=planner.machine.hardware).describe(case.job)["plan"]
+    assert found.plan is not None
+    rate = again.predicted_tokens_per_second / found.plan.predicted_tokens_per_second
+    assert rate > 0.98
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

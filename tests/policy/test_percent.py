@@ -40,7 +40,7 @@ def test_what_a_plan_prints_can_be_given_again(weights, cache, digits):
 
 
 def test_shares_that_round_up_together_are_printed_as_a_hundred():
-    assert percent_text((60.365, 39.635, 0.0, 100.0, 100.0, 0.0)) == "60.37 39.63 0 100 100 0"
+    assert percent_text((60.365, 39.635, 0.0, 100.0, 100.0, 0.0), 4) == "60.37 39.63 0 100 100 0"
 
 
 @pytest.mark.parametrize(
