@@ -241,12 +241,8 @@ class LLM(NamesOfVllm):
     def step(self) -> list[tuple[Hashable, Completion]]:
         """Run one pass over the requests that were added; returns (id, completion) of those that finished. A request
         that cannot go on has ``finish_reason`` "error". An error of the pass itself ends all of them."""
-        with self._turns.step():
-            try:
-                return jobs.step(self._loop, complete=False) if self._intake else []
-            finally:
-                if not self._intake:
-                    self._loop.end_everywhere()
+        with self._turns.step(), jobs.ended_when_empty(self._loop):
+            return jobs.step(self._loop, complete=False) if self._intake else []
 
     def abort(self, request_id: Hashable) -> bool:
         """Give up a request that waits or runs: its pages are free, and nothing comes of it. Others go on. Returns

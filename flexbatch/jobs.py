@@ -75,6 +75,19 @@ def step(loop: EngineLoop, complete: bool) -> list[tuple[Hashable, Completion]]:
     return [whole for whole in delivered if whole is not None]
 
 
+@contextlib.contextmanager
+def ended_when_empty(loop: EngineLoop) -> Iterator[None]:
+    """Ends the run where the body leaves nobody who waits or runs. A drain was of those who were there, and holds for
+    nobody who comes later; one that came before anybody was is kept for the next."""
+    asked = bool(loop.intake) or loop.scheduler is not None
+    try:
+        yield
+    finally:
+        if not loop.intake:
+            loop.end_everywhere()
+            loop.draining = loop.draining and not asked
+
+
 def stream(
     loop: EngineLoop,
     items: Iterable[Item],

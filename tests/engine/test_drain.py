@@ -137,3 +137,27 @@ def test_requests_one_by_one_are_let_go(llm: LLM, wanted) -> None:
         finished |= dict(llm.step())
     assert 0 < len(finished) <= BLOCK
     assert all(completion.token_ids == wanted[ids.index(key)] for key, completion in finished.items())
+    # That was asked of these requests, and not of those that come after them.
+    ids = [llm.add_request(prompt, GREEDY) for prompt in PROMPTS]
+    finished = {}
+    while llm.has_unfinished():
+        finished |= dict(llm.step())
+    assert [finished[key].token_ids for key in ids] == wanted
+
+
+def test_what_is_drained_before_it_comes_is_let_go_and_no_more(llm: LLM, wanted) -> None:
+    llm.drain()
+    assert llm.step() == []
+    llm.add_request(PROMPTS[0], GREEDY)
+    assert llm.step() == [] and not llm.has_unfinished()
+    assert [completion.token_ids for completion in llm.generate(PROMPTS, GREEDY)] == wanted
+
+
+def test_requests_that_are_drained_and_given_up_drain_no_others(llm: LLM, wanted) -> None:
+    ids = [llm.add_request(prompt, GREEDY) for prompt in PROMPTS[:2]]
+    llm.step()
+    llm.drain()
+    for request_id in ids:
+        llm.abort(request_id)
+    assert llm.step() == []
+    assert [completion.token_ids for completion in llm.generate(PROMPTS, GREEDY)] == wanted
