@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from flexbatch.apps.jobs.grants import TakenOver, grants, writers_lock
+from flexbatch.apps.jobs.journal import Journal
 from flexbatch.apps.jobs.layout import Part
 from flexbatch.apps.jobs.plan import BatchJob, plan_job
 from flexbatch.apps.jobs.settings import JobConfig
@@ -328,15 +329,20 @@ def test_a_suspended_process_keeps_its_output_where_locks_work(tmp_path: Path) -
 def test_finished_rows_are_durable_soon_though_no_other_comes(
     tmp_path: Path, pending: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    synced = threading.Event()
+    synced, appended = threading.Event(), list[int]()
     monkeypatch.setattr("flexbatch.apps.jobs.pipeline.SYNC_S", 0.05)
-    sync = os.fdatasync
+    sync, append = os.fdatasync, Journal.append
+
+    def noted(self: Journal, part: int, row: int, record: Any) -> None:
+        append(self, part, row, record)
+        appended.append(row)
 
     def watched(descriptor: int) -> None:
         sync(descriptor)
-        if "journal-" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        if "journal-" in os.readlink(f"/proc/self/fd/{descriptor}") and len(appended) == pending + 1:
             synced.set()
 
+    monkeypatch.setattr(Journal, "append", noted)
     monkeypatch.setattr(os, "fdatasync", watched)
 
     class Slow(FakeLLM):
@@ -344,8 +350,7 @@ def test_finished_rows_are_durable_soon_though_no_other_comes(
             for index, pair in enumerate(super().stream(items)):
                 yield pair
                 if index == pending:
-                    synced.clear()
-                    lasts.append(synced.wait(20))
+                    lasts.append(synced.wait(60))
 
     lasts: list[bool] = []
     source = write_input(tmp_path / "in.parquet", [f"p{i}" for i in range(30)])
