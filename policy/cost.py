@@ -21,7 +21,8 @@ from flexbatch.policy.affine import COLUMNS, KINDS, RESIDENT, evaluate, slowest,
 from flexbatch.policy.collectives import sum_seconds, sums_of_pass
 from flexbatch.policy.decode_graphs import LAUNCHES_OF_EXPERTS, recorded_sequences, runs_graphs
 from flexbatch.policy.expansion import in_codes
-from flexbatch.policy.hardware import KERNELS_OF_TICK, Hardware
+from flexbatch.policy.hardware import Hardware
+from flexbatch.policy.launches import KERNELS_OF_TICK
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import PassLoad
@@ -126,15 +127,16 @@ class PassModel:
         """Launching every tick of one pass, those of experts with what routes, its sums between GPUs, and of quantized
         weights once a layer the expansion, or with every tick products with their codes."""
         layers, hardware = self.shape.num_layers, self.hardware
-        sums = sums_of_pass(self.shape, hardware, self.batches) * hardware.interconnect_launch_seconds
+        one_sum = hardware.interconnect_launch_seconds + hardware.launched_seconds("sum")
+        sums = sums_of_pass(self.shape, hardware, self.batches) * one_sum
         routed = layers - self.shape.dense_layers if self.shape.experts else 0
         ticks = (layers + 1 + routed * LAUNCHES_OF_EXPERTS / KERNELS_OF_TICK) * self.batches
         plain = ticks * hardware.launch_seconds + sums
         if self.policy.weight_bits == 16:
             return np.asarray(plain)
-        coded = self.batches * hardware.coded_launch_seconds
+        coded = self.batches * hardware.launched_seconds("coded")
         few = in_codes(hardware, self.policy, self.tokens)
-        return plain + layers * np.where(few, coded, hardware.expansion_launch_seconds)
+        return plain + layers * np.where(few, coded, hardware.launched_seconds("expand"))
 
     @property
     def launch_seconds(self) -> np.ndarray:
@@ -199,19 +201,20 @@ class PassModel:
         return STREAMED_IN_VIEW if self.hardware.device == "cuda" and self.policy.overlap else 1.0
 
     def _extra_launch_seconds(self, point: np.ndarray) -> np.ndarray:
-        """Per tick: what a placement with streamed weights, or cache that is attended from staging, has the host
-        launch besides; where a part of the cache is on the GPU, attention a second time."""
-        weights_gpu, cache_gpu, cpu_attention = (
-            point[COLUMNS[name]] for name in ("weights_gpu", "cache_gpu", "cpu_attention")
+        """Per tick: what a placement with streamed weights, hidden states that leave the GPU, or cache that is attended
+        from staging, has the host launch besides; where a part of the cache is on the GPU, attention a second time."""
+        weights_gpu, cache_gpu, activations_gpu, cpu_attention = (
+            point[COLUMNS[name]] for name in ("weights_gpu", "cache_gpu", "activations_gpu", "cpu_attention")
         )
         staged = 1 - cache_gpu > RESIDENT and (
             (np.asarray(self.load.prompt_tokens) > 0)
             | ((np.asarray(self.load.decode_sequences) > 0) & (1 - cache_gpu - cpu_attention > RESIDENT))
         )
         calls = 2 if cache_gpu > RESIDENT else 1
-        return np.where(staged, calls * self.hardware.staging_seconds, 0.0) + (
-            self.hardware.fetch_seconds if 1 - weights_gpu > RESIDENT else 0.0
-        )
+        seconds = self.hardware.launched_seconds
+        moved = (("fetch", weights_gpu), ("activations", activations_gpu))
+        away = sum(seconds(what) for what, on_gpu in moved if 1 - on_gpu > RESIDENT)
+        return np.where(staged, calls * seconds("staging"), 0.0) + away
 
     def busy_seconds(self, point: np.ndarray) -> np.ndarray:
         """Of each pass at a placement, the slowest row of every stage."""

@@ -11,16 +11,8 @@ import numpy as np
 
 from flexbatch.policy.card_names import SHIPPED, shipped_name, shipped_names
 from flexbatch.policy.curve import Curve, is_rate
+from flexbatch.policy.launches import COUNTED, CPU_COUNTED, KERNELS_OF_TICK
 from flexbatch.policy.suggest import did_you_mean
-
-KERNELS_OF_TICK, EXPANSIONS_OF_LAYER = 24, 9
-"""What a tick launches: two norms, four GEMMs, rotary, append, attention, activation, residuals, copies and their
-events; and one expansion of each quantized matrix, which takes Triton's launcher twice as long as torch's own kernels
-(0.3 ms a layer of OPT-1.3B and Llama-3.2-1B, 8 bits, where a tick took 0.8)."""
-LAUNCHES = {"staging": 13, "fetch": 2, "coded": 12, "expand": EXPANSIONS_OF_LAYER}
-"""What may come to that, in the same measure: by the parts of passes of Falcon-7B on an H100's host, where a tick took
-1.1 ms besides, gathering, draining and their events 0.6, and a slice of weights 0.1; and by profiles of three H100,
-where products with codes took a tick half as long again."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +65,7 @@ class Hardware:
     0: not measured, and taken for ``launch_seconds``."""
     coded_seconds: float = 0.0
     """Per tick of a few tokens that are multiplied with quantized weights as they are stored: what launching that takes
-    longer than plain products. 0: not measured."""
+    longer than plain products. Of this and the other three that offloading and codes add, 0: by their kernels."""
     expand_seconds: float = 0.0
     """Per layer of quantized weights: the expansion of its matrices is launched, once for all micro-batches."""
     expand_start_seconds: float = 2e-5
@@ -82,9 +74,10 @@ class Hardware:
     request_seconds: float = 0.0
     """Per sequence, once: it is admitted, gets its pages, and gives them back at its end."""
     staging_seconds: float = 0.0
-    """Per tick that attends cache from another tier on the GPU: gathering, appending and draining are launched."""
+    """Per tick that attends cache from another tier on the GPU: gathering, appending and draining are launched. 0: by
+    their kernels."""
     fetch_seconds: float = 0.0
-    """Per tick while weights stream: a slice of the next layer is put on the link, likewise."""
+    """Per tick while weights stream: a slice of the next layer is put on the link, likewise. 0: by its kernels."""
     pass_seconds: float = 0.0
     """Per pass: composing it, sampling, committing."""
     sequence_seconds: float = 0.0
@@ -207,16 +200,12 @@ class Hardware:
         rates = np.interp(rows, curve.points, curve.values)
         return num_bytes / rates * np.maximum(1.0, np.asarray(rows) / curve.points[-1])
 
-    @property
-    def expansion_launch_seconds(self) -> float:
-        """``expand_seconds``; in a profile that lacks it, by the share of its kernels in those of a tick."""
-        return self.expand_seconds or self.launch_seconds * EXPANSIONS_OF_LAYER / KERNELS_OF_TICK
-
-    @property
-    def coded_launch_seconds(self) -> float:
-        """``coded_seconds``; in a profile that lacks it, half of what it has for expansion: of two micro-batches with
-        few tokens it was measured as that."""
-        return self.coded_seconds or self.expansion_launch_seconds / 2
+    def launched_seconds(self, what: str) -> float:
+        """Per tick (of "expand", per layer): what the host takes to launch what a tick may have besides, one of
+        `launches.COUNTED`, as it was measured, or by its share in the kernels of a tick."""
+        measured: float = getattr(self, f"{what}_seconds", 0.0)
+        counted = COUNTED if self.device == "cuda" else CPU_COUNTED
+        return measured or self.launch_seconds * counted[what] / KERNELS_OF_TICK
 
     @property
     def cpu_attention_slowdown(self) -> float:

@@ -35,7 +35,6 @@ from flexbatch.calibrate.passes import (
 from flexbatch.calibrate.phases import Phases
 from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.models.specs import weight_specs
-from flexbatch.policy.hardware import KERNELS_OF_TICK, LAUNCHES
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.trace import RecordingTracer, Span, Tracer
 
@@ -216,8 +215,9 @@ def host_rates(device: torch.device, phases: Phases | None = None) -> dict[str, 
     """What passes of small models tell, as fields of `policy.hardware.Hardware`.
 
     ``pass_seconds``, ``sequence_seconds``, ``launch_seconds``: by least squares over a few shapes. ``graph_seconds``,
-    ``piece_seconds``: 0 without a GPU, where there are no graphs. What else a tick may launch, by its share in
-    ``launch_seconds``. ``away_sequence_seconds``: from blocks of few and of many sequences whose cache is elsewhere.
+    ``piece_seconds``: 0 without a GPU, where there are no graphs. ``away_sequence_seconds``: from blocks of few and of
+    many sequences whose cache is elsewhere. What else a tick may launch `policy.launches` counts: measured as what
+    passes that do it take longer, it was 0 to 1 ms on hosts that change by a factor of two from one second to the next.
     ``exchange_seconds`` and ``synchronize_seconds``: from how passes of one micro-batch grow with the layers.
     ``request_seconds``: from a job in which all is coming and going.
     ``cpu_attention_seconds`` and, with a GPU, ``cpu_attention_during_h2d``, ``h2d_during_cpu_attention`` and ALONE.
@@ -253,10 +253,6 @@ def host_rates(device: torch.device, phases: Phases | None = None) -> dict[str, 
         "synchronize_seconds": layer["in turn"] - layer["with_cpu_attention"],
         "away_sequence_seconds": each - rates["sequence_seconds"],
     }
-    # Measured by themselves, as what passes that do it take longer, these were 0 to 1 ms on hosts that change by a
-    # factor of two from one second to the next.
-    launch = rates["launch_seconds"] / KERNELS_OF_TICK
-    rates |= {f"{what}_seconds": count * launch for what, count in LAUNCHES.items()}
     rates |= {name: max(0.0, seconds) for name, seconds in differences.items()}
     if not gpu:
         return rates | {"cpu_attention_seconds": attention_seconds(device)}

@@ -29,7 +29,8 @@ from flexbatch.calibrate.identity import machine_key
 from flexbatch.calibrate.links import GATHER_SHARE, MIB, Timer, host_bandwidth, measure_links
 from flexbatch.calibrate.phases import Phases
 from flexbatch.calibrate.replays import recorded_seconds
-from flexbatch.policy.hardware import KERNELS_OF_TICK, Hardware
+from flexbatch.policy.hardware import Hardware
+from flexbatch.policy.launches import KERNELS_OF_TICK
 
 logger = logging.getLogger("flexbatch")
 

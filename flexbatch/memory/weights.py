@@ -15,7 +15,7 @@ from flexbatch.memory.cpu_experts import CpuExperts, LeftOut, Ranges, cut
 from flexbatch.memory.expert_stacks import layer_stacks
 from flexbatch.memory.hit_experts import HitExperts, leased
 from flexbatch.memory.read_ahead import ReadAhead, read_tensors
-from flexbatch.memory.slab_lease import SlabLease, gaps, slices
+from flexbatch.memory.slab_lease import KeptViews, SlabLease, gaps, place_of, slices
 from flexbatch.memory.tensor_views import DequantizationBuffers, TensorView, view_of
 from flexbatch.memory.tiers import Tiers
 from flexbatch.memory.transfer import READY, Handle, TransferQueues, together
@@ -68,9 +68,7 @@ class WeightStore:
         self.hit_experts = HitExperts(plan, self.device) if plan.arch.experts and streamed else None
         self.fetches_hits = False
         """Whether layers are fetched without any experts, and these are brought as they are hit."""
-        self.dense_views: dict[tuple[int, int], dict[str, Tensor]] = {}
-        """By layer and slab, kept because making the views of a layer takes 0.1 ms of Python."""
-        self.stacks: dict[tuple[int, int], tuple[ExpertStacks, ExpertStacks]] = {}
+        self.kept = KeptViews()
 
     @property
     def resident(self) -> bool:
@@ -199,9 +197,13 @@ class WeightStore:
 
     def coded(self, layer: int, stage: str) -> dict[str, CodedMatrix]:
         """The quantized matrices of a stage of a layer as they are stored; none unless all can be multiplied so."""
-        placed, lease = self.plan.expanded(layer, stage), self.leases.get(layer)
-        fits = all(each.multiplied(self.device.type) for each in placed)
-        return {each.spec.role: self.compute_view(each, layer, lease).coded for each in placed if fits}
+        key = place_of(layer, self.leases), stage
+        if (found := self.kept.coded.get(key)) is None:
+            placed, lease = self.plan.expanded(layer, stage), self.leases.get(layer)
+            fits = all(each.multiplied(self.device.type) for each in placed)
+            found = {each.spec.role: self.compute_view(each, layer, lease).coded for each in placed if fits}
+            self.kept.coded[key] = found
+        return found
 
     def experts(self, layer: int) -> tuple[ExpertStacks, ExpertStacks] | None:
         """Gate and up, and down of all experts of a layer whose `weights` were taken, in codes where they are stored in
@@ -210,12 +212,11 @@ class WeightStore:
         experts = arch.experts_of(layer) if layer < arch.num_layers else None
         if experts is None:
             return None
-        key = layer, lease.slab if lease is not None else -1
-        if key not in self.stacks:
+        if (key := place_of(layer, self.leases)) not in self.kept.stacks:
             placed = {each.spec.role: each for each in self.plan.layers[layer]}
             views = {role: self.compute_view(each, layer, lease) for role, each in placed.items()}
-            self.stacks[key] = layer_stacks(experts, views, self.ready[layer], self.plan.in_codes)
-        return self.stacks[key]
+            self.kept.stacks[key] = layer_stacks(experts, views, self.ready[layer], self.plan.in_codes)
+        return self.kept.stacks[key]
 
     def arrived(self, layer: int) -> dict[str, Any]:
         """Role -> dense tensor of a layer, ordered after its fetches; quantized ones once `weights` expanded them."""
@@ -228,13 +229,12 @@ class WeightStore:
             together(*lease.handles).wait()
         else:
             assert not self.plan.streamed_bytes(layer), f"layer {layer} is used before it was fetched"
-        key = layer, lease.slab if lease is not None else -1
-        if key not in self.dense_views:
+        if (key := place_of(layer, self.leases)) not in self.kept.dense:
             views = ((placed, self.compute_view(placed, layer, lease).dense) for placed in self.plan.layers[layer])
             roles = {"embed.weight": "head.weight"}
             named = ((roles.get(role := placed.spec.role, role), dense) for placed, dense in views)
-            self.dense_views[key] = {role: dense for role, dense in named if dense is not None}
-        return self.ready.setdefault(layer, dict(self.dense_views[key]))
+            self.kept.dense[key] = {role: dense for role, dense in named if dense is not None}
+        return self.ready.setdefault(layer, dict(self.kept.dense[key]))
 
     def compute_view(self, placed: PlacedTensor, layer: int, lease: SlabLease | None) -> TensorView:
         """The tensor on the compute device: resident there, or in the leased slab."""
@@ -287,7 +287,8 @@ class WeightStore:
         self.drain()
         if self.read_ahead is not None:
             self.read_ahead.close()
-        for held in (self.slabs, self.dequantization.buffers, self.ready, self.dense_views, self.stacks):
+        self.kept.clear()
+        for held in (self.slabs, self.dequantization.buffers, self.ready):
             held.clear()
         for pool in (self.tiers.gpu, self.tiers.cpu):
             for what in [what for what in pool.used_bytes if what.startswith(BUFFERS)]:

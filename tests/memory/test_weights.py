@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from flexbatch.kernels import ops, reference
 from flexbatch.kernels.coded_matrix import CodedMatrix
@@ -151,6 +152,31 @@ def test_tokens_of_small_passes_get_codes_whatever_their_micro_batches_are() -> 
             store.pass_tokens = of_pass
             assert isinstance(store.weights(0, "pre", tokens)["qkv.weight"], CodedMatrix) == coded
             store.release(0, READY)
+
+
+def test_views_of_codes_are_made_once_for_each_slab(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in every tick; and in whichever slab a layer lies, it has its own codes."""
+    arch, layers = tiny_arch(3, hidden_size=64, intermediate_size=96, head_dim=16), range(3)
+    with open_store(arch, Split(0, 1), 4, group=32, dtype=torch.float16) as (store, _):
+        store.coded_tokens, made, seen = 64, list[int](), dict[tuple[int, int], Tensor]()
+        view = store.compute_view
+        monkeypatch.setattr(store, "compute_view", lambda *words: made.append(words[1]) or view(*words))
+        for turn in range(4):
+            for layer in layers:
+                store.fetch_rest(layer, 1)
+                for _ in range(2):  # micro-batches
+                    codes = store.weights(layer, "pre", 3)["qkv.weight"].codes
+                slab = store.leases[layer].slab
+                assert torch.equal(seen.setdefault((layer, slab), codes.clone()), codes)
+                store.release(layer, READY)
+            if turn < 2:
+                before = len(made)
+        assert len(seen) == 6 and len(made) == before, (seen.keys(), made)
+        assert all(torch.equal(seen[layer, 0], seen[layer, 1]) for layer in layers)
+        assert not torch.equal(seen[0, 0], seen[1, 0])
+        store.close_buffers()
+        assert not (store.kept.coded or store.kept.dense), "views would keep slabs alive"
+        store.open_buffers()
 
 
 def test_a_slab_is_not_claimed_while_a_layer_holds_it() -> None:

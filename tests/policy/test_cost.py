@@ -12,7 +12,8 @@ from flexbatch.policy.cost import IN_VIEW, STREAMED_IN_VIEW, PassModel
 from flexbatch.policy.curve import Curve
 from flexbatch.policy.decode_graphs import LAUNCHES_OF_EXPERTS
 from flexbatch.policy.expansion import CODED_TILES, coded_seconds
-from flexbatch.policy.hardware import KERNELS_OF_TICK, Hardware, load_hardware
+from flexbatch.policy.hardware import Hardware, load_hardware
+from flexbatch.policy.launches import COUNTED, CPU_COUNTED, KERNELS_OF_TICK
 from flexbatch.policy.limits import CODED_PASS_TOKENS, CODED_TOKENS
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import PassLoad
@@ -126,7 +127,9 @@ def test_launching_is_hidden_where_the_host_waits_for_nothing(weights, overlap, 
     load, shape = PassLoad.prefill(16, 200), public_shape("opt-6.7b")
     hardware = dataclasses.replace(small(), device=device)
     busy = float(PassModel(shape, hardware, policy, load).pass_seconds(point_of(policy)))
-    slow = dataclasses.replace(hardware, launch_seconds=busy / (2 * 33 * 2))
+    counted = COUNTED if device == "cuda" else CPU_COUNTED
+    ticks = 33 * 2 + (0 if weights.gpu else 32 * 2 * counted["fetch"] / KERNELS_OF_TICK)
+    slow = dataclasses.replace(hardware, launch_seconds=busy / (2 * ticks))
     shown = float(PassModel(shape, slow, policy, load).pass_seconds(point_of(policy))) - busy
     share = 1.0 if device == "cpu" or not overlap else IN_VIEW if weights.gpu else STREAMED_IN_VIEW
     assert shown == pytest.approx(share * busy / 2)
@@ -272,8 +275,9 @@ def test_quantized_products_are_launched_as_they_run():
             for sequences, each in ((CODED_TOKENS * batches, few), (of_few(batches) + 1, many)):
                 load = PassLoad.decode(sequences, 100)
                 assert float(PassModel(shape, machine, policy, load).tick_seconds) == 32 * each
-    assert small(launch_seconds=8.0).expansion_launch_seconds == pytest.approx(3.0)
-    assert small(launch_seconds=8.0).coded_launch_seconds == pytest.approx(1.5)
+    for device, counted in (("cuda", COUNTED), ("cpu", CPU_COUNTED)):
+        lacking = small(launch_seconds=24.0, device=device)
+        assert {what: lacking.launched_seconds(what) for what in counted} == pytest.approx(counted)
 
 
 def test_a_few_tokens_are_multiplied_with_codes():
