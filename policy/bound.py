@@ -135,6 +135,7 @@ def ideal_machine(hardware: Hardware, weight_bits: int) -> Hardware:
         "disk_read_seconds",
         "interconnect_seconds",
         "interconnect_launch_seconds",
+        "tell_seconds",
     )
     no_fixed_costs: dict[str, Any] = dict.fromkeys((*fixed_costs, "attention_tile_keys"), 0.0)
     return dataclasses.replace(ideal, **no_fixed_costs)

@@ -18,7 +18,7 @@ import functools
 import numpy as np
 
 from flexbatch.policy.affine import COLUMNS, KINDS, RESIDENT, evaluate, slowest, total
-from flexbatch.policy.collectives import sum_seconds, sums_of_pass
+from flexbatch.policy.collectives import head_launch_seconds, sum_seconds, sums_of_pass, telling_seconds
 from flexbatch.policy.decode_graphs import LAUNCHES_OF_EXPERTS, recorded_sequences, runs_graphs
 from flexbatch.policy.expansion import in_codes
 from flexbatch.policy.hardware import Hardware
@@ -111,11 +111,12 @@ class PassModel:
 
     @property
     def host_seconds(self) -> np.ndarray:
-        """Composing a pass, sampling, committing; and what a sequence costs once, in the pass that completes its
-        prompt."""
+        """Composing a pass, telling other ranks of it, sampling, committing; and what a sequence costs once, in the
+        pass that completes its prompt."""
         hardware, finished = self.hardware, np.asarray(self.load.finished_prompts)
         each = hardware.sequence_seconds * (self.load.decode_sequences + finished)
-        return hardware.pass_seconds + each + hardware.request_seconds * finished
+        once = hardware.pass_seconds + telling_seconds(self.shape, hardware)
+        return once + each + hardware.request_seconds * finished
 
     def composed(self, point: np.ndarray) -> np.ndarray:
         """What the host does once in each pass at a placement, which nothing hides."""
@@ -181,7 +182,8 @@ class PassModel:
         """Seconds of launching the ticks of each pass at a placement."""
         if self.on_gpu(point):
             other = np.where(self.in_pieces, self.piece_launch_seconds, self.tick_seconds)
-            return np.where(self.in_graphs, 0.0, other)  # by the GPU
+            head = head_launch_seconds(self.shape, self.hardware, np.asarray(self.load.decode_sequences))
+            return np.where(self.in_graphs, head, other)  # the layers by the GPU
         each = np.asarray(self._extra_launch_seconds(point))
         return self.tick_seconds + self.shape.num_layers * self.batches * each
 

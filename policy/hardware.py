@@ -120,6 +120,8 @@ class Hardware:
     the host: memory that one link and all cores do not fill, several links may."""
     interconnect_launch_seconds: float = 0.0
     """What the host needs to launch one sum of several GPUs."""
+    tell_seconds: float = 0.0
+    """Per pass of several ranks: rank 0 tells the others what it is. 0: not measured."""
     tensor_ranks: int = 1
     """GPUs that share every layer, of which this is one."""
     cpu_experts: Curve | None = None

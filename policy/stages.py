@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexbatch.policy.affine import affine, total
-from flexbatch.policy.collectives import send_rate, sum_seconds
+from flexbatch.policy.collectives import logits_seconds, send_rate, sum_seconds
 from flexbatch.policy.expansion import expanded_bytes
 from flexbatch.policy.expert_traffic import NO_EXPERTS, hit_fetch_seconds, routed_traffic, spared_bytes
 from flexbatch.policy.hardware import Hardware
@@ -211,6 +211,7 @@ class PassStages:
         # Float32 logits are written once and read about twice by sampling.
         logits = 3.0 * 4 * rows * shape.vocab_size
         seconds = seconds + logits / hardware.gpu_bandwidth + self.batches * hardware.graph_seconds
+        seconds = seconds + logits_seconds(shape, hardware, rows)
         return affine(seconds), affine(flops), affine(moved + logits)
 
     def _work(

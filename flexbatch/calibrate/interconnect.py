@@ -20,7 +20,7 @@ from flexbatch.calibrate.fits import fit_rate
 from flexbatch.calibrate.host_together import HostTogether
 from flexbatch.calibrate.links import MIB
 from flexbatch.parallel import numa
-from flexbatch.parallel.channel import Group, device_group, open_store
+from flexbatch.parallel.channel import Group, RankChannel, device_group, open_store
 from flexbatch.parallel.mesh import Mesh
 from flexbatch.parallel.processes import GRACE, RankProcesses, live_as_long_as_rank_0, log_as_rank_0, mesh_of_words
 from flexbatch.parallel.tensor_ranks import TensorRanks
@@ -39,6 +39,8 @@ SHORTER = 64
 """On CPUs sizes are so much smaller."""
 LAUNCHED = 100
 """Sums that are launched one after another: more would wait for room in the queue of launches."""
+TOLD_SEQUENCES, TOLD_PASSES = 256, 10
+"""Of a pass that ranks are told of, numbers and pages of each; and passes that they are told of in a row."""
 WAITING = 300.0
 """Seconds for which one of the ranks that wait may be gone before this process ends with it: it measures something
 else, and looks before it needs them."""
@@ -136,6 +138,7 @@ def measured(mesh: Mesh, store: Store, device_type: str) -> dict[str, Any]:
             "interconnect_seconds": fixed,
             "interconnect_send": send,
             "interconnect_launch_seconds": ranks.launching(),
+            "tell_seconds": ranks.telling(store),
             "links_together": Curve(tuple(map(float, points)), tuple(shares)),
             **host.fields(alone, host.together()),
             "fit_error": {"interconnect": sum_error, "interconnect_send": send_error},
@@ -180,6 +183,18 @@ class Ranks:
             for _ in range(LAUNCHED):
                 self.add_up(x)
             found.append((time.perf_counter() - began) / LAUNCHED)
+        return self.slowest(min(found))
+
+    def telling(self, store: Store) -> float:
+        """Seconds in which rank 0 has told the others what a pass of TOLD_SEQUENCES is, and they know it."""
+        channel, found = RankChannel(self.mesh, store), []
+        message = [(number, (number,), 300, 0, tuple(range(20)), 300) for number in range(TOLD_SEQUENCES)]
+        for _ in range(ROUNDS):
+            self.slowest(0.0)
+            began = time.perf_counter()
+            for _ in range(TOLD_PASSES):
+                channel.send(message) if self.mesh.rank == 0 else channel.receive()
+            found.append((time.perf_counter() - began) / TOLD_PASSES)
         return self.slowest(min(found))
 
     def sends(self) -> tuple[float, float]:

@@ -44,6 +44,7 @@ def test_ranks_measure_together_and_find_the_same(size, monkeypatch):
     assert together.points == tuple(map(float, range(1, size + 1))) and together.values[0] == 1.0
     hardware = dataclasses.replace(load_hardware("h200"), **found[0])
     assert min(hardware.interconnect, hardware.interconnect_send) > 0 <= hardware.interconnect_seconds
+    assert 0 < hardware.tell_seconds < 1
     assert not lacks_interconnect(hardware, size) and lacks_interconnect(hardware, size + 1)
     assert lacks_interconnect(dataclasses.replace(hardware, cpu_attention_together=None), size), "an older profile"
     assert all(found[0][name].points == (1.0, size) and found[0][name].values[0] == 1.0 for name in HOST)
