@@ -12,7 +12,7 @@ import pytest
 from flexbatch.execution import pipelined
 from flexbatch.execution.pipelined import PipelinedPasses
 from flexbatch.policy.hardware import load_hardware
-from flexbatch.policy.plan import price
+from flexbatch.policy.plan import Plan, price
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.policy.shapes import public_shape
 from flexbatch.policy.workload import Workload
@@ -105,8 +105,14 @@ def test_a_plan_counts_the_passes_of_all_parts_and_the_fill():
     lengths = ((64, 16),)
     workload, everything = Workload(lengths, 48), Split(1.0, 0.0)
     policy = Policy(everything, everything, everything, 24, 2)
-    shape, hardware = public_shape("opt-1.3b"), load_hardware("h200")
-    one, two = (price(dataclasses.replace(shape, stages=n), hardware, workload, policy) for n in (1, 2))
-    assert one.seconds is not None and two.seconds is not None
+    shape, machine = public_shape("opt-1.3b"), load_hardware("h200")
+
+    def priced(stages: int, tell_seconds: float) -> Plan:
+        hardware = dataclasses.replace(machine, tell_seconds=tell_seconds)
+        return price(dataclasses.replace(shape, stages=stages), hardware, workload, policy)
+
+    one, two, told = priced(1, 1.0), priced(2, 1e-9), priced(2, 0.5)
+    assert one.seconds is not None and two.seconds is not None and told.seconds is not None
     assert two.passes == 2 * one.passes
     assert two.seconds == pytest.approx((2 + 1 / one.passes) * one.seconds, rel=0.05)
+    assert told.seconds - two.seconds >= 0.5 * two.passes, "of each pass the stages are told, and one process nobody"
