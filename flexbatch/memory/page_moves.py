@@ -83,6 +83,8 @@ def park(cache: KVCache, table: PageTable, tier: str) -> PageTable:
 def restore(cache: KVCache, parked: PageTable, tier: str, cpu_attention: bool = False) -> PageTable:
     """The table of a sequence that goes on running, on ``tier``; the caller has seen that there are pages for what is
     parked. The table given is empty afterward."""
+    # What sequences that have ended still have under way to these pages would lie over what is copied there.
+    cache.synchronize()
     if tier == parked.tier:
         table = PageTable(tier, [], parked.num_tokens, parked.num_shared, cpu_attention=cpu_attention)
         handed_over(parked, table)
