@@ -22,7 +22,7 @@ class Unchanged:
     """What a source asks when it opens one of its files, and after it has read of it.
 
     A file with another stamp is compared: one that was only touched, or has grown at its end where that does not
-    matter, serves on. ``is_same`` maps the path of a file to whether it holds what it held.
+    matter, serves on. ``is_same`` tells of a file whether it holds what it held.
     """
 
     def __init__(

@@ -107,11 +107,15 @@ class Aside:
     def kept_in_place(self, table: PageTable) -> PageTable:
         """The pages where they are. Those that are not filled yet are nobody else's to share until it runs again: who
         came for them has its slot, perhaps, and would wait for it for ever."""
-        pool = self.cache.pools[table.tier]
-        unready = pool.unready(table.pages)
-        parked = park(self.cache, table, table.tier)
-        self.orphaned(parked.tier, unready)
-        pool.withdraw(parked.pages)
+        parked = self.parked(table, table.tier)
+        self.cache.pools[parked.tier].withdraw(parked.pages)
+        return parked
+
+    def parked(self, table: PageTable, tier: str) -> PageTable:
+        """The pages on ``tier``, with an end to the waiting of others for those that are not filled yet."""
+        before, unready = table.tier, self.cache.pools[table.tier].unready(table.pages)
+        parked = park(self.cache, table, tier)
+        self.orphaned(before, unready)
         return parked
 
     def give_up(self, sequence: Sequence, table: PageTable) -> None:
@@ -123,14 +127,12 @@ class Aside:
 
     def send_away(self, sequence: Sequence, table: PageTable) -> bool:
         """Make the pages of a sequence available on their tier; whether they were moved, and not dropped."""
-        tier, before = self.target(table), table.tier
+        tier = self.target(table)
         if tier is None:
             self.give_up(sequence, table)
             return False
-        unready = self.cache.pools[before].unready(table.pages)
         self.counts.moved_bytes += self.page_bytes(table)
-        sequence.parked = park(self.cache, table, tier)
-        self.orphaned(before, unready)
+        sequence.parked = self.parked(table, tier)
         return True
 
     def reclaim(self, tier: str, spared: Sequence | None = None) -> bool:
