@@ -4,10 +4,11 @@ same tokens."""
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,17 +48,23 @@ def tokens(out: str) -> list[list[int]]:
     return [line["token_ids"] for line in json.loads(out)["completions"]]
 
 
+def paths_in(folder: Path) -> Iterator[Path]:
+    """Of all files. Unlike `Path.rglob` it goes on where a process that runs removes a folder that was just listed."""
+    for inner, _, names in os.walk(folder):
+        yield from (Path(inner, name) for name in names)
+
+
+def is_whole(path: Path) -> bool:
+    return path.suffix == ".bin" and not path.name.startswith(".")
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     """What a run would trust: files with their final names."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*.bin")
-        if not path.name.startswith(".")
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths_in(folder) if is_whole(path)}
 
 
 def leftovers(folder: Path) -> list[Path]:
-    return list(folder.rglob(".*.tmp"))
+    return [path for path in paths_in(folder) if path.name.startswith(".") and path.suffix == ".tmp"]
 
 
 def kill_when(process: Forked, reached: Callable[[], bool]) -> None:
@@ -87,7 +94,7 @@ def half_written(folder: Path, num_bytes: int) -> Callable[[], bool]:
 
 
 def whole(folder: Path, count: int) -> Callable[[], bool]:
-    return lambda: sum(not path.name.startswith(".") for path in folder.rglob("*.bin")) >= count
+    return lambda: sum(map(is_whole, paths_in(folder))) >= count
 
 
 Moment = tuple[Callable[[Path, int], Callable[[], bool]], int]
