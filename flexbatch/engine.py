@@ -104,6 +104,7 @@ class LLM(NamesOfVllm):
     @property
     def weights(self) -> WeightStore:
         """Where they lie for the latest job. Before the first, they are placed for a typical one."""
+        self._turns.check_open("weights")
         return self._capacity.weights or self._capacity.place(self.engine_plan)
 
     @property

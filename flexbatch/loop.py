@@ -244,7 +244,7 @@ class EngineLoop:
         if self.passes is not None:
             self.passes.give_up()
         proposer = self.scheduler.proposer if self.scheduler is not None else None
-        self.capacity.close()
+        self.capacity.close_runner()
         if proposer is not None:
             proposer.forget()
         if isinstance(error, MemoryError | torch.OutOfMemoryError):

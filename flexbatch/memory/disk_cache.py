@@ -174,6 +174,7 @@ class DiskCache:
             assert all(count % self.layout.page_tokens == 0 for count in flushed), flushed
 
     def close(self) -> None:
+        self.tails = torch.empty(0)
         self.host.free("cache tails")
         self.disk.free("cache")
 

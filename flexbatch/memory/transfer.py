@@ -289,3 +289,4 @@ class TransferQueues:
         for queue in self.all_queues:
             queue.close()
         self.disk_chunks.shutdown(wait=True, cancel_futures=True)
+        self.row_ids = torch.empty(0)

@@ -67,7 +67,7 @@ class Capacity:
     def place(self, engine_plan: EnginePlan) -> WeightStore:
         """The weights on the tiers of a plan. The runner is closed before they move."""
         if not self.holds_weights(engine_plan):
-            self.close()
+            self.close_runner()
             self.weights, self.speculator = None, None
             self.planner.placed = None
             with self.everywhere(PlaceWeights(engine_plan.policy, engine_plan.weight_plan.num_slabs)):
@@ -116,7 +116,7 @@ class Capacity:
             engine_plan.speculation.open_runner(self.speculator, sizes.sequence_tokens)
         if self.runner is not None and self.holds(engine_plan, sizes):
             return self.runner
-        self.close()
+        self.close_runner()
         check_budgets(engine_plan.requirements(sizes), engine_plan.budgets)
         if held:
             self._place(engine_plan)  # weights stay, but a policy of another cache launches kernels of its own
@@ -244,7 +244,14 @@ class Capacity:
         )
 
     def close(self) -> None:
-        """Close the runner; the next job makes another. What other ranks are still in comes to its end first."""
+        """With the engine: nothing of it stays in memory, though the engine itself may be held for longer."""
+        try:
+            self.close_runner()
+        finally:
+            self.weights, self.speculator, self.routing = None, None, None
+
+    def close_runner(self) -> None:
+        """The next job makes another. What other ranks are still in comes to its end first."""
         if self.leader is not None:
             # Where a rank is gone, whoever noticed it first says so.
             with contextlib.suppress(LostRankError):

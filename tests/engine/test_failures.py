@@ -117,7 +117,7 @@ def running(request, model, tmp_path):
 
 
 def close_runner(llm):
-    llm._capacity.close()
+    llm._capacity.close_runner()
     if llm.speculator is not None:
         for source in llm.speculator.sources:
             source.close_runner()
