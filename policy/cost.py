@@ -28,7 +28,7 @@ from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.piece_graphs import piece_buckets, tokens_of
 from flexbatch.policy.policy import Policy
-from flexbatch.policy.stages import SERIAL, PassStages, Stage
+from flexbatch.policy.stages import SERIAL, PassStages, RecordedLoad, Stage
 
 RESOURCES = (
     *("h2d", "d2h", "disk_read", "disk_write", "gpu_compute", "gpu_memory"),
@@ -98,8 +98,11 @@ class PassModel:
         buckets = piece_buckets(self.policy, self.hardware.tensor_ranks)
         pieced = np.where(self.in_pieces, tokens_of(buckets, self.tokens), self.tokens)
         sequences = recorded_sequences(np.asarray(self.load.decode_sequences), self.in_graphs)
-        padded = np.where(self.in_graphs, sequences, pieced)
-        return PassStages(self.shape, self.hardware, self.policy, self.load, self.hits, padded).stages()
+        recorded = RecordedLoad(
+            tokens=np.where(self.in_graphs, sequences, pieced),
+            attended=np.where(self.in_graphs, sequences, self.load.decode_sequences),
+        )
+        return PassStages(self.shape, self.hardware, self.policy, self.load, self.hits, recorded).stages()
 
     def stages_at(self, point: np.ndarray) -> list[Stage]:
         return self.recorded_stages if self.on_gpu(point) else self.stages

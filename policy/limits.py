@@ -46,6 +46,9 @@ CODED_TOKENS, CODED_PASS_TOKENS = 128, 256
 pass, however many micro-batches it has: of more, faster products make up for what expanding a layer costs once. A
 layer of Llama-3-8B with 4 bits takes an H100 148, 212, 312 and 548 us for 64, 128, 256 and 512 tokens where expanding
 it first takes 368, 380, 405 and 491."""
+DECODING_APART = 32
+"""Sequences that decode, from which on attention is launched for them apart from prompts. With fewer the second
+launch, which takes the host 50 us a layer, costs more than their keys."""
 DISK_ALIGNMENT = 4096
 """Bytes at multiples of which everything on the disk tier begins, as direct transfers need it."""
 DISK_THREADS = 4

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexbatch.policy.affine import affine, total
+from flexbatch.policy.attention_seconds import decode_seconds, prompt_seconds
 from flexbatch.policy.collectives import logits_seconds, send_rate, sum_seconds
 from flexbatch.policy.expansion import expanded_bytes
 from flexbatch.policy.expert_traffic import NO_EXPERTS, hit_fetch_seconds, routed_traffic, spared_bytes
 from flexbatch.policy.hardware import Hardware
-from flexbatch.policy.limits import DISK_THREADS, PAGE_TOKENS
+from flexbatch.policy.limits import DECODING_APART, DISK_THREADS, PAGE_TOKENS
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.policy import Policy
@@ -33,10 +34,20 @@ class Stage:
     work: dict[str, np.ndarray]
 
 
+@dataclass(frozen=True)
+class RecordedLoad:
+    """What passes that are graphs compute, of each."""
+
+    tokens: np.ndarray
+    """Those that fill them up included."""
+    attended: np.ndarray
+    """Sequences that are attended, likewise: an empty place attends what the first sequence does."""
+
+
 class PassStages:
     """The stages of the passes ``load``: a layer, in a model with experts also one without them, the last layer (the
     head's weights are fetched beside it) and the head, where it is here. hits: whether passes of few tokens bring only
-    the experts that they hit. padded: tokens that they compute, those that fill up their graphs included."""
+    the experts that they hit. recorded: of passes that may be graphs."""
 
     def __init__(
         self,
@@ -45,13 +56,14 @@ class PassStages:
         policy: Policy,
         load: PassLoad,
         hits: bool,
-        padded: np.ndarray | None = None,
+        recorded: RecordedLoad | None = None,
     ) -> None:
         self.shape, self.hardware, self.policy, self.load, self.hits = shape, hardware, policy, load, hits
         self.batches = policy.num_gpu_batches
         self.decode_tokens = np.asarray(load.decode_sequences)
         self.tokens = self.decode_tokens + load.prompt_tokens
-        self.padded = self.tokens if padded is None else padded
+        recorded = recorded or RecordedLoad(self.tokens, self.decode_tokens)
+        self.padded, self.attended = recorded.tokens, recorded.attended
         self.decode_context = self.seen(load.decode_context, load.decode_sequences)
         """Of the mean layer, as all of the next three."""
         self.prompt_context = self.seen(load.prompt_context, np.ceil(np.asarray(load.prompt_tokens) / policy.chunk))
@@ -186,13 +198,15 @@ class PassStages:
         prompt_flops = heads * self.prompt_pairs
         decode_flops = heads * self.decode_context
         read = self.row_bytes * self.decode_context
-        keys = self.decode_context + hardware.attention_tile_keys / 2 * np.asarray(load.decode_sequences)
-        reading = self.row_bytes * keys / hardware.attention_decode
-        if self.policy.cache_bits != 16:
-            # Expanding rows inside attention costs instructions, more than the bytes that it saves.
-            reading = np.maximum(reading, self.row_bytes_16 * keys / hardware.quantized_attention)
-        decode = np.maximum(reading, decode_flops / hardware.attention_prefill)
-        seconds = seconds + elementwise / hardware.gpu_bandwidth + prompt_flops / hardware.attention_prefill + decode
+        filling, bits = self.attended / np.maximum(1.0, self.decode_tokens), self.policy.cache_bits
+        keys = filling * self.decode_context + hardware.attention_tile_keys / 2 * self.attended
+        tiled = (np.asarray(load.prompt_tokens) > 0) & (self.decode_tokens < DECODING_APART)
+        decode = np.maximum(
+            decode_seconds(shape, hardware, bits, keys, tiled),
+            decode_flops / hardware.attention_prefill,
+        )
+        prompts = prompt_seconds(shape, hardware, bits, self.prompt_pairs, np.asarray(load.prompt_tokens))
+        seconds = seconds + elementwise / hardware.gpu_bandwidth + prompts + decode
         seconds = seconds + self.batches * hardware.graph_seconds
         if hardware.tensor_ranks > 1:
             seconds = seconds + sum_seconds(hardware, self.tokens, shape.hidden_bytes, self.batches)

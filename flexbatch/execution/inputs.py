@@ -13,11 +13,7 @@ from torch import Tensor
 from flexbatch.execution.pass_batch import DecodeTokens, LogitsChunk, QueryTokens
 from flexbatch.memory.pages import Gather, SequencePages
 from flexbatch.models.lora.applied import PassAdapters
-from flexbatch.policy.limits import CPU_ATTENTION_MAX_TREE_TOKENS
-
-DECODING_APART = 32
-"""Sequences that decode, from which on attention is launched for them apart from prompts. With fewer the second
-launch, which takes the host 50 us a layer, costs more than their keys."""
+from flexbatch.policy.limits import CPU_ATTENTION_MAX_TREE_TOKENS, DECODING_APART
 
 
 @dataclass(frozen=True)
