@@ -16,7 +16,6 @@ from flexbatch.calibrate.experts import expert_curves
 from flexbatch.calibrate.host import ALONE, host_rates
 from flexbatch.calibrate.kernels import attention_rates, cpu_attention_rates, page_rates
 from flexbatch.calibrate.phases import Phases
-from flexbatch.execution.kernel_compilers import KernelCompilers
 from flexbatch.execution.kernels_ahead import Compiled, compiled_ahead
 from flexbatch.kernels import native, ops
 from flexbatch.policy.curve import Curve
@@ -25,11 +24,9 @@ from flexbatch.policy.curve import Curve
 class EngineKernels:
     """For `measure.measure`: the engine's own kernels, and what its Python costs."""
 
-    def __init__(self, device: str, waiting: KernelCompilers | None = None) -> None:
-        """waiting: as for `compiled_ahead`."""
+    def __init__(self, device: str) -> None:
         self.device = torch.empty(0, device=device).device  # with its number
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.waiting = waiting
         self.made = Compiled()
 
     @contextlib.contextmanager
@@ -40,8 +37,7 @@ class EngineKernels:
             return
         with contextlib.ExitStack() as stack:
             pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="flexbatch-profile"))
-            ahead = compiled_ahead(self.device, profile_kernels(self.dtype), self.note, waiting=self.waiting)
-            stack.enter_context(ahead)
+            stack.enter_context(compiled_ahead(self.device, profile_kernels(self.dtype), self.note))
             native_kernels = pool.submit(ops.load_compiled)
             yield
             with phases.of("the compilers", "waiting for"):

@@ -9,11 +9,9 @@ import argparse
 import contextlib
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flexbatch.execution.kernel_compilers import KernelCompilers
 from flexbatch.policy.command_line import Parser
 from flexbatch.policy.stdout import data_apart, run_process
 from flexbatch.validation.devices import check_device
@@ -72,12 +70,8 @@ def write_profile(options: argparse.Namespace) -> None:
     from flexbatch.calibrate.profile_file import write_hardware
 
     phases = Phases(lambda line: print(line, file=sys.stderr, flush=True), earlier_seconds=process_age())
-    with contextlib.ExitStack() as stack:
-        waiting = begin_compilers(options)
-        if waiting is not None:
-            stack.callback(waiting.close)
-        print("starting", file=sys.stderr, flush=True)
-        hardware, compilers = measured(options, phases, waiting)
+    print("starting", file=sys.stderr, flush=True)
+    hardware, compilers = measured(options, phases)
     write_hardware(hardware, options.output)
     took, *parts = reversed(phases.text.rsplit("; ", 1))
     print(f"{hardware.name}: measured, {took} -> {options.output}", file=sys.stderr)
@@ -86,19 +80,7 @@ def write_profile(options: argparse.Namespace) -> None:
             print(f"  {line}", file=sys.stderr)
 
 
-def begin_compilers(options: argparse.Namespace) -> KernelCompilers | None:
-    """Before torch is imported here, which takes those that compile as long. None where there is nothing to compile, or
-    nobody to do it."""
-    if options.kernels != "engine" or options.device == "cpu" or find_spec("triton") is None:
-        return None
-    try:
-        check_device("cuda")
-        return KernelCompilers("flexbatch.calibrate.kernels") if len(os.sched_getaffinity(0)) > 2 else None
-    except (ConfigurationError, OSError):
-        return None
-
-
-def measured(options: argparse.Namespace, phases: Phases, waiting: KernelCompilers | None) -> tuple[Hardware, str]:
+def measured(options: argparse.Namespace, phases: Phases) -> tuple[Hardware, str]:
     """The machine, and what its compilers did."""
     import torch
 
@@ -107,7 +89,7 @@ def measured(options: argparse.Namespace, phases: Phases, waiting: KernelCompile
     from flexbatch.calibrate.measure import measure
 
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    engine = EngineKernels(device, waiting) if options.kernels == "engine" else None
+    engine = EngineKernels(device) if options.kernels == "engine" else None
     gpus = torch.cuda.device_count() if device == "cuda" else 1
     phases.passed("starting")
     if gpus == 1:

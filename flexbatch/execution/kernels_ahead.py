@@ -1,7 +1,9 @@
 """Triton's kernels, compiled in processes before they are launched: half a second to 5 s each, in the middle of a job.
 
-The processes need no GPU, and take none of its memory (`kernels.imagined_gpu`). They hand their work on by Triton's
-cache on the disk, where every later start finds it. Threads would not do: the compiler holds the interpreter's lock.
+The processes need no GPU, and take none of its memory (`kernels.imagined_gpu`). They are forked, and have all that this
+one has imported: what is compiled is there 7 s earlier than from processes that import it themselves. They hand their
+work on by Triton's cache on the disk, where every later start finds it. Threads would not do: the compiler holds the
+interpreter's lock, and whoever lists kernels must be the only one who uses torch.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from typing import IO, Any
 
 import torch
 
-from flexbatch.execution.kernel_compilers import KernelCompilers
+from flexbatch.execution.forked import Forked
+from flexbatch.execution.kernel_compilers import compilers_of
 from flexbatch.kernels.imagined_gpu import GpuTraits, Launch, imagined_gpu
 from flexbatch.parallel.processes import PACKAGE_ROOT
 from flexbatch.policy.units import duration_text
@@ -33,6 +36,8 @@ PROCESS_BYTES = 512 * 2**20
 """Of host memory, in each."""
 LIMIT_SECONDS = 60.0
 """After the body. What is not compiled by then is where it is launched."""
+LISTING_SECONDS = 20.0
+"""After the body, until it is known what there is: a second is usual."""
 SAID_SECONDS = 1.0
 POLL_SECONDS = 0.1
 
@@ -61,8 +66,8 @@ class Compiled:
     imports_seconds: float = 0.0
     listing_seconds: float = 0.0
     compiling_seconds: float = 0.0
-    """Of the process that is given work, by the clock: what comes before it can be, which kernels there are, and until
-    the last of them was compiled."""
+    """Of the process that forks the others, by the clock: what it imports, which kernels there are, and until the last
+    of them was compiled."""
 
     def __add__(self, other: Compiled) -> Compiled:
         counts = (each.name for each in fields(Compiled) if each.name != "error")
@@ -77,33 +82,29 @@ def compiled_ahead(
     note: Callable[[Compiled], None] = lambda compiled: None,
     sharers: int = 1,
     free_bytes: float = math.inf,
-    waiting: KernelCompilers | None = None,
 ) -> Iterator[None]:
     """Others compile what is ``announced`` while the body runs, and are waited for at its end. What they do not
     get done is compiled where it is launched. Where all of it was compiled before, and where there is no GPU, nothing
     happens. note: is told what was done. sharers: processes that share the host, this one among them; free_bytes: of
-    its memory that they and the body leave. waiting: was started in advance for this, and is closed here."""
+    its memory that they and the body leave."""
     with contextlib.ExitStack() as stack:
-        if waiting is not None:
-            stack.callback(waiting.close)
         marker = marker_of(device, announced) if device.type == "cuda" else None
         count = process_count(sharers, free_bytes)
         if marker is None or marker.exists() or count < LEAST_PROCESSES:
-            stack.close()
             yield
             return
         if (lock := locked(marker)) is None:
-            stack.close()
             yield
             wait_for(marker)
             return
         stack.enter_context(lock)
-        compilers = waiting or started(announced.launch.__module__)
-        if compilers is None:
+        traits = GpuTraits.of(device)
+        try:
+            compilers = compilers_of(lambda: listed(announced, traits), traits.backend, count)
+        except OSError:  # no process can be forked
             yield
             return
         stack.callback(compilers.close)
-        compilers.give((announced, GpuTraits.of(device), count))
         logger.info("compiling kernels in %d processes, where they are not compiled already", count)
         yield
         compiled, whole = finished(compilers)
@@ -122,18 +123,12 @@ def process_count(sharers: int = 1, free_bytes: float = math.inf) -> int:
     return int(min(MOST_PROCESSES, cores, held))
 
 
-def started(module: str) -> KernelCompilers | None:
-    """None where no process can be started."""
-    try:
-        return KernelCompilers(module)
-    except OSError:
-        return None
-
-
-def finished(compilers: KernelCompilers) -> tuple[Compiled, bool]:
+def finished(compilers: Forked) -> tuple[Compiled, bool]:
     """What they did, once they are done or the time is up; and whether that is all of it."""
     begun = time.perf_counter()
-    told = compilers.told(LIMIT_SECONDS)
+    told = compilers.said(LISTING_SECONDS)
+    if told is not None and "processor_seconds" not in told:
+        told = compilers.said(LIMIT_SECONDS)
     found = Compiled(**(told or {}))
     if found.error:
         logger.info("kernels are compiled where they are first launched: %s", found.error)
@@ -141,7 +136,7 @@ def finished(compilers: KernelCompilers) -> tuple[Compiled, bool]:
 
 
 def listed(announced: Announced, traits: GpuTraits) -> list[Launch]:
-    """In the process that compiles: the kernels that are launched."""
+    """In the child: the kernels that are launched."""
     with imagined_gpu(traits) as found:
         announced.launch(announced.what)
     return list(found)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,44 +21,40 @@ import pytest
 import torch
 
 from flexbatch import LLM
-from flexbatch.execution import kernels_ahead
-from flexbatch.execution.kernel_compilers import KernelCompilers, compile_in_forks
+from flexbatch.execution import forked, kernels_ahead
+from flexbatch.execution.forked import Forked
+from flexbatch.execution.kernel_compilers import NotImported, compile_in_forks
 from flexbatch.execution.kernels_ahead import Announced, Compiled, compiled_ahead
 from flexbatch.execution.planned_kernels import launch_all
-from flexbatch.kernels.imagined_gpu import GpuTraits, Launch
+from flexbatch.kernels.imagined_gpu import GpuTraits
 from flexbatch.planner import loader
+from tests.execution.compiled_kernels import GPU, TRAITS, norms
 
 pytest.importorskip("triton")
 MORE = ("own heads", "odd heads", "wide heads", "windows", "biases")
-GPU, TRAITS = torch.device("cuda", 0), GpuTraits(90, 132, 232448)
 
 
-def norms(widths: tuple[int, ...]) -> None:
-    from flexbatch.kernels import ops
-    from flexbatch.kernels.imagined_gpu import DEVICE
+class Kernel:
+    """In the place of a launch."""
 
-    for width in widths:
-        x = torch.empty(4, width, dtype=torch.bfloat16, device=DEVICE)
-        ops.rms_norm(x, x[0], 1e-5)
-
-
-def broken(what: str) -> None:
-    raise KeyError(what)
+    def __init__(self, weight=1, work=lambda: None):
+        self.weight, self.compile = weight, work
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """Triton's, of a machine with a GPU and four cores."""
+    """Triton's, of a machine with a GPU and four cores, on which one kernel is listed."""
     from triton import knobs
 
     monkeypatch.setattr(GpuTraits, "of", classmethod(lambda cls, device: TRAITS))
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)))
     monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    monkeypatch.setattr(kernels_ahead, "LIMIT_SECONDS", 300.0)  # a busy machine takes a minute to import torch
+    monkeypatch.setattr(kernels_ahead, "listed", lambda announced, traits: [Kernel()])
     return tmp_path
+
+
+def markers(folder):
+    return list(folder.glob("flexbatch-compiled-*[!k]"))
 
 
 @pytest.mark.parametrize(
@@ -68,65 +68,64 @@ def test_passes_launch_nothing_that_was_not_announced(name):
     assert json.loads(told.stdout) == {}
 
 
-def test_what_is_announced_is_compiled_beside_the_body_and_once(cache, caplog, monkeypatch):
-    monkeypatch.setattr(kernels_ahead, "SAID_SECONDS", 0.0)
-    done: list[Compiled] = []
-    with caplog.at_level("INFO"):
-        for _ in range(2):
-            with compiled_ahead(GPU, Announced(norms, (512, 1024, 2048)), done.append):
-                pass
-    assert [(each.count, each.error) for each in done] == [(3, "")], "the second time nothing was left to do"
-    assert len(list(cache.rglob("*.cubin"))) == 3
-    assert caplog.messages[0] == "compiling kernels in 3 processes, where they are not compiled already"
-    assert caplog.messages[1].startswith("compiled 3 kernels ahead, and waited ")
-    assert min(done[0].imports_seconds, done[0].listing_seconds, done[0].compiling_seconds) > 0
+def test_what_is_announced_is_compiled_beside_the_body_and_once(tmp_path):
+    """In a process in which Triton compiles."""
+    command = [sys.executable, "-m", "tests.execution.compiled_kernels", str(tmp_path)]
+    told = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, stdout=subprocess.PIPE, check=True)
+    found = json.loads(told.stdout)
+    (done,) = found["done"]
+    assert (done["count"], done["error"]) == (3, ""), "the second time nothing was left to do"
+    assert found["files"] == 3 and not found["dynamo"]
+    assert found["said"][0] == "compiling kernels in 3 processes, where they are not compiled already"
+    assert found["said"][1].startswith("compiled 3 kernels ahead, and waited ")
+    seconds = (done[f"{part}_seconds"] for part in ("imports", "listing", "compiling", "processor"))
+    assert min(seconds) > 0
 
 
-def test_what_cannot_be_listed_is_compiled_where_it_is_launched(cache, caplog):
+def test_a_module_that_leaves_functions_alone_is_imported_where_more_is_asked_of_it(tmp_path, monkeypatch):
+    """Sums of tensors without memory import torch's own compiler, for a second."""
+    folder = tmp_path / "package_of_this_test"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    # It is asked for what it has before it is whole.
+    (folder / "slow.py").write_text("import sys, package_of_this_test.slow as own\nnumber = 5\nassert own.number == 5")
+    monkeypatch.syspath_prepend(tmp_path)
+    import package_of_this_test
+
+    name = "package_of_this_test.slow"
+    monkeypatch.setitem(sys.modules, name, NotImported(name))
+    package_of_this_test.slow = sys.modules[name]
+    from package_of_this_test import slow
+
+    assert slow.disable(norms) is norms and slow.disable(recursive=False)(norms) is norms
+    assert not hasattr(slow, "__file__") and sys.modules[name] is slow, "nor is it where all modules are looked at"
+    assert slow.number == 5 and sys.modules[name] is package_of_this_test.slow is not slow and slow.number == 5
+    with pytest.raises(AttributeError):
+        print(slow.letter)
+
+
+def test_what_cannot_be_listed_is_compiled_where_it_is_launched(cache, caplog, monkeypatch):
+    def broken(announced, traits):
+        raise KeyError(announced.what)
+
+    monkeypatch.setattr(kernels_ahead, "listed", broken)
     done: list[Compiled] = []
-    with caplog.at_level("INFO"), compiled_ahead(GPU, Announced(broken, "such a plan"), done.append):
+    with caplog.at_level("INFO"), compiled_ahead(GPU, Announced(norms, "such a plan"), done.append):
         pass
-    assert done[0].error == "KeyError: 'such a plan'" and not list(cache.glob("flexbatch-compiled-*[!k]"))
+    assert done[0].error == "KeyError: 'such a plan'" and not markers(cache)
     assert caplog.messages[-1] == "kernels are compiled where they are first launched: KeyError: 'such a plan'"
 
 
-def test_processes_end_with_a_body_that_breaks_off(cache, monkeypatch):
-    started, start = [], subprocess.Popen
-
-    def noted(*arguments, **options):
-        started.append(start(*arguments, **options))
-        return started[-1]
-
-    monkeypatch.setattr(subprocess, "Popen", noted)
-    with pytest.raises(KeyboardInterrupt), compiled_ahead(GPU, Announced(norms, (512,))):
-        raise KeyboardInterrupt
-    assert len(started) == 1 and all(each.returncode is not None for each in started)
-
-
-def test_those_that_compile_end_with_the_process_that_has_forked_them(cache, tmp_path, monkeypatch):
+def test_processes_end_with_a_body_that_breaks_off(cache, tmp_path, monkeypatch):
     """They are asleep in a kernel's compiler where it is ended."""
-    started, path = tmp_path / "started", tmp_path / "slow.py"
-    path.write_text(f"""
-import os, time
-from flexbatch.kernels.imagined_gpu import Launch
+    started = tmp_path / "started"
 
-def compile(self):
-    open({str(started)!r} + str(os.getpid()), "w").close()
-    time.sleep(600)
+    def sleep():
+        open(f"{started}{os.getpid()}", "w").close()
+        time.sleep(600)
 
-def slow(what):
-    from tests.execution.test_kernels_ahead import norms
-    norms(what)
-
-Launch.compile = compile
-""")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
-    kept = Launch.compile
-    import slow
-
-    monkeypatch.setattr(Launch, "compile", kept)
-    with contextlib.suppress(KeyboardInterrupt), compiled_ahead(GPU, Announced(slow.slow, (512, 1024))):
+    monkeypatch.setattr(kernels_ahead, "listed", lambda announced, traits: [Kernel(1, sleep), Kernel(2, sleep)])
+    with contextlib.suppress(KeyboardInterrupt), compiled_ahead(GPU, Announced(norms, (512, 1024))):
         until = time.monotonic() + 300
         while len(list(tmp_path.glob("started*"))) < 2 and time.monotonic() < until:
             time.sleep(0.05)
@@ -147,64 +146,98 @@ def runs(process: int) -> bool:
         return False
 
 
-def test_one_that_waits_for_work_ends_where_there_is_none(cache):
-    """Of a process that has ended before it knew its GPU."""
-    compilers = KernelCompilers("tests.execution.test_kernels_ahead")
-    compilers.process.stdin.close()
-    compilers.process.stdin = None
-    assert compilers.told(300) is None and compilers.process.returncode == 0
-    compilers.close()
+def test_a_child_says_what_it_did_and_leaves_this_process_alone(tmp_path, capfd):
+    """Its locks, its terminal, its garbage and its way to end."""
+    lock = (tmp_path / "lock").open("ab")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def work(say):
+        print("of the child", flush=True)
+        os.write(2, b"of the child")
+        links = [Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if int(name) > 2]
+        files = [os.readlink(link) for link in links if os.path.lexists(link)]
+        say({"group": os.getpgid(0), "frozen": gc.get_freeze_count() > 0, "files": files})
+        say({"long": "x" * 200_000})
+        raise KeyboardInterrupt
+
+    child = Forked(work)
+    try:
+        told = child.said(60)
+        assert told["group"] == child.pid and told["frozen"]
+        assert len(told["files"]) == 1 and told["files"][0].startswith("pipe:"), "the way back"
+        assert len(child.said(60)["long"]) == 200_000 and child.said(60) is None
+    finally:
+        child.close()
+        child.close()
+    with pytest.raises(ChildProcessError):
+        os.waitpid(child.pid, os.WNOHANG)
+    assert capfd.readouterr() == ("", "")
+    with (tmp_path / "lock").open("ab") as again, pytest.raises(BlockingIOError):
+        fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock.close()
 
 
-def test_one_that_was_started_in_advance_does_the_work(cache):
-    done: list[Compiled] = []
-    for _ in range(2):
-        waiting = KernelCompilers("tests.execution.test_kernels_ahead")
-        with compiled_ahead(GPU, Announced(norms, (512,)), done.append, waiting=waiting):
-            pass
-        assert waiting.process.returncode is not None
-    assert [(each.count, each.error) for each in done] == [(1, "")], "and nothing where it was done before"
+def test_a_signal_at_the_fork_is_this_processs_alone(monkeypatch):
+    """A child that Ctrl-C reached would go on in this process's place."""
+    fork = forked.fork
+
+    def interrupted():
+        pid = fork()
+        os.kill(os.getpid(), signal.SIGINT)
+        return pid
+
+    monkeypatch.setattr(forked, "fork", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Forked(lambda say: say({}))
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-@pytest.fixture
-def stand_in(tmp_path_factory, monkeypatch):
-    """Has a script run in the place of the interpreter."""
+def test_a_child_of_a_process_with_threads_that_hold_locks_does_its_work(cache):
+    """One computes, one logs, one writes: what they hold at the fork nobody gives back in the child."""
+    stop, done = threading.Event(), list[Compiled]()
 
-    def stand(script: str) -> None:
-        path = tmp_path_factory.mktemp("bin") / "python"
-        path.write_text(f"#!/bin/sh\n{script}\n")
-        path.chmod(0o755)
-        monkeypatch.setattr("sys.executable", str(path))
+    def busy(work):
+        while not stop.is_set():
+            work()
 
-    return stand
+    x = torch.randn(300, 300)
+    works = (lambda: x @ x, lambda: kernels_ahead.logger.debug("busy"), lambda: gc.collect(0))
+    threads = [threading.Thread(target=busy, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    try:
+        for width in range(8):
+            with compiled_ahead(GPU, Announced(norms, (width,)), done.append):
+                pass
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert [(each.count, each.error) for each in done] == [(1, "")] * 8 and len(markers(cache)) == 8
 
 
-def test_processes_that_hang_are_ended(cache, stand_in, monkeypatch):
-    stand_in("exec sleep 600")
+@pytest.mark.parametrize("hangs", ["listing", "compiling"])
+def test_processes_that_hang_are_ended(hangs, cache, monkeypatch):
+    sleep = lambda *told: time.sleep(600)  # noqa: E731
+    monkeypatch.setattr(kernels_ahead, "listed", sleep if hangs == "listing" else lambda *told: [Kernel(1, sleep)])
+    monkeypatch.setattr(kernels_ahead, "LISTING_SECONDS", 0.1 if hangs == "listing" else 300.0)
     monkeypatch.setattr(kernels_ahead, "LIMIT_SECONDS", 0.1)
     done: list[Compiled] = []
     with compiled_ahead(GPU, Announced(norms, (512,)), done.append):
         pass
-    assert done[0].count == 0 and not list(cache.glob("flexbatch-compiled-*[!k]"))
+    assert done[0].count == 0 and not markers(cache)
 
 
-def test_processes_that_fail_say_nothing(cache, stand_in, capfd):
-    """Each had a traceback on the terminal, eight of them after Ctrl-C."""
-    stand_in("echo out; echo Traceback >&2; exit 1")
-    with compiled_ahead(GPU, Announced(norms, (512,))):
-        pass
-    assert capfd.readouterr() == ("", "") and not list(cache.glob("flexbatch-compiled-*[!k]"))
-
-
-def test_where_no_process_can_be_started_the_body_runs(cache, monkeypatch):
-    def none(*arguments, **options):
+def test_where_no_process_can_be_forked_the_body_runs(cache, monkeypatch):
+    def none():
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(subprocess, "Popen", none)
+    monkeypatch.setattr(os, "fork", none)
     done: list[Compiled] = []
+    before = len(os.listdir("/proc/self/fd"))
     with compiled_ahead(GPU, Announced(norms, (512,)), done.append):
         pass
-    assert not done and not list(cache.glob("flexbatch-compiled-*[!k]"))
+    assert not done and not markers(cache) and len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("most", [0, 1, 5])
@@ -218,47 +251,33 @@ def test_as_many_as_can_be_forked_compile_everything(most, tmp_path, monkeypatch
         forks.append(fork())
         return forks[-1]
 
-    class Kernel:
-        def __init__(self, weight):
-            self.weight = weight
-
-        def compile(self):
-            with open(tmp_path / "done", "ab", buffering=0) as file:
-                file.write(bytes([self.weight]))
-            if self.weight == 3:
-                raise ValueError("it cannot be compiled")
+    def compile_one(weight):
+        with open(tmp_path / "done", "ab", buffering=0) as file:
+            file.write(bytes([weight]))
+        if weight == 3:
+            raise ValueError("it cannot be compiled")
 
     monkeypatch.setattr(os, "fork", limited)
-    compile_in_forks([Kernel(weight) for weight in (2, 7, 3, 5)], 5)
+    compile_in_forks([Kernel(weight, partial(compile_one, weight)) for weight in (2, 7, 3, 5)], 5)
     done = list((tmp_path / "done").read_bytes())
     assert sorted(done) == [2, 3, 5, 7] and len(forks) == min(most, 4)
     assert most > 1 or done == [7, 5, 3, 2]
 
 
-def test_kernels_of_a_process_that_was_ended_are_not_taken_for_compiled(cache, tmp_path, monkeypatch):
+def test_kernels_of_a_process_that_was_ended_are_not_taken_for_compiled(cache, monkeypatch):
     """A host without memory ends one: its kernels came in the middle of every later job, as nothing was compiled ahead
     any more."""
 
-    class Kernel:
-        weight = 1
-
-        def compile(self):
-            os.kill(os.getpid(), signal.SIGKILL)
+    def end():
+        os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(ChildProcessError, match="1 of 2 processes were ended"):
-        compile_in_forks([Kernel(), SimpleNamespace(weight=2, compile=lambda: None)], 2)
-    path, done = tmp_path / "ended.py", list[Compiled]()
-    path.write_text("""
-import os
-from flexbatch.kernels.imagined_gpu import Launch
-Launch.compile = lambda self: os.kill(os.getpid(), 9)
-from tests.execution.test_kernels_ahead import norms as launch
-""")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
-    waiting = KernelCompilers("ended")
-    with compiled_ahead(GPU, Announced(norms, (512, 1024)), done.append, waiting=waiting):
+        compile_in_forks([Kernel(1, end), Kernel(2)], 2)
+    done: list[Compiled] = []
+    monkeypatch.setattr(kernels_ahead, "listed", lambda announced, traits: [Kernel(1, end), Kernel(2, end)])
+    with compiled_ahead(GPU, Announced(norms, (512, 1024)), done.append):
         pass
-    assert "processes were ended" in done[0].error and not list(cache.glob("flexbatch-compiled-*[!k]"))
+    assert "processes were ended" in done[0].error and not markers(cache)
 
 
 def test_of_several_processes_one_compiles(cache, monkeypatch):
@@ -279,23 +298,19 @@ def test_of_several_processes_one_compiles(cache, monkeypatch):
 ])  # fmt: skip
 def test_without_a_gpu_cores_or_memory_to_spare_nothing_is_begun(device, cores, sharers, free, cache, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
-    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: pytest.fail("a process was started"))
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("a process was forked"))
     with compiled_ahead(torch.device(device), Announced(norms, (512,)), sharers=sharers, free_bytes=free):
         pass
 
 
-def test_no_more_processes_than_memory_holds_beside_the_weights(cache, stand_in, monkeypatch):
+def test_no_more_processes_than_memory_holds_beside_the_weights(cache, monkeypatch):
     """Eight of half a GB each were more than a host of 16 GB has left beside a plan for nine tenths of it."""
-    stand_in("exec sleep 600")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
-    started, start, given = [], subprocess.Popen, []
-    monkeypatch.setattr(KernelCompilers, "give", lambda self, work: given.append(work[2]))
-    monkeypatch.setattr(
-        subprocess, "Popen", lambda *told, **options: started.append(start(*told, **options)) or started[-1]
-    )
+    given, compilers_of = [], kernels_ahead.compilers_of
+    monkeypatch.setattr(kernels_ahead, "compilers_of", lambda *told: given.append(told[2]) or compilers_of(*told))
     with pytest.raises(KeyboardInterrupt), compiled_ahead(GPU, Announced(norms, (512,)), free_bytes=int(1.7 * 2**30)):
         raise KeyboardInterrupt
-    assert len(started) == 1 and given == [3]
+    assert given == [3]
 
 
 def test_an_engine_has_its_kernels_and_its_drafts_compiled_unless_the_model_is_small(monkeypatch):
