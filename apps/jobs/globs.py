@@ -6,9 +6,14 @@ import re
 from collections.abc import Sequence
 
 
+def is_wild(part: str) -> bool:
+    """Returns whether part of a path has a wildcard."""
+    return re.search(r"[*?\[]", part) is not None
+
+
 def first_wild(parts: Sequence[str]) -> int | None:
     """Returns the first of the parts of a path that has a wildcard; None where none has."""
-    return next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), None)
+    return next((i for i, part in enumerate(parts) if is_wild(part)), None)
 
 
 def is_hidden(name: str) -> bool:
@@ -30,7 +35,7 @@ def glob_regex(pattern: str) -> re.Pattern[str]:
         elif pattern[i] == "[" and "]" in pattern[i + 2 :]:
             end = pattern.index("]", i + 2)
             body = pattern[i + 1 : end].replace("\\", "\\\\")
-            out, i = out + "[" + ("^" + body[1:] if body[0] == "!" else body) + "]", end + 1
+            out, i = out + "[" + ("^/" + body[1:] if body[0] == "!" else body) + "]", end + 1
         else:
             out, i = out + re.escape(pattern[i]), i + 1
     return re.compile(out)
