@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from flexbatch.execution.answer_lengths import AnswerLengths
 from flexbatch.execution.decoding import Decoding
-from flexbatch.execution.promises import Promises
+from flexbatch.execution.promises import Promises, StagedPages
 from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.page_moves import restore
@@ -35,6 +35,7 @@ class Block:
         """Pages that each sequence which runs is likely to reach, by its id."""
         self.promises = Promises(cache.sizes)
         """Those of them that are not taken yet."""
+        self.staged_pages = StagedPages(policy.num_gpu_batches)
         self.micro_batches: list[list[Sequence]] = [[] for _ in range(policy.num_gpu_batches)]
         self.of_tier = {tier: [0] * policy.num_gpu_batches for tier in TIERS}
         """Sequences of each micro-batch, by tier."""
@@ -97,16 +98,24 @@ class Block:
             each.sequence_id: self.pages_of(each, rows) for each, rows in zip(running, likely, strict=True)
         }
         self.promises.replace(self.pages_of_running())
+        self.staged_pages.replace(self.pages_in_staging())
 
     def pages_of_running(self) -> list[tuple[str, int, int]]:
         """(tier, reserved pages, taken ones) of every sequence."""
         reserved = self.reserved
         return [(each.pages.tier, reserved[each.sequence_id], len(each.pages.pages)) for each in self.running.values()]
 
+    def pages_in_staging(self) -> list[tuple[int, int, int]]:
+        """(micro-batch, reserved pages, taken ones) of every sequence off the gpu tier."""
+        away = [each for each in self.running.values() if each.pages.tier != "gpu"]
+        return [(each.micro_batch, self.reserved[each.sequence_id], len(each.pages.pages)) for each in away]
+
     def promise(self, sequence: Sequence, sign: int = 1) -> None:
-        """Count the pages that are reserved for a sequence and not taken, or with -1 no more."""
-        taken = len(sequence.pages.pages)
-        self.promises.add(sequence.pages.tier, self.reserved[sequence.sequence_id], taken, sign)
+        """Count the pages that are reserved for a sequence and those that it has taken, or with -1 no more."""
+        table, reserved = sequence.pages, self.reserved[sequence.sequence_id]
+        self.promises.add(table.tier, reserved, len(table.pages), sign)
+        if table.tier != "gpu":
+            self.staged_pages.add(sequence.micro_batch, reserved, len(table.pages), sign)
 
     @property
     def allowed_tiers(self) -> list[str]:
@@ -158,10 +167,7 @@ class Block:
     def open_micro_batches(self, pages: int, tier: str) -> list[int]:
         """Micro-batches with a free slot, and staging pages for all their sequences that are not on the gpu tier, one
         of so many pages among them."""
-        staged = [0] * len(self.micro_batches)
-        if tier != "gpu":
-            # Of a full block, for every sequence that comes: nothing goes through staging for the gpu tier.
-            staged = [sum(self.reserved[s.sequence_id] for s in self.staged(k)) for k in range(len(staged))]
+        staged = self.staged_pages.reserved
         batch_size, staging_pages = self.policy.gpu_batch_size, self.cache.sizes.staging_pages
         return admission.open_micro_batches(self.occupied, staged, tier, pages, batch_size, staging_pages)
 
@@ -228,16 +234,13 @@ class Block:
 
     def all_can_grow(self) -> bool:
         """Whether tiers and staging have the pages of the next pass, so that nobody has to step aside."""
-        cache, needed, missing = self.cache, dict[Sequence, int](), Promises(self.cache.sizes)
+        cache, staged, missing = self.cache, [*self.staged_pages.taken], Promises(self.cache.sizes)
         for each in self.short():
             pages, taken = cache.layout.num_pages(self.rows_of_pass(each)), len(each.pages.pages)
-            needed[each] = pages - taken
+            staged[each.micro_batch] += pages - taken if each.pages.tier != "gpu" else 0
             missing.add(each.pages.tier, pages, taken)
-        return all(cache.has_room(tier, missing.pages[tier], missing.in_windows[tier]) for tier in TIERS) and all(
-            sum(len(each.pages.pages) + needed.get(each, 0) for each in self.staged(k))
-            <= self.cache.sizes.staging_pages
-            for k in range(len(self.micro_batches) if missing.pages["cpu"] or missing.pages["disk"] else 0)
-        )
+        fits = all(cache.has_room(tier, missing.pages[tier], missing.in_windows[tier]) for tier in TIERS)
+        return fits and max(staged) <= cache.sizes.staging_pages
 
     def grow(self, sequence: Sequence) -> bool:
         """Take pages for the next pass; False where its tier has too few."""
@@ -249,8 +252,10 @@ class Block:
 
     def others_by_micro_batch(self) -> list[list[Sequence]]:
         """Those that are not in the arrays."""
-        others = self.others.values()
-        return [[each for each in others if each.micro_batch == k] for k in range(len(self.micro_batches))]
+        batches: list[list[Sequence]] = [[] for _ in self.micro_batches]
+        for each in self.others.values():
+            batches[each.micro_batch].append(each)
+        return batches
 
     def let_in(self) -> None:
         """Let those that decode from now on into the arrays: not where they hold a window's pages, which change with
@@ -263,14 +268,8 @@ class Block:
 
     def overfull(self) -> int | None:
         """A micro-batch whose pages off the gpu tier exceed its staging."""
-        return next(
-            (
-                k
-                for k in range(len(self.micro_batches))
-                if sum(len(each.pages.pages) for each in self.staged(k)) > self.cache.sizes.staging_pages
-            ),
-            None,
-        )
+        most = self.cache.sizes.staging_pages
+        return next((k for k, taken in enumerate(self.staged_pages.taken) if taken > most), None)
 
     def youngest(self, tier: str) -> Sequence:
         """The last to come of those that run on a tier, and of the least urgent."""

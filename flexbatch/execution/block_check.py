@@ -41,4 +41,5 @@ def check_block(block: Block, parked: Iterable[PageTable] = ()) -> None:
     assert not block.others.keys() & block.decoding.entries.keys()
     assert block.reserved.keys() == block.running.keys()
     block.promises.check(block.pages_of_running())
+    block.staged_pages.check(block.pages_in_staging())
     cache.check([*(sequence.pages for sequence in sequences), *parked])

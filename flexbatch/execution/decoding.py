@@ -211,6 +211,6 @@ def entry_of(sequence: Sequence) -> tuple[Any, ...]:
         sequence.num_prompt_tokens,
         sequence.request.adapter,
         sequence.micro_batch,
-        not sequence.adjusted and not output.searches and sequence.params.logprobs is None,
+        sequence.plain,
         sequence.unadjusted_greedy,
     )

@@ -45,11 +45,11 @@ class InputBuilder:
         groups["staged"].sort(key=lambda query: query.pages.tier == "disk")
         ordered = [query for group in groups.values() for query in group]
         # Flat, not array by array: of 512 decode tokens each array of one takes longer to make than to fill.
-        token_ids = np.fromiter(chain.from_iterable(query.token_ids for query in ordered), dtype=np.int64)
-        positions = np.fromiter(chain.from_iterable(query.positions for query in ordered), dtype=np.int64)
-        lengths = np.array([query.num_tokens for query in ordered], dtype=np.int64)
+        token_ids = np.fromiter(chain.from_iterable([query.token_ids for query in ordered]), dtype=np.int64)
+        lengths = np.array([len(query.token_ids) for query in ordered], dtype=np.int64)
+        positions = positions_of(ordered, lengths)
         adapter_ids = np.repeat(np.array([query.adapter for query in ordered], dtype=np.int32), lengths)
-        rows = tuple((query, i) for query in ordered for i in range(query.first_logit, query.num_tokens))
+        rows = tuple([(query, i) for query in ordered for i in range(query.first_logit, len(query.token_ids))])
         firsts = np.array([query.first_logit for query in ordered], dtype=np.int64)
         index = np.flatnonzero(np.arange(len(token_ids)) >= np.repeat(np.cumsum(lengths) - lengths + firsts, lengths))
         if decoding is not None:
@@ -177,6 +177,7 @@ class InputBuilder:
         where = np.arange(starts[-1]) + (before - starts[:-1])[owner]
         slots = table[owner, where // self.page_tokens].astype(np.int64) * self.page_tokens + where % self.page_tokens
         masks = self.masks(queries, device)
+        in_pages = None if masks is None else positions_of(queries, lengths).astype(np.int32) - passed[owner]
         return AttentionGroup(
             start=start,
             end=start + int(starts[-1]),
@@ -187,7 +188,7 @@ class InputBuilder:
             tree_masks=masks,
             max_query_len=int(lengths.max()),
             max_context_len=int(contexts.max()),
-            positions=None if masks is None else self.upload(positions_of(queries) - passed[owner], device),
+            positions=None if in_pages is None else self.upload(in_pages, device),
             num_decoding=count,
         )
 
@@ -210,13 +211,11 @@ class InputBuilder:
         total = [-(-(query.start + query.num_tokens) // page_tokens) - pages.first for query, pages in pairs]
         starts = np.concatenate([[0], np.cumsum(existing)])
         cursor, tables = int(starts[-1]), []
-        for first, old, count in zip(starts, existing, total, strict=False):
-            tables.append(
-                np.concatenate([np.arange(first, first + old), np.arange(cursor, cursor + count - old)]).astype(
-                    np.int32
-                )
-            )
-            cursor += count - old
+        for first, old, count in zip(starts.tolist(), existing, total, strict=False):
+            there, new = np.arange(first, first + old, dtype=np.int32), count - old
+            added = np.arange(cursor, cursor + new, dtype=np.int32)
+            tables.append(np.concatenate([there, added]) if new else there)
+            cursor += new
         on_cpu = [(query, pages) for query, pages in pairs if pages.tier == "cpu"]
         on_disk = pairs[len(on_cpu) :]
         cpu_pages = [pages.page_ids[:old] for (_, pages), old in zip(on_cpu, existing, strict=False)]
@@ -236,6 +235,10 @@ class InputBuilder:
         )
 
 
-def positions_of(queries: list[QueryTokens]) -> np.ndarray:
-    """Of all query tokens: [num_tokens] int32."""
-    return np.fromiter(chain.from_iterable(query.positions for query in queries), dtype=np.int32)
+def positions_of(queries: list[QueryTokens], lengths: np.ndarray) -> np.ndarray:
+    """Of all query tokens, so many of each: [num_tokens] int64."""
+    starts, ends = np.array([query.start for query in queries], dtype=np.int64), np.cumsum(lengths)
+    positions = np.arange(lengths.sum()) + np.repeat(starts - ends + lengths, lengths)
+    for i in [i for i, query in enumerate(queries) if query.parents is not None]:
+        positions[ends[i] - lengths[i] : ends[i]] = queries[i].positions
+    return positions

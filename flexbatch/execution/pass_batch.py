@@ -21,9 +21,10 @@ UNREAD = -1
 """In the place of a token that the pass before draws: the device has it, the host does not know it yet."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class QueryTokens:
-    """What one sequence brings to a pass: a chunk of its prompt, one token to decode, or a token tree to verify.
+    """What one sequence brings to a pass: a chunk of its prompt, one token to decode, or a token tree to verify. Nobody
+    changes it; a frozen one takes 1.1 us to make instead of 0.3, and a pass may need 2,500.
 
     ``parents`` is None for consecutive tokens. For a tree, token 0 is the last committed token and ``parents[i]`` the
     query token that token i continues (-1 for token 0). Logits are wanted for query tokens ``first_logit`` and later.

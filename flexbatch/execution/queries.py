@@ -13,7 +13,7 @@ from flexbatch.execution.proposals import Proposer, Tree
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.kvcache import KVCache
-from flexbatch.memory.pages import PageTable
+from flexbatch.memory.page_moves import keep_paths
 from flexbatch.policy.admission import chunk_tokens, prompt_budget
 
 
@@ -77,7 +77,9 @@ def hold_windows(cache: KVCache, counts: Iterable[Mapping[Sequence, int]], tree_
     if cache.windows is None:
         return
     for sequence, count in chain.from_iterable(batch.items() for batch in counts):
-        cache.hold(sequence.pages, sequence.num_cached + count + (tree_nodes if count == 1 else 0))
+        table, more = sequence.pages, count + (tree_nodes if count == 1 else 0)
+        if table.num_tokens + more > (table.first_window + len(table.windows)) * cache.layout.page_tokens:
+            cache.hold(table, table.num_tokens + more)
 
 
 def composed_pass(block: Block, limits: PassLimits, proposer: Proposer | None, micro_batches: Many[int]) -> PassBatch:
@@ -101,22 +103,17 @@ def composed_pass(block: Block, limits: PassLimits, proposer: Proposer | None, m
             for sequence, count in batch.items()
         )
         batches.append(MicroBatchTokens(tokens, queries) if len(tokens) else queries)
-    greedy = proposer is None and block.decoding.greedy and all(map(is_greedy, chain.from_iterable(counts)))
+    greedy = proposer is None and block.decoding.greedy and all(each.largest_only for batch in counts for each in batch)
     return PassBatch(tuple(queries for queries in batches if queries), greedy)
 
 
-def is_greedy(sequence: Sequence) -> bool:
-    """Whether nothing but the largest of its logits is wanted."""
-    return sequence.unadjusted_greedy and sequence.params.prompt_logprobs is None
-
-
 def left_over(batch: PassBatch, taken: Container[int]) -> Iterator[QueryTokens]:
-    """The query tokens of all sequences but those whose ids are ``taken``, which are in arrays."""
+    """The query tokens of all sequences but those whose ids are ``taken``."""
     for tokens in batch.decoding:
         for i, sequence_id in enumerate(tokens.sequence_ids.tolist()):
             if sequence_id not in taken:
                 yield tokens[i]
-    yield from batch.others
+    yield from (query for query in batch.others if query.sequence_id not in taken)
 
 
 def tree_query(sequence: Sequence, tree: Tree) -> QueryTokens:
@@ -137,30 +134,34 @@ def tree_query(sequence: Sequence, tree: Tree) -> QueryTokens:
 
 def text_query(sequence: Sequence, count: int) -> QueryTokens:
     """The next ``count`` tokens of the text, or the one that the host has not read yet."""
-    start = sequence.num_cached
-    last = start + count == len(sequence.token_ids) + sequence.num_unread
+    table, text = sequence.pages, sequence.token_ids
+    start = table.num_tokens
+    last = start + count == len(text) + sequence.num_unread
     first_logit = count - 1 if last and sequence.output.finish is None else count
-    if sequence.params.prompt_logprobs is not None and sequence.next_scored < sequence.num_prompt_tokens:
+    if sequence.scores_prompt and sequence.next_scored < sequence.num_prompt_tokens:
         first_logit = min(first_logit, max(0, sequence.next_scored - 1 - start))
-    token_ids = tuple(sequence.token_ids[start : start + count]) or (UNREAD,)
     return QueryTokens(
         sequence.sequence_id,
-        token_ids,
+        tuple(text[start : start + count]) or (UNREAD,),
         start,
         first_logit,
-        sequence.pages.location,
+        table.location,
         sequence.num_prompt_tokens,
         adapter=sequence.request.adapter,
     )
 
 
-def accepted_paths(
-    queries: Iterable[QueryTokens], sequences: Mapping[int, Sequence], sampled: Mapping[int, SampledTokens]
-) -> list[tuple[PageTable, int, list[int]]]:
-    """Of every tree: the sequence's pages, the position of the first token below the root, and the rows that move there
-    and behind it."""
-    return [
+def keep_accepted(
+    cache: KVCache,
+    queries: Iterable[QueryTokens],
+    sequences: Mapping[int, Sequence],
+    sampled: Mapping[int, SampledTokens],
+) -> None:
+    """Of every tree, the rows of its accepted path move to the position of the first token below its root and behind
+    it."""
+    paths = [
         (sequences[id].pages, query.start + 1, [query.start + node for node in sampled[id].path])
         for query in queries
         if query.parents is not None and (id := query.sequence_id) in sequences
     ]
+    keep_paths(cache, paths)

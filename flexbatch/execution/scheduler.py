@@ -11,11 +11,11 @@ from flexbatch.execution.aside import Aside
 from flexbatch.execution.block import Block
 from flexbatch.execution.block_check import check_block
 from flexbatch.execution.pass_batch import NOTHING_DECODED, DecodedTokens, PassBatch, QueryTokens
+from flexbatch.execution.plain_tokens import take_decoded
 from flexbatch.execution.proposals import Proposer
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.kvcache import KVCache
-from flexbatch.memory.page_moves import keep_paths
 from flexbatch.memory.pages import PageTable
 from flexbatch.policy.policy import Policy
 from flexbatch.policy.rounds import Rounds
@@ -222,10 +222,10 @@ class Scheduler:
         release sequences that are done. What has left since the pass was composed is left out."""
         advanced, self.advanced, self.settled = self.advanced, None, True
         sequences = dict(self.running) if advanced is None else advanced
-        taken, others = self.block.decoding.append(decoded, counted=advanced is not None)
-        sampled = {**sampled, **{id: SampledTokens([token], [None]) for id, token in others}}
+        cache, observed = self.cache if advanced is None else None, self.proposer is not None
+        taken, others = take_decoded(self.block.decoding, decoded, batch, sequences, cache, observed)
         committed = [query for query in queries.left_over(batch, taken) if query.sequence_id in sequences]
-        keep_paths(self.cache, queries.accepted_paths(committed, sequences, sampled))
+        queries.keep_accepted(self.cache, committed, sequences, sampled := {**sampled, **others})
         if self.proposer is not None:
             ids = [query.sequence_id for query in committed]
             self.proposer.observe({id: sampled[id] for id in ids if id in sampled and sampled[id].token_ids})

@@ -90,14 +90,9 @@ class Sequence:
         self.num_uncomputed = int(self.output.max_tokens == 0 and self.num_prompt_tokens > 1)
         """1 for a prompt that is only scored: its last token is predicted, and what follows it is not asked for. It
         may stand past the context's end."""
-        penalized = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
         self.stream_key = stream_key(request, engine_seed)
-        self.adjustments = Adjustments(request) if penalized or params.logit_bias else None
-        self.constraints = TokenConstraints(params, self.token_ids, eos_token_ids) if params.constrained else None
         self.grammar = grammar
-        self.adjusted = self.adjustments is not None or self.constraints is not None or grammar is not None
-        """Whether anything changes the model's logits before a token is drawn."""
-        self.unadjusted_greedy = params.greedy and not self.adjusted and params.logprobs is None
+        self.wish(params, eos_token_ids)
         self.logprobs: list[dict[int, TokenLogprob]] = []
         self.prompt_logprobs: list[dict[int, TokenLogprob] | None] = []
         self.table: PageTable | None = None
@@ -120,6 +115,21 @@ class Sequence:
         self.finished = False
         self.precedence = request.priority, sequence_id
         """Smaller than that of those who make way for it: it is more urgent, or as urgent and came before."""
+
+    def wish(self, params: SamplingParams, eos_token_ids: Collection[int]) -> None:
+        """Note what is asked for beside tokens: it never changes, and every pass asks every sequence for it."""
+        penalized = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
+        self.adjustments = Adjustments(self.request) if penalized or params.logit_bias else None
+        self.constraints = TokenConstraints(params, self.token_ids, eos_token_ids) if params.constrained else None
+        self.adjusted = self.adjustments is not None or self.constraints is not None or self.grammar is not None
+        """Whether anything changes the model's logits before a token is drawn."""
+        as_they_are = not self.adjusted and params.logprobs is None
+        self.plain = as_they_are and not self.output.searches
+        """Whether nothing but its length and its last tokens decides when it ends, and nothing else looks at these."""
+        self.unadjusted_greedy = as_they_are and params.greedy
+        self.scores_prompt = params.prompt_logprobs is not None
+        self.largest_only = self.unadjusted_greedy and not self.scores_prompt
+        """Whether nothing but the largest of its logits is wanted."""
 
     @property
     def params(self) -> SamplingParams:
@@ -210,6 +220,16 @@ class Sequence:
         if self.grammar.problem and self.fault is None:
             self.fault = Fault(f"structured_outputs: {self.grammar.problem}", in_model=False)
         return kept
+
+    def take_plain(self, token_id: int) -> bool:
+        """`extend` by one token, where that is all that is to be done with it; else False, and nothing is."""
+        text, output = self.token_ids, self.output
+        ends = token_id in output.end_token_ids or len(text) + 1 >= self.num_prompt_tokens + output.max_tokens
+        if ends or not self.plain or output.finish is not None or self.fault is not None:
+            return False
+        text.append(token_id)
+        self.num_unread = 0
+        return True
 
     def _follow(self, token_ids: Collection[int], grammar: GrammarFollower) -> int:
         """Append tokens up to the end of the output, which is also where the grammar has nothing more."""

@@ -50,11 +50,14 @@ def drawn(query: Any, salt: int) -> int:
     return EOS if number == 16 else 20 + number % 9
 
 
-def tokens_of(batch: PassBatch, scheduler: Scheduler, salt: int, arrays: bool) -> tuple[dict[int, SampledTokens], Any]:
-    """What a pass gives those that still run: the tokens of those in arrays as arrays, or of each by itself."""
+def tokens_of(
+    batch: PassBatch, scheduler: Scheduler, salt: int, arrays: str = "those in arrays"
+) -> tuple[dict[int, SampledTokens], Any]:
+    """What a pass gives those that still run: the tokens of "those in arrays", of "all" or of "none" as arrays, and of
+    the others each by itself."""
     here = [(query, i < batch.num_decoding) for i, query in enumerate(ordered(batch))]
     found = [
-        (query, drawn(query, salt), arrays and decodes)
+        (query, drawn(query, salt), arrays == "all" or (arrays == "those in arrays" and decodes))
         for query, decodes in here
         if query.sequence_id in (scheduler.advanced or scheduler.running) and query.first_logit < query.num_tokens
     ]
@@ -77,7 +80,7 @@ def compared(batch: PassBatch, scheduler: Scheduler) -> None:
             assert (query.pages.tier, query.pages.pages) == (expected.pages.tier, expected.pages.pages)
 
 
-def run(requests: list[Asked], policy: Policy, pages: int, salt: int, arrays: bool, ahead: bool, folder: Path) -> Any:
+def run(requests: list[Asked], policy: Policy, pages: int, salt: int, arrays: str, ahead: bool, folder: Path) -> Any:
     """Every answer with its end, and the passes; all is checked after every step."""
     sequences = [waiting(i, prompt, **params) for i, (prompt, params) in enumerate(requests)]
     passes = 0
@@ -108,7 +111,7 @@ def run(requests: list[Asked], policy: Policy, pages: int, salt: int, arrays: bo
     requests=asked,
     micro_batches=st.integers(1, 3),
     pages=st.integers(6, 24),
-    on_gpu=st.sampled_from([1.0, 0.5]),
+    on_gpu=st.sampled_from([1.0, 0.5, 0.0]),
     salt=st.integers(0, 99),
 )
 def test_arrays_kept_by_differences_are_those_made_anew(requests, micro_batches, pages, on_gpu, salt, tmp_path_factory):
@@ -122,12 +125,15 @@ def test_arrays_kept_by_differences_are_those_made_anew(requests, micro_batches,
         prefill_budget=8,
     )
     folder = tmp_path_factory.mktemp("cache")
-    each, together, ahead = (
+    each, together, whole, ahead, whole_ahead = (
         run(requests, policy, pages, salt, arrays, ahead, folder)
-        for arrays, ahead in ((False, False), (True, False), (True, True))
+        for arrays, ahead in (
+            *(("none", False), ("those in arrays", False), ("all", False)),
+            *(("those in arrays", True), ("all", True)),
+        )
     )
-    assert each == together
-    assert each[:3] == ahead[:3]
+    assert each == together == whole
+    assert each[:3] == ahead[:3] == whole_ahead[:3]
 
 
 def test_steady_passes_are_nothing_but_arrays(tmp_path):
@@ -144,7 +150,7 @@ def test_steady_passes_are_nothing_but_arrays(tmp_path):
             assert bool(others) == (number == 0) and len(queries) == (5 if number < 4 else 4)
             if tokens is not None:
                 assert sorted(tokens.sequence_ids.tolist()) == list(range(0 if number < 4 else 1, 5))
-            scheduler.commit(batch, *tokens_of(batch, scheduler, 7, arrays=True))
+            scheduler.commit(batch, *tokens_of(batch, scheduler, 7))
             scheduler.check()
         scheduler.abort()
         assert not len(scheduler.block.decoding)
@@ -160,7 +166,7 @@ def test_a_sequence_may_end_or_be_aborted_between_two_passes(tmp_path):
         for _ in range(3):
             assert scheduler.has_work()
             batch = scheduler.next_pass()
-            scheduler.commit(batch, *tokens_of(batch, scheduler, 7, arrays=True))
+            scheduler.commit(batch, *tokens_of(batch, scheduler, 7))
         batch = scheduler.next_pass()
         given = {query.sequence_id: drawn(query, 7) for query in batch}
         lengths = [len(each.token_ids) for each in sequences]
@@ -189,7 +195,7 @@ def test_inputs_of_arrays_are_those_of_query_tokens(tmp_path):
                 if isinstance(queries, MicroBatchTokens):
                     seen += bool(queries.others)
                     same_inputs(builder, queries)
-            scheduler.commit(batch, *tokens_of(batch, scheduler, 3, arrays=True))
+            scheduler.commit(batch, *tokens_of(batch, scheduler, 3))
     queues.close()
     assert seen
 

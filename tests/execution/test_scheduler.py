@@ -347,6 +347,10 @@ def test_a_wrong_count_is_noticed(tmp_path: Path) -> None:
             scheduler.check()
         scheduler.block.micro_batches[0].append(lost)
         scheduler.check()
+        scheduler.block.staged_pages.taken[0] += 1
+        with pytest.raises(AssertionError):
+            scheduler.check()
+        scheduler.block.staged_pages.taken[0] -= 1
         scheduler.abort()
 
 
