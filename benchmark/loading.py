@@ -3,12 +3,12 @@
     python -m benchmark.loading --model llama-3-8b --folder /tmp/checkpoints --output loading.json
     python -m benchmark.loading --layers 12 --formats bf16 gptq awq compressed-tensors fp8 gguf-q4_0 ...
 
-Starts for every format and number of bits: from the checkpoint with an empty offload folder ("first"), and "again" with
-it (what it holds is reused); before the first with so many bits one more, in which kernels are compiled ("new"). "cold",
-where it is named and in 16 bits: of a checkpoint that the page cache has let go. --starts new again takes least time: a
-first start of an environment, and all later ones. Beside them what the machine can do: how fast its files are read from
-the page cache and past it, written to the disk, and copied from pinned memory to the GPU. Rates count bytes of the
-checkpoint. bf16 is opened with each of --weight-bits, the other formats with as many bits as they have. What is
+Starts for every format and number of bits: from the checkpoint with an empty offload folder ("first"), and "again"
+with it (what it holds is reused); before the first with so many bits one more, in which kernels are compiled ("new").
+"cold", where it is named and in 16 bits: of a checkpoint that the page cache has let go. --starts new again takes least
+time: a first start of an environment, and all later ones. Beside them what the machine can do: how fast its files are
+read from the page cache and past it, written to the disk, and copied from pinned memory to the GPU. Rates count bytes
+of the checkpoint. bf16 is opened with each of --weight-bits, the other formats with as many bits as they have. What is
 measured is written to --output at once.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -34,14 +35,40 @@ def fit_rate(amounts: Sequence[float], seconds: Sequence[float]) -> RateFit:
     # Scaled to the longest measurement: bytes and seconds differ by ten orders of magnitude.
     scale = x.max()
     design = np.stack([x / scale, np.ones_like(x)], axis=1)
-    from scipy.optimize import nnls  # 0.4 s of imports that a known machine does not need
-
-    (slope, fixed), _ = nnls(design / t[:, None], np.ones_like(t))
+    slope, fixed = non_negative(design / t[:, None], np.ones_like(t))
     largest = float(t[np.argmax(x)])
     if slope < largest / 1.5:
         slope, fixed = largest, 0.0
     residual = design @ np.array([slope, fixed]) / t - 1
     return RateFit(scale / slope, float(fixed), float(np.sqrt(np.mean(residual**2))))
+
+
+def non_negative(design: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Least squares over a few terms, none of which may be negative: the best of all choices of terms that are not 0.
+    scipy, which has both fits, takes 0.4 s to import, a third of what torch takes."""
+    best, least = np.zeros(design.shape[1]), float(values @ values)
+    for chosen in product((False, True), repeat=design.shape[1]):
+        if not any(chosen):
+            continue
+        found = np.zeros(design.shape[1])
+        found[list(chosen)] = np.linalg.lstsq(design[:, list(chosen)], values, rcond=None)[0]
+        residual = design @ found - values
+        if found.min() >= 0 and float(residual @ residual) < least:
+            best, least = found, float(residual @ residual)
+    return best
+
+
+def not_falling(values: np.ndarray) -> np.ndarray:
+    """The nearest numbers that do not fall (isotonic regression): neighbors that do have their mean."""
+    blocks: list[tuple[float, int]] = []
+    for value in values:
+        mean, count = float(value), 1
+        while blocks and blocks[-1][0] > mean:
+            before, number = blocks.pop()
+            mean, count = (before * number + mean * count) / (number + count), number + count
+        blocks.append((mean, count))
+    means, counts = zip(*blocks, strict=True)
+    return np.repeat(means, counts)
 
 
 def mean_rate(amounts: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
@@ -60,8 +87,6 @@ def fit_curve(points: Sequence[float], values: Sequence[float]) -> tuple[Curve, 
     """The nearest curve that does not fall (isotonic regression), and the relative root-mean-square error."""
     order = np.argsort(points)
     x, y = np.asarray(points, dtype=float)[order], np.asarray(values, dtype=float)[order]
-    from scipy.optimize import isotonic_regression
-
-    fitted = isotonic_regression(y).x
+    fitted = not_falling(y)
     error = float(np.sqrt(np.mean((fitted / y - 1) ** 2)))
     return Curve(tuple(float(v) for v in x), tuple(float(v) for v in fitted)), error

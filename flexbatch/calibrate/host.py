@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from flexbatch.calibrate.fits import non_negative
 from flexbatch.calibrate.graphs import graph_seconds, piece_seconds
 from flexbatch.calibrate.passes import (
     MIB,
@@ -204,9 +205,7 @@ def python_rates(passes: HostPasses, policies: dict[str, Policy]) -> dict[str, f
             terms.append([1, policy.block_size, ticks * (not one_graph), ticks * one_graph])
             seconds.append(passes.seconds[name, layers])
     # Relative errors: a pass of ten layers is not five times as important as one of two.
-    from scipy.optimize import nnls  # 0.4 s of imports that a known machine does not need
-
-    found, _ = nnls(np.array(terms) / np.array(seconds)[:, None], np.ones(len(seconds)))
+    found = non_negative(np.array(terms) / np.array(seconds)[:, None], np.ones(len(seconds)))
     return dict(zip(("pass_seconds", "sequence_seconds", "launch_seconds"), found.tolist()[:3], strict=True))
 
 

@@ -18,6 +18,7 @@ from flexbatch.validation.devices import check_device
 from flexbatch.validation.errors import DONE, INTERRUPTED, USAGE, ConfigurationError, LostRankError
 
 if TYPE_CHECKING:
+    from flexbatch.calibrate.interconnect import WaitingRanks
     from flexbatch.calibrate.phases import Phases
     from flexbatch.policy.hardware import Hardware
 
@@ -85,27 +86,40 @@ def measured(options: argparse.Namespace, phases: Phases) -> tuple[Hardware, str
     import torch
 
     from flexbatch.calibrate.engine_kernels import EngineKernels
-    from flexbatch.calibrate.interconnect import WaitingRanks, with_interconnect
-    from flexbatch.calibrate.measure import measure
 
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     engine = EngineKernels(device) if options.kernels == "engine" else None
     gpus = torch.cuda.device_count() if device == "cuda" else 1
-    phases.passed("starting")
-    if gpus == 1:
+    with contextlib.ExitStack() as stack:
+        if engine is not None:
+            stack.push(engine.ahead)
+            engine.begin()
+        # What measures is imported beside the compilers.
+        import flexbatch.calibrate.rates  # noqa: F401
+        from flexbatch.calibrate.measure import measure
+
+        if gpus > 1:
+            from flexbatch.calibrate.interconnect import WaitingRanks
+
+            ranks = stack.enter_context(contextlib.closing(WaitingRanks(device, gpus)))
+        phases.passed("starting")
         hardware = measure(device, options.offload_dir, engine, phases)
-    else:
-        ranks = WaitingRanks(device, gpus)
-        with contextlib.ExitStack() as stack:
-            stack.callback(ranks.close)
-            hardware = measure(device, options.offload_dir, engine, phases)
-            try:
-                with phases.of(f"what is between {gpus} GPUs"):
-                    hardware = with_interconnect(hardware, gpus, ranks)
-            except (LostRankError, RuntimeError) as error:
-                told = f"what is between GPUs was not measured, and counts as the bus: {error}"
-                print(f"flexbatch profile: {told}", file=sys.stderr)
+        if gpus > 1:
+            hardware = with_others(hardware, gpus, ranks, phases)
     return hardware, engine.text if engine is not None else ""
+
+
+def with_others(hardware: Hardware, gpus: int, ranks: WaitingRanks, phases: Phases) -> Hardware:
+    """With what is between this machine's GPUs, where that can be measured."""
+    from flexbatch.calibrate.interconnect import with_interconnect
+
+    try:
+        with phases.of(f"what is between {gpus} GPUs"):
+            return with_interconnect(hardware, gpus, ranks)
+    except (LostRankError, RuntimeError) as error:
+        told = f"what is between GPUs was not measured, and counts as the bus: {error}"
+        print(f"flexbatch profile: {told}", file=sys.stderr)
+        return hardware
 
 
 def fit_errors(hardware: Hardware) -> list[str]:

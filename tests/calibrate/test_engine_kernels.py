@@ -46,6 +46,23 @@ def test_kernels_are_compiled_beside_what_is_measured_without_them(events):
     assert engine.text == told
 
 
+def test_compilers_begin_once_where_they_begin_before_what_measures_is_there(events):
+    engine = EngineKernels("cpu")
+    engine.device = torch.device("cuda", 0)
+    engine.begin()
+    assert events[0] == "compilers begin"
+    with engine.compiled(Phases(events.append)):
+        assert events.count("compilers begin") == 1 and "compilers end" not in events
+    assert events.count("compilers end") == events.count("C") == 1
+    engine = EngineKernels("cpu")
+    engine.device = torch.device("cuda", 0)
+    with pytest.raises(KeyboardInterrupt), contextlib.ExitStack() as stack:
+        stack.push(engine.ahead)
+        engine.begin()
+        raise KeyboardInterrupt
+    assert events.count("compilers begin") == 2 and events.count("compilers end") == 1, "nor is one waited for"
+
+
 def test_what_breaks_off_waits_for_no_compiler(events):
     engine = EngineKernels("cpu")
     engine.device = torch.device("cuda", 0)

@@ -75,7 +75,7 @@ def measured(monkeypatch):
 
     monkeypatch.setattr("flexbatch.calibrate.machine.known_machine", known_machine)  # all others know none
     monkeypatch.setattr("flexbatch.calibrate.cache.measure", measure)
-    monkeypatch.setattr("flexbatch.calibrate.engine_kernels.kernel_rates", lambda *told: {})
+    monkeypatch.setattr("flexbatch.calibrate.rates.kernel_rates", lambda *told: {})
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     return calls
 
@@ -154,7 +154,7 @@ def test_a_start_on_a_known_machine_measures_nothing(tmp_path, measured, monkeyp
         raise AssertionError("something is measured")
 
     for name in (
-        "engine_kernels.kernel_rates",
+        "rates.kernel_rates",
         "engine_kernels.EngineKernels.compiled",
         "cache.measure",
         "measure.begin_disk",
