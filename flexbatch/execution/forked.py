@@ -30,19 +30,21 @@ class Forked:
     def __init__(self, work: Callable[[Say], None]) -> None:
         """work: in the child, is given what says something. Raises OSError where none can be forked."""
         self.stream, answers = os.pipe()
+        self.pid, self.rest, self.ended = 0, b"", False
         kept = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # Ctrl-C in the child would be this process's, twice
         try:
             self.pid = fork()
             if not self.pid:
                 in_child(work, answers, kept)
-        except OSError:
-            os.close(self.stream)
-            raise
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, kept)
             os.close(answers)
-        self.rest = b""
-        self.ended = False
+            if not self.pid:
+                os.close(self.stream)
+            try:
+                signal.pthread_sigmask(signal.SIG_SETMASK, kept)
+            except BaseException:  # Ctrl-C that came meanwhile
+                self.close()
+                raise
 
     def said(self, seconds: float) -> dict[str, Any] | None:
         """The next thing, waited for so long; None where it says nothing."""

@@ -70,8 +70,6 @@ class NotImported(ModuleType):
             raise AttributeError(name)
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
-            package, _, own = self.__name__.rpartition(".")
-            delattr(sys.modules[package], own)
         return getattr(importlib.import_module(self.__name__), name)
 
 
