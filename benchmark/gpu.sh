@@ -19,7 +19,8 @@ shift
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 HW=$O/hardware.json
-ONE_GPU=(tests:300 codes:90 ceilings:90 resident:480 reservation:250 loading:140 drawn:440 users:260 experts:300 experts-whole:770 experts-parts:440 rows-16:300 rows-4:270 row-70b:110 paired:200)
+CORES=$(env -u OMP_NUM_THREADS nproc)
+ONE_GPU=(tests:300 codes:90 ceilings:90 resident:480 reservation:250 loading:140 drawn:340 users:300 experts:300 experts-whole:770 experts-parts:440 rows-16:300 rows-4:270 row-70b:110 paired:200)
 
 # A command's output goes to FOLDER/NAME.log and .err; it is ended by TERM, on which benchmarks write what they have.
 step() { # NAME SECONDS COMMAND...
@@ -80,11 +81,12 @@ loading() {
     bench loading "$1" loading --model llama-3-8b --formats bf16 --weight-bits 8 4 16 --starts new again cold --folder "$(mktemp -d)"
 }
 
-# The seed has never been used to fit anything.
+# The seed has never been used to fit anything. Plans and kernels first, in all cores, so that a setting takes its load,
+# a warm-up and its job: 26 of them about 10 s each on a host with 16 cores that does nothing else.
 drawn() {
-    local runs=(python3 -m benchmark.policy_runs "$O/drawn.jsonl" --hardware "$HW" --seed 8 --count 26)
-    step drawn-plans 90 "${runs[@]}" --plan "$O/drawn-plans.json" --processes "$(nproc)"
-    step drawn "$(($1 - 120))" "${runs[@]}" --plans "$O/drawn-plans.json" --seconds "$(($1 - 130))"
+    local end=$((SECONDS + $1)) runs=(python3 -m benchmark.policy_runs "$O/drawn.jsonl" --hardware "$HW" --seed 8 --count 26)
+    step drawn-plans 120 "${runs[@]}" --plan "$O/drawn-plans.json" --processes "$CORES"
+    step drawn "$((end - SECONDS - 10))" "${runs[@]}" --plans "$O/drawn-plans.json" --seconds "$((end - SECONDS - 20))"
     step drawn-errors 20 python3 -m benchmark.pass_errors "$O/drawn.jsonl" --hardware "$HW"
 }
 
@@ -141,12 +143,18 @@ row-70b() { # chosen in any case
     row llama-3-70b-4-4 5 701 110 "$1"
 }
 
-# Jobs that plans were once wrong about.
-users() {
-    local runs=(python3 -m benchmark.policy_runs "$O/users.jsonl" --hardware "$HW" --users)
-    step users-plans 60 "${runs[@]}" --plan "$O/users-plans.json" --processes 4
-    step users "$(($1 - 20))" "${runs[@]}" --plans "$O/users-plans.json" --seconds "$(($1 - 40))"
+# Jobs that plans were once wrong about, or these of them.
+users() { # SECONDS NAME...
+    local end=$((SECONDS + $1)) runs=(python3 -m benchmark.policy_runs "$O/users.jsonl" --hardware "$HW" --users)
+    [ $# -eq 1 ] || runs+=(--only "${@:2}")
+    step users-plans 90 "${runs[@]}" --plan "$O/users-plans.json" --processes "$CORES"
+    step users "$((end - SECONDS - 10))" "${runs[@]}" --plans "$O/users-plans.json" --seconds "$((end - SECONDS - 20))"
     step users-errors 20 python3 -m benchmark.pass_errors "$O/users.jsonl" --hardware "$HW"
+}
+
+# The longest of them: 27 s of loading and 67 of the job.
+opt-30b() {
+    users "$1" "opt-30b 16/16 bit"
 }
 
 # Placed by hand, so that both do the same: offloaded jobs of this tree and of the one in the folder BEFORE, in turn. Passes
@@ -188,9 +196,9 @@ if [ ! -s "$HW" ]; then
 fi
 [ $# -gt 0 ] || set -- "${ONE_GPU[@]}"
 for part in "$@"; do
-    default=$(printf '%s\n' "${ONE_GPU[@]}" mesh:500 mesh-tests:90 | sed -n "s/^${part%:*}://p")
+    default=$(printf '%s\n' "${ONE_GPU[@]}" opt-30b:170 mesh:500 mesh-tests:90 | sed -n "s/^${part%:*}://p")
     if [ -z "$default" ]; then
-        echo "no part ${part%:*}; there are ${ONE_GPU[*]} mesh:500 mesh-tests:90" >&2
+        echo "no part ${part%:*}; there are ${ONE_GPU[*]} opt-30b:170 mesh:500 mesh-tests:90" >&2
         exit 2
     fi
     "${part%:*}" "$([ "$part" = "${part#*:}" ] && echo "$default" || echo "${part#*:}")"

@@ -7,6 +7,7 @@ import dataclasses
 import time
 from typing import Any, cast
 
+from benchmark.host_load import HostLoad
 from benchmark.policy_settings import Setting
 from benchmark.set_up import made_between
 from flexbatch import LLM, SamplingParams
@@ -182,10 +183,10 @@ def measure(llm: ObservedLLM, setting: Setting) -> dict[str, Any]:
         # Graphs are recorded, new ones for every policy: those of full blocks. What the job still makes is told apart.
         count = WARM_BLOCKS * llm.policy.block_size
         llm.generate(prompts_of(llm, setting, "recorded")[:count], params[:count])
-    before, started = llm.report(), time.perf_counter()
+    before, host, started = llm.report(), HostLoad(), time.perf_counter()
     compiled_before = {"compiled_ahead": before["compiled_ahead"], "compiled_in_warm_up": before["compiled_in_passes"]}
     completions = llm.generate(prompts, params)
-    seconds = time.perf_counter() - started
+    seconds, others = time.perf_counter() - started, host.report()
     generated = sum(len(completion.token_ids) for completion in completions)
     assert generated == sum(output for _, output in setting.lengths()), "a request was cut short"
     log = llm.pass_log
@@ -207,6 +208,7 @@ def measure(llm: ObservedLLM, setting: Setting) -> dict[str, Any]:
         "predicted_then": log.plan.predicted_tokens_per_second,
         "load_seconds": llm.report()["load_seconds"],
         "graphs": llm.num_graphs,
+        "host": others,
         "set_up": made_between(before, llm.report()),
         **compiled_before,
         "compiled_in_passes": llm.report()["compiled_in_passes"][len(before["compiled_in_passes"]) :],

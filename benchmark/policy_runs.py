@@ -10,7 +10,8 @@
 
 Settings whose names are in the file already are left out, so that a run that was cut goes on where it stopped. A
 child process runs them; after an error of the GPU, which no later setting would survive, another child goes on with
-the rest. On a borrowed machine plans are made first, in all cores at once, and the shortest jobs run first:
+the rest. On a borrowed machine plans are made first, and what they will launch is compiled, in all cores at once; and
+the shortest jobs run first:
 
     python -m benchmark.policy_runs drawn.jsonl --hardware machine.json --seed 1 --plan plans.json --processes 16
     python -m benchmark.policy_runs drawn.jsonl --hardware machine.json --seed 1 --plans plans.json
@@ -28,21 +29,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from benchmark.drawn_settings import draw
 from benchmark.machine import machine
-from benchmark.observed import chosen_here, measure, open_engine
+from benchmark.observed import measure, open_engine
+from benchmark.plans_ahead import settings_in, write_plans
 from benchmark.policy_neighbors import run_neighborhood
 from benchmark.policy_settings import EXPERTS, FEW_LAYERS, NEIGHBORHOODS, SETTINGS, USERS, Setting
 from benchmark.set_up import as_words
 
-NOT_SETTINGS = ("predicted_tokens_per_second", "predicted_seconds")
-"""Of what --plan writes: what was predicted, and not a setting of `LLM`."""
 GRACE_SECONDS = 30.0
 """After a setting's limit: then its process is taken to hang, and is ended."""
 
@@ -179,33 +177,12 @@ def plans_of(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """What plans leave nothing to choose of, by name."""
-    return {
-        name: {key: value for key, value in plan.items() if key not in NOT_SETTINGS}
-        for name, plan in plans_of(arguments).items()
-    }
+    return {name: settings_in(plan) for name, plan in plans_of(arguments).items()}
 
 
 def shortest_first(names: list[str], plans: dict[str, dict[str, Any]]) -> list[str]:
     """A run that is cut has then measured the most settings. Settings without a plan come last, in their order."""
     return sorted(names, key=lambda name: plans.get(name, {}).get("predicted_seconds", math.inf))
-
-
-def write_plans(path: Path, settings: dict[str, Setting], hardware: str, processes: int) -> int:
-    """Plans of the settings, and of those that have none why. Returns how many have none."""
-    plans, refused = json.loads(path.read_text()) if path.is_file() else {}, 0
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        names = {pool.submit(chosen_here, setting, hardware): name for name, setting in settings.items()}
-        for future in as_completed(names):
-            try:
-                plans[name := names[future]] = plan = future.result()
-            except Exception as error:  # the others are planned all the same; this one is refused again in its run
-                refused += 1
-                print(f"{names[future]}: {type(error).__name__}: {error}"[:300], file=sys.stderr, flush=True)
-                continue
-            path.write_text(json.dumps(plans, indent=1) + "\n")
-            rate, seconds = (plan[f"predicted_{key}"] for key in ("tokens_per_second", "seconds"))
-            print(f"{name}: {rate:.1f} tok/s, {seconds:.1f} s predicted", file=sys.stderr, flush=True)
-    return refused
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -235,7 +212,8 @@ def argument_parser() -> argparse.ArgumentParser:
         "--plan",
         type=Path,
         metavar="JSON",
-        help="run nothing: add what the optimizer chooses for each setting to this file",
+        help="run nothing: add what the optimizer chooses for each setting to this file, and compile its kernels where "
+        "there is a GPU",
     )
     parser.add_argument(
         "--plans",
@@ -243,7 +221,7 @@ def argument_parser() -> argparse.ArgumentParser:
         metavar="JSON",
         help="run what --plan has written; settings that it lacks are chosen for now",
     )
-    parser.add_argument("--processes", type=int, default=1, help="that --plan makes plans in (default: 1)")
+    parser.add_argument("--processes", type=int, default=1, help="that --plan makes plans and compiles in (default: 1)")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser
 

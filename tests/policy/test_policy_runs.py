@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import time
 
 import pytest
 
-from benchmark import pass_errors, policy_neighbors, policy_runs
+from benchmark import host_load, pass_errors, policy_neighbors, policy_runs
 from benchmark.policy_error import plan_of
 from benchmark.policy_settings import EXPERTS, FEW_LAYERS, NEIGHBORHOODS, SETTINGS, Setting
 from flexbatch.models.shapes import SHAPES
@@ -67,9 +68,27 @@ def test_a_run_is_recorded_with_what_prices_it(monkeypatch, tmp_path):
     assert sum(each["load"][2] for each in passes) == sum(record["prompt_lens"])
     assert sum(each["load"][0] for each in passes) == sum(record["output_lens"]) - len(record["output_lens"])
     assert 0 < sum(each["seconds"] for each in passes) <= record["seconds"]  # a busy machine holds it up between passes
+    assert all(0 < each.quarter <= max(one["seconds"] for one in passes) for each in kinds)
+    assert record["host"]["own_cores"] > 0 and "cores busy" in pass_errors.counts(record, load_hardware("cpu"))
     # Of late passes one in four is timed.
     timed = [each["busy"] for each in passes if each["busy"]]
     assert timed and all(busy["gpu_compute"] > 0 for busy in timed)
+
+
+def test_what_others_do_on_a_host_is_told_from_what_is_measured(monkeypatch, tmp_path):
+    stat = tmp_path / "stat"
+    ticks = os.sysconf("SC_CLK_TCK")
+    clock, own = iter([100.0, 110.0]), iter([5.0, 25.0])
+    monkeypatch.setattr(host_load, "STAT", stat)
+    monkeypatch.setattr(host_load.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(host_load, "own_seconds", lambda: next(own))
+    stat.write_text(f"cpu {100 * ticks} 0 0 {900 * ticks} 7 0 0 {10 * ticks} 0 0\ncpu0 1\n")
+    load = host_load.HostLoad()
+    stat.write_text(f"cpu {130 * ticks} {5 * ticks} {15 * ticks} {990 * ticks} 9 0 0 {15 * ticks} 0 0\ncpu0 1\n")
+    found = load.report()
+    assert (found["own_cores"], found["other_cores"], found["stolen_cores"]) == (2.0, 3.0, 0.5)
+    monkeypatch.setattr(host_load, "STAT", tmp_path / "none")
+    assert host_load.busy_seconds() == (0.0, 0.0)
 
 
 def test_what_a_job_set_up_is_told_apart_from_its_error():
