@@ -27,12 +27,13 @@ class EngineKernels:
 
     def begin(self) -> None:
         """Have kernels compiled from here on, those of the host, too, with a GPU: they would come in the middle of what
-        is measured. Whoever does not go on to `compiled` exits ``ahead``."""
+        is measured; and import what measures. Whoever does not go on to `compiled` exits ``ahead``."""
         if self.device.type != "cuda" or self.native is not None:
             return
         pool = self.ahead.enter_context(ThreadPoolExecutor(1, thread_name_prefix="flexbatch-profile"))
         self.ahead.enter_context(compiled_ahead(self.device, profile_kernels(self.dtype), self.note))
         self.native = pool.submit(ops.load_compiled)
+        import flexbatch.calibrate.rates  # noqa: F401
 
     @contextlib.contextmanager
     def compiled(self, phases: Phases) -> Iterator[None]:

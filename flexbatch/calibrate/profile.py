@@ -94,9 +94,7 @@ def measured(options: argparse.Namespace, phases: Phases) -> tuple[Hardware, str
         if engine is not None:
             stack.push(engine.ahead)
             engine.begin()
-        # What measures is imported beside the compilers.
-        import flexbatch.calibrate.rates  # noqa: F401
-        from flexbatch.calibrate.measure import measure
+        from flexbatch.calibrate.measure import measure  # beside the compilers
 
         if gpus > 1:
             from flexbatch.calibrate.interconnect import WaitingRanks
