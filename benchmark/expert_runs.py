@@ -5,6 +5,12 @@
 
 ``--share N`` runs one N-th of the layers by the plan of all of them (`benchmark.shares`). Such rows say so, and divide:
 what a pass costs at all counts N times. "estimated_of_all_layers" is the plan of all by what the part did of its own.
+"estimated_by_layers" counts once what a pass takes beside its layers, by a few passes whose spans were kept. Plans of
+all layers take up to ten seconds each; on a borrowed machine all are made at once before:
+
+    python -m benchmark.expert_runs gpt-oss-120b glm-4.5-air --hardware machine.json --plan plans.json
+    python -m benchmark.expert_runs gpt-oss-120b --share 3 --hardware machine.json --plans plans.json
+
 Every job is prompts of random tokens, all different, 512 each and 128 new ones, of a prime number that all but fills
 the block; a block of short prompts warms up.
 
@@ -26,51 +32,28 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from benchmark.link_idle import Timeline, idle_of
+from benchmark.expert_plans import RUNS, job_of, plan_of, settings_of, write_plans
+from benchmark.link_idle import Timeline, idle_of, layer_times
 from benchmark.machine import machine
 from benchmark.observed import ObservedLLM, ObservedLoop, PassLog, Unchanging
-from benchmark.shares import chosen_for_all, cut, host_gib
+from benchmark.shares import cut
 from benchmark.told_passes import line_of, tokens_of, told_passes
 from flexbatch import SamplingParams
-from flexbatch.config import EngineConfig
-from flexbatch.execution.job import Job
 from flexbatch.planner.usage import UsageTracer
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.shapes import SHAPES
 from flexbatch.policy.stdout import data_apart, run_process
+from flexbatch.trace import Span
 
 EVERY_SECONDS = 10.0
 """Between two lines on the progress of a job."""
 TIMELINE_AFTER, TIMELINE_PASSES = 3, 6
 """Passes without prompts, and how many then."""
 WARM_UP_PROMPT, WARM_UP_TOKENS = 32, 3
-
-
-@dataclass(frozen=True)
-class Run:
-    """weight_bits is that of the engine; checkpoints in MXFP4 stay in it. memory: GiB of the gpu and of the cpu tier,
-    None where the model is to lie on the GPU whole."""
-
-    prompts: int
-    weight_bits: int = 16
-    cache_bits: int = 16
-    memory: tuple[float, float] | None = (24, 116)
-
-
-RUNS = {
-    "qwen3-30b-a3b": Run(1303),
-    "mixtral-8x7b": Run(509),
-    "gpt-oss-120b": Run(2477, weight_bits=4),
-    "glm-4.5-air": Run(653, weight_bits=4),
-    "qwen3-235b-a22b": Run(293, weight_bits=4, cache_bits=4),
-    "deepseek-v2-lite": Run(499, memory=None),
-    "gpt-oss-20b": Run(499, weight_bits=4, memory=None),
-    "olmoe-1b-7b": Run(499, memory=None),
-}
 
 
 class Stopped(BaseException):
@@ -113,27 +96,17 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def settings_of(run: Run, share: int) -> dict[str, Any]:
-    """Memory."""
-    if run.memory is None:
-        return {}
-    gpu, cpu = run.memory
-    return {"gpu_memory": f"{gpu}GiB", "cpu_memory": f"{host_gib(cpu, share):.3f}GiB"}
-
-
 def opened(name: str, args: argparse.Namespace) -> ToldLLM:
     """The engine, planned for the job and loaded."""
-    run, count, rows = RUNS[name], args.prompts or RUNS[name].prompts, args.prompt_tokens + args.new_tokens - 1
-    job = Job((rows,) * count, (args.prompt_tokens,) * count)
-    bits = {"weight_bits": run.weight_bits, "cache_bits": run.cache_bits}
-    whole = EngineConfig(model=name, dummy_weights=True, hardware=args.hardware, **{**bits, **settings_of(run, 1)})
+    whole, job = job_of(name, args)
     of_all = None
     if args.share == 1:
         planner = Unchanging(whole, job)
     else:
-        told, chosen = chosen_for_all(whole, job)
-        of_all = told.predicted_tokens_per_second
-        part = {**chosen, **settings_of(run, args.share)}
+        made = {} if args.plans is None else json.loads(args.plans.read_text(encoding="utf-8"))
+        found = made.get(name) or plan_of(name, args)
+        of_all = found["tokens_per_second"]
+        part = {**found["settings"], **settings_of(RUNS[name], args.share)}
         planner = Unchanging(replace(whole, model=cut(name, args.share), **part), job)
     say(f"{name}: planned {planner.engine_plan.policy}")
     plan = planner.engine_plan.plan
@@ -196,6 +169,7 @@ def measure(name: str, args: argparse.Namespace, write: Callable[[dict[str, Any]
             **(told_of_all(llm, rate) if not stopped else {}),
             "passes": told_passes(log.plan, log.log),
             "link_idle": idle_of(timeline.spans),
+            **by_layers(timeline.spans, (kept, layers), len(log.log), seconds, tokens_of(log.log)),
             **told_by(llm),
         }
         # Before the engine gives its memory back, which may take longer than whoever sent SIGTERM will wait.
@@ -217,6 +191,33 @@ def told_of_all(llm: ToldLLM, rate: float) -> dict[str, Any]:
         return {}
     share = rate / plan.predicted_tokens_per_second
     return {"predicted_of_all_layers": round(of_all, 1), "estimated_of_all_layers": round(of_all * share, 1)}
+
+
+def by_layers(
+    spans: list[Span], layers: tuple[int, int], passes: int, seconds: float, tokens: int
+) -> dict[str, dict[str, float]]:
+    """Of a job that ran some of a model's ``layers`` in so many passes, what all of them would make if a pass took
+    beside its layers what it does here; and the passes of which that is known. Passes with prompts take more beside
+    their layers, so that this is rather too little."""
+    (kept, of_all), times = layers, layer_times(spans, layers[0])
+    if times is None:
+        return {}
+    pass_seconds, busy = times.with_layers(of_all)
+    share, own = of_all / kept, times.own_seconds
+    found = {
+        "pass_ms": 1e3 * times.pass_seconds,
+        "layer_ms": 1e3 * times.layer_seconds,
+        "own_ms": 1e3 * own,
+        "link_busy_percent": 100 * times.pass_busy,
+        "link_busy_percent_in_layers": 100 * times.layer_busy,
+    }
+    estimated = {
+        "pass_ms": 1e3 * pass_seconds,
+        "link_busy_percent": 100 * busy,
+        "tokens_per_second": tokens / (share * seconds - (share - 1) * passes * own),
+    }
+    told = {"passes_by_layers": found} | ({"estimated_by_layers": estimated} if of_all > kept else {})
+    return {name: {key: round(value, 1) for key, value in each.items()} for name, each in told.items()}
 
 
 def told_by(llm: ToldLLM) -> dict[str, Any]:
@@ -245,8 +246,13 @@ def main() -> int:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--output", type=Path, help="JSON lines, appended to")
+    parser.add_argument("--plan", type=Path, help="only write the plans of all layers here")
+    parser.add_argument("--plans", type=Path, help="what --plan wrote")
     parser.add_argument("--trace", type=Path, metavar="FOLDER", help="where timelines are written")
     args = parser.parse_args()
+    if args.plan is not None:
+        write_plans(args)
+        return 0
     signal.signal(signal.SIGTERM, stop)
     with data_apart() as stdout:
 

@@ -100,15 +100,19 @@ experts() {
 }
 
 # Jobs of public models in 24 GiB and 116 GiB, one block each. "MODEL/4": a fourth of the layers in a fourth of the host's
-# memory and of the time. With the seconds that each needs; what finds less than two thirds of them is left out.
+# memory and of the time; plans of all their layers are made at once before. With the seconds that each needs; what finds
+# less than two thirds of them is left out.
 expert-jobs() { # SECONDS MODEL[/SHARE]:SECONDS...
-    local end=$((SECONDS + $1)) job name share seconds left
+    local end=$((SECONDS + $1)) job name share seconds left parts
+    parts=$(printf '%s\n' "${@:2}" | sed -n 's,/.*,,p')
+    [ -z "$parts" ] || step expert-plans 60 python3 -m benchmark.expert_runs $parts --hardware "$HW" --plan "$O/plans.json"
     for job in "${@:2}"; do
         seconds=${job#*:} name=${job%:*} left=$((end - SECONDS))
         share=$([ "$name" = "${name#*/}" ] && echo 1 || echo "${name#*/}")
         [ "$left" -ge "$((seconds * 2 / 3))" ] || continue
         step "${name/\//-}" "$((left < seconds ? left : seconds))" python3 -m benchmark.expert_runs "${name%/*}" \
-            --share "$share" --hardware "$HW" --output "$O/expert-runs.jsonl" --trace "$O/trace"
+            --share "$share" --hardware "$HW" $([ -s "$O/plans.json" ] && echo --plans "$O/plans.json") \
+            --output "$O/expert-runs.jsonl" --trace "$O/trace"
     done
 }
 
@@ -116,10 +120,10 @@ experts-whole() {
     expert-jobs "$1" qwen3-30b-a3b:420 gpt-oss-120b:330 deepseek-v2-lite:60
 }
 
-# Half of gpt-oss's layers are windowed: its part has an even number. The larger parts are of models that passes cost most
-# beside their layers.
+# What no run has shown comes first. Half of gpt-oss's layers are windowed: its part has an even number. Of the seconds,
+# 10 to 25 are for imports and loading, up to 15 for kernels and the block that warms up.
 experts-parts() {
-    expert-jobs "$1" gpt-oss-120b/3:115 qwen3-30b-a3b/3:100 glm-4.5-air/6:80 qwen3-235b-a22b/8:80 deepseek-v2-lite:60 mixtral-8x7b/8:60
+    expert-jobs "$1" qwen3-235b-a22b/8:85 deepseek-v2-lite:45 glm-4.5-air/6:80 gpt-oss-120b/3:120 qwen3-30b-a3b/4:80 mixtral-8x7b/8:50
 }
 
 # A published row, placed by hand and as the engine chooses, in one run: one SHARE-th of the layers, so that both load

@@ -14,12 +14,16 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flexbatch.planner.usage import UsageTracer
 from flexbatch.trace import Span, chrome_events, covered
 
+AHEAD = 2
+"""Layers of the next pass that are on the link before it begins."""
+BEGINS = re.compile(r"attention (\d+)\.0")
 COMPUTES = re.compile(r"(attention|staged|mlp|experts) (\d+)\.(\d+)")
 
 
@@ -76,6 +80,50 @@ def passes_of(spans: Iterable[Span]) -> list[tuple[float, float]]:
     """From the first computing of a pass to that of the next one; the last pass is left out."""
     starts = sorted(span.start for span in spans if span.resource == "compute" and span.name == "attention 0.0")
     return list(itertools.pairwise(starts))
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Of the mean pass of a few: its seconds, those of one of its layers, and the share of each in which the link was
+    busy. What the first layers of a pass found on the link already is no layer's own."""
+
+    pass_seconds: float
+    pass_busy: float
+    layer_seconds: float
+    layer_busy: float
+    layers: int
+
+    @property
+    def own_seconds(self) -> float:
+        """Of a pass, beside its layers: the head, results, and the inputs of the next one, less what they hide."""
+        return self.pass_seconds - self.layers * self.layer_seconds
+
+    def with_layers(self, layers: int) -> tuple[float, float]:
+        """Seconds of a pass with so many layers, and the share of it in which the link was busy."""
+        more = (layers - self.layers) * self.layer_seconds
+        seconds = self.pass_seconds + more
+        return seconds, (self.pass_seconds * self.pass_busy + more * self.layer_busy) / seconds
+
+
+def layer_times(spans: Iterable[Span], layers: int) -> LayerTimes | None:
+    """Of the passes that `idle_of` takes; a layer is from where it begins to where the next one does, on average of an
+    even number, as in some models every other one has a window. None where they are too few."""
+    spans = sorted(spans, key=lambda span: span.start)
+    passes, first = passes_of(spans)[1:], AHEAD
+    last = first + (layers - 1 - first) // 2 * 2
+    busy = Busy(span for span in spans if span.resource == "h2d").within
+    begun = [(int(found[1]), each.start) for each in spans if (found := BEGINS.fullmatch(each.name))]
+    stretches = []
+    for start, end in passes:
+        at = {layer: begin for layer, begin in begun if start <= begin < end}
+        if last > first and first in at and last in at:
+            stretches.append((at[first], at[last]))
+    if not stretches:
+        return None
+    whole, inside = (sum(b - a for a, b in each) for each in (passes, stretches))
+    shares = [sum(busy(a, b) for a, b in each) for each in (passes, stretches)]
+    each_layer = inside / len(stretches) / (last - first)
+    return LayerTimes(whole / len(passes), shares[0] / whole, each_layer, shares[1] / inside, layers)
 
 
 def idle_of(spans: list[Span]) -> dict[str, Any]:

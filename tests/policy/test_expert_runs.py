@@ -8,8 +8,9 @@ import signal
 
 import pytest
 
-from benchmark import expert_runs, shares
+from benchmark import expert_plans, expert_runs, shares
 from flexbatch.policy.shapes import SHAPES
+from flexbatch.trace import Span
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def tiny(monkeypatch):
         **{"num_experts": 8, "num_experts_per_tok": 2},
     }
     monkeypatch.setitem(SHAPES, "tiny", SHAPES["qwen3-30b-a3b"] | sizes)
-    monkeypatch.setitem(expert_runs.RUNS, "tiny", expert_runs.Run(5, memory=(0.01, 0.06)))
+    monkeypatch.setitem(expert_runs.RUNS, "tiny", expert_plans.Run(5, memory=(0.01, 0.06)))
 
 
 def arguments_of(monkeypatch, folder, **more):
@@ -31,8 +32,8 @@ def arguments_of(monkeypatch, folder, **more):
 def test_a_part_of_the_layers_runs_by_the_plan_of_all(monkeypatch, tmp_path, tiny):
     monkeypatch.setattr(shares, "PART_GIB", 0.06)
     monkeypatch.setitem(SHAPES, "tiny-cut", {})  # that of the run goes with the test
-    for share in (1, 3):
-        arguments_of(monkeypatch, tmp_path, share=share)
+    for more in ({"plan": tmp_path / "plans.json"}, {}, {"share": 3, "plans": tmp_path / "plans.json"}):
+        arguments_of(monkeypatch, tmp_path, **more)
         before = signal.getsignal(signal.SIGTERM)
         try:
             assert expert_runs.main() == 0
@@ -46,6 +47,27 @@ def test_a_part_of_the_layers_runs_by_the_plan_of_all(monkeypatch, tmp_path, tin
     estimated = part["predicted_of_all_layers"] * part["tokens_per_second"] / part["predicted_tokens_per_second"]
     assert part["estimated_of_all_layers"] == pytest.approx(estimated, rel=0.05)
     assert "predicted_of_all_layers" not in whole
+    promised = json.loads((tmp_path / "plans.json").read_text())["tiny"]["tokens_per_second"]
+    assert part["predicted_of_all_layers"] == pytest.approx(promised, abs=0.1)
+
+
+def test_what_a_pass_takes_beside_its_layers_is_counted_once():
+    """Passes of 10 s, the link busy for 6 of them; 6 layers of 1.2 s each, and 0.9 of it in each."""
+    spans = []
+    for begin in range(0, 60, 10):
+        for layer in range(6):
+            at = begin + 1.2 * layer
+            spans.append(Span("compute", f"attention {layer}.0", at, at + 0.5))
+            spans.append(Span("compute", f"mlp {layer}.0", at + 0.5, at + 1.2))
+            spans.append(Span("h2d", "weights", at, at + (1.08 if layer in (2, 3) else 0.96)))
+    found = expert_runs.by_layers(spans, (6, 24), passes=20, seconds=200.0, tokens=1000)
+    passes, all_layers = found["passes_by_layers"], found["estimated_by_layers"]
+    assert (passes["pass_ms"], passes["layer_ms"], passes["own_ms"]) == (10_000, 1200, 2800)
+    assert (passes["link_busy_percent"], passes["link_busy_percent_in_layers"]) == (60, 90)
+    assert all_layers["pass_ms"] == 10_000 + 18 * 1200
+    assert all_layers["link_busy_percent"] == pytest.approx(100 * (6 + 18 * 1.08) / 31.6, abs=0.1)
+    assert all_layers["tokens_per_second"] == pytest.approx(1000 / (20 * (10 + 18 * 1.2)), abs=0.1)
+    assert expert_runs.by_layers(spans, (3, 24), 20, 200.0, 1000) == {}
 
 
 def test_parts_have_the_experts_of_all_layers_and_none_of_the_dense_ones(monkeypatch):
