@@ -43,3 +43,9 @@ def zigzag(num_layers: int, num_micro_batches: int) -> Iterator[Tick]:
                 drain=previous,
             )
             previous = (layer, k)
+
+
+def after_next(tick: Tick, num_micro_batches: int) -> tuple[int, int]:
+    """The (layer, micro-batch) two ticks later; its layer may be beyond the last."""
+    cell = tick.layer * num_micro_batches + tick.micro_batch + 2
+    return divmod(cell, num_micro_batches)

@@ -32,7 +32,7 @@ from flexbatch.models.routing import RoutingCounts
 from flexbatch.parallel.rank_links import RankLinks
 from flexbatch.policy.decode_graphs import MAX_GRAPHS
 from flexbatch.policy.limits import LOGITS_CHUNK_BYTES
-from flexbatch.policy.schedule import Tick, zigzag
+from flexbatch.policy.schedule import Tick, after_next, zigzag
 
 
 class Executor:
@@ -164,6 +164,8 @@ class Executor:
                     gathered = gathers.pop((tick.layer, tick.micro_batch), READY)
                     buffer = self.staging_buffer(tick.layer, tick.micro_batch, count)
                     pending = self.halves.begin(tick, inputs[tick.micro_batch], gathered, buffer, watch)
+                    if pending.cpu_output is not None and self.overlap:
+                        self.gather(inputs, after_next(tick, count), gathers)
                     if deferred:
                         self.finish(deferred, computing, count)
                         self.fetch_ahead(tick)
@@ -242,11 +244,21 @@ class Executor:
         if cell is None or cell[0] >= self.arch.num_layers:
             return
         self.ends.expect(*cell, inputs[cell[1]])
-        staged = inputs[cell[1]].groups(self.cache.windowed[cell[0]]).staged
+        self.gather(inputs, cell, gathers)
+
+    def gather(
+        self, inputs: list[MicroBatchInputs], cell: tuple[int, int], gathers: dict[tuple[int, int], Handle]
+    ) -> None:
+        """Start bringing a cell its KV pages, unless that was done: once the attention is launched that last read the
+        buffer, of the cell two before. So it is, before the host waits for the CPU's attention and launches what
+        follows it: the link stood still meanwhile, for 4 ms of every 62 of gpt-oss-120b."""
+        if cell in gathers or cell[0] >= self.arch.num_layers:
+            return
+        layer, micro_batch = cell
+        staged = inputs[micro_batch].groups(self.cache.windowed[layer]).staged
         if staged is not None:
-            gathers[cell] = self.cache.gather(
-                staged.gather, cell[0], self.staging_buffer(cell[0], cell[1], len(inputs))
-            )
+            buffer = self.staging_buffer(layer, micro_batch, len(inputs))
+            gathers[cell] = self.cache.gather(staged.gather, layer, buffer)
 
     def pages_of(self, cell: tuple[int, int] | None, gathers: dict[tuple[int, int], Handle]) -> Handle:
         """When the link has brought a cell its pages. Of pages on the disk only the host can wait."""
