@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
 COLLECTED_OBJECTS = 50_000
 """New objects after which Python looks for garbage in cycles, in the processes of commands. By default it does after
@@ -46,7 +46,7 @@ def _ignore_interrupts() -> None:
     """The exit code stands and all is written: a second Ctrl-C that comes now would only interrupt the interpreter,
     which takes its libraries down for up to a second and prints a traceback for each that it is kept from."""
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
 
 
@@ -111,7 +111,24 @@ def _open_standard_streams() -> None:
                 os.dup2(opened, number)
                 os.close(opened)
     sys.stdout = sys.stdout or _text_stream(os.dup(1), None)
-    sys.stderr = sys.stderr or _text_stream(os.dup(2), None)
+    if sys.stderr is None or _descriptor(sys.stderr) == 2:
+        encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+        sys.stderr = io.TextIOWrapper(
+            io.BufferedWriter(_Messages(2, "wb", closefd=False)), encoding, "backslashreplace", line_buffering=True
+        )
+
+
+class _Messages(io.FileIO):
+    """File descriptor 2. What cannot be written there is lost and nothing else is: a terminal that was closed, a reader
+    that has gone or a full disk ends no job, and changes no exit code."""
+
+    name = "<stderr>"
+
+    def write(self, data: Any, /) -> int:
+        written: int | None = None
+        with contextlib.suppress(OSError):
+            written = super().write(data)
+        return memoryview(data).nbytes if written is None else written
 
 
 def _descriptor(stream: TextIO) -> int | None:

@@ -20,10 +20,11 @@ from flexbatch.apps.serve.listening import listening
 from flexbatch.apps.serve.settings import ServeConfig
 from flexbatch.cli.command import run_command, set_up_logging
 from flexbatch.cli.early_checks import check_engine
+from flexbatch.cli.hangup import hung_up
 from flexbatch.cli.help import CommandParser
 from flexbatch.cli.settings import add_arguments, add_engine_arguments, read_settings, refuse_measurements
 from flexbatch.config import EngineConfig
-from flexbatch.validation.errors import DONE, ConfigurationError
+from flexbatch.validation.errors import DONE, INTERRUPTED, ConfigurationError
 
 logger = logging.getLogger("flexbatch")
 
@@ -80,7 +81,7 @@ def command(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
             logger.info("stopped while it started")
         finally:
             state.close()
-    return DONE
+    return INTERRUPTED if hung_up() else DONE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

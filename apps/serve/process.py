@@ -23,6 +23,7 @@ from flexbatch.apps.serve.runs import Served
 from flexbatch.apps.serve.serving import GRACE_SECONDS, Serving
 from flexbatch.apps.serve.settings import ServeConfig
 from flexbatch.apps.serve.state import ServerState
+from flexbatch.cli.hangup import hangup_signals, note
 from flexbatch.cli.run_settings import SamplingConfig
 from flexbatch.config import EngineConfig
 from flexbatch.models.generation_config import generation_of
@@ -69,19 +70,24 @@ def check_unfinished(state: ServerState, identity: dict[str, Any]) -> None:
 
 
 class Signals:
-    """SIGINT and SIGTERM end the server: answers on their way have a moment, a pass that takes longer is broken off,
-    and a second signal does so at once."""
+    """SIGINT, SIGTERM and SIGHUP end the server: answers on their way have a moment, a pass that takes longer is broken
+    off, and a second signal does so at once; not what comes with the end of one session (`flexbatch.cli.hangup`)."""
 
     def __init__(self, stop: Callable[[], None]) -> None:
         self._stop = stop
-        self._stopped = self._in_passes = False
+        self._stopped = self._in_passes = self._hung_up = False
+        self._before: dict[int, Any] = {}
 
     def handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self._hung_up = True
+            note(self._before.get(number))
         if number == signal.SIGALRM:
             if self._in_passes:
                 raise KeyboardInterrupt
         elif self._stopped:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT or not self._hung_up:
+                raise KeyboardInterrupt
         else:
             self._stopped = True
             signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
@@ -100,13 +106,13 @@ class Signals:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
-        before = {number: signal.signal(number, self.handle) for number in numbers}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, *hangup_signals()):
+            self._before[number] = signal.signal(number, self.handle)
         try:
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            for number, handler in before.items():
+            for number, handler in self._before.items():
                 signal.signal(number, handler)
 
 

@@ -10,9 +10,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TextIO
 
 from flexbatch.cli.colors import LogFormatter, has_colors
+from flexbatch.cli.hangup import HangUp, hangup_signals
 from flexbatch.cli.settings import logger
 from flexbatch.policy.command_line import typed_words
 from flexbatch.policy.stdout import READER_GONE, data_apart
@@ -20,6 +22,7 @@ from flexbatch.validation.errors import (
     CRASH,
     DOES_NOT_FIT,
     DONE,
+    HUNG_UP,
     INTERRUPTED,
     USAGE,
     CheckpointError,
@@ -56,22 +59,24 @@ def run_command(main: Callable[[TextIO], int | None], resume: str | None = None)
     """Runs a command and maps how it ended to the exit code. `main` returns 0, 3 for row errors, or None for 0.
 
     `main` gets the stream for data; whatever else is printed to stdout meanwhile goes to stderr. `resume`: the
-    command line that goes on after an interruption. SIGTERM ends the command as Ctrl-C does, so that it can put
-    things in order.
+    command line that goes on after an interruption. SIGTERM and SIGHUP end the command as Ctrl-C does, so that it can
+    put things in order.
     """
+    hang_up = HangUp()
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        # Forked helpers, such as the pool in which lm_eval computes errors, have nothing to put in order: ended, they
-        # would print a traceback.
-        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+        for number in (signal.SIGTERM, *hangup_signals()):
+            signal.signal(number, hang_up)
+            # Forked helpers, such as the pool in which lm_eval computes errors, have nothing to put in order: ended,
+            # they would print a traceback.
+            os.register_at_fork(after_in_child=partial(signal.signal, number, signal.SIG_DFL))
     try:
         with data_apart() as data:
-            return main(data) or DONE
+            code = main(data) or DONE
     except KeyboardInterrupt:
         logger.error("interrupted%s", f"; resume with: {resume}" if resume else "")
-        return INTERRUPTED
+        code = INTERRUPTED
     except BrokenPipeError:
-        # Whoever read stdout, or stderr, has gone: nobody is there to be told.
+        # Whoever read stdout has gone: nobody is there to be told.
         return READER_GONE
     except Exception as error:
         code = exit_code(error)
@@ -81,6 +86,7 @@ def run_command(main: Callable[[TextIO], int | None], resume: str | None = None)
         else:
             logger.error("%s", told(error))
         return code
+    return HUNG_UP if code == INTERRUPTED and hang_up.came else code
 
 
 def exit_code(error: BaseException) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from flexbatch.cli.hangup import hangup_signals, note
 from flexbatch.validation.errors import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -26,10 +27,23 @@ class Interrupts:
         nothing to finish, and the first Ctrl-C stops at once."""
         self.stopping = False
         """Whether a signal has asked to stop at once."""
+        self.ended_session = 0
+        """Signals that came as one with the end of the session: SIGHUP, and what systemd sends with it."""
+        self.before: dict[int, Any] = {}
+        """The handlers in whose place these are."""
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Handles a signal. SIGTERM comes with a deadline (job schedulers, preempted machines), so it stops at once."""
+        """Handles a signal. SIGTERM comes with a deadline (job schedulers, preempted machines), so it stops at once,
+        and so does SIGHUP."""
+        if number == signal.SIGHUP:
+            note(self.before.get(number))
+            self.ended_session = max(self.ended_session, 1)
         if self.stopping:
+            if number == signal.SIGHUP:
+                return
+            if number == signal.SIGTERM and self.ended_session == 1:
+                self.ended_session = 2
+                return
             os._exit(INTERRUPTED)
         if number == signal.SIGINT and self.on_drain is not None and not self.draining.is_set():
             self.draining.set()
@@ -41,16 +55,17 @@ class Interrupts:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Handles SIGINT and SIGTERM in the body. Only the main thread may do so; elsewhere (a Ray actor) this
+        """Handles SIGINT, SIGTERM and SIGHUP in the body. Only the main thread may do so; elsewhere (a Ray actor) this
         changes nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM, *hangup_signals()):
+            self.before[number] = signal.signal(number, self.handle)
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in self.before.items():
                 signal.signal(number, handler)
 
 
@@ -66,6 +81,8 @@ def drained(llm: Any, meter: JobMeter, resume: str | None) -> str:
 
 
 def tell(line: str) -> None:
-    """A line on stderr, out of a signal handler: what it interrupts may be writing there by way of Python's buffer."""
+    """A line on stderr, out of a signal handler: what it interrupts may be writing there by way of Python's buffer.
+    Whoever read it may have gone."""
     start = "\n" if os.isatty(2) else ""  # below a bar
-    os.write(2, f"{start}{line}\n".encode(errors="backslashreplace"))
+    with contextlib.suppress(OSError):
+        os.write(2, f"{start}{line}\n".encode(errors="backslashreplace"))

@@ -115,7 +115,7 @@ def live_as_long_as_rank_0() -> None:
 
 def ignore_interruptions() -> None:
     """Rank 0 finishes what is in flight after Ctrl-C, and needs the other ranks for it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-DONE, CRASH, USAGE, ROW_ERRORS, DOES_NOT_FIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
+DONE, CRASH, USAGE, ROW_ERRORS, DOES_NOT_FIT, INTERRUPTED, HUNG_UP = 0, 1, 2, 3, 4, 130, 129
 """Exit codes: done, crashed, usage or configuration, done with errors in rows, does not fit the budgets, interrupted
-and resumable."""
+and resumable, interrupted as its terminal has gone."""
 
 
 TEMPORARY = re.compile(r"(^|[/'\"])\.([^/'\"]+)\.[0-9a-z_]{4,}\.tmp\b")

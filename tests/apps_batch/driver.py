@@ -25,6 +25,7 @@ from typing import Any
 
 from flexbatch.apps.batch import main, open_llm
 from flexbatch.config import EngineConfig
+from flexbatch.policy.stdout import run_process
 from tests.apps_batch.fake import FakeLLM
 from tests.apps_batch.power import record_syncs, signal_at, without_locks
 
@@ -78,9 +79,8 @@ if __name__ == "__main__":
     if settings.pop("real", False):
         if "put_aside" in settings:
             put_aside(settings["put_aside"])
-        sys.exit(
-            main(words, open_engine=functools.partial(open_counted, settings["count_file"], settings.get("taught", 0)))
-        )
+        counting = functools.partial(open_counted, settings["count_file"], settings.get("taught", 0))
+        sys.exit(run_process(lambda: main(words, open_engine=counting)))
     config_file = settings.pop("config_file", None)
     if not settings.pop("locks", True):
         without_locks()
@@ -95,4 +95,7 @@ if __name__ == "__main__":
                 file.write(json.dumps(dataclasses.asdict(config)) + "\n")
         return FakeLLM(**settings)
 
-    sys.exit(main(words, open_engine=open_fake, identity=lambda config: {"weights": f"fake {config.model}"}))
+    def identity(config: EngineConfig) -> dict[str, str]:
+        return {"weights": f"fake {config.model}"}
+
+    sys.exit(run_process(lambda: main(words, open_engine=open_fake, identity=identity)))

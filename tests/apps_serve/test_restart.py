@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from flexbatch.validation.errors import HUNG_UP
 from tests.apps_serve.helpers import PLACED, Server, begin_batch, content, ended, records, some_lines, undated, wait_for
 
 LINES = [*some_lines(40, 24), "no JSON", *some_lines(20, 12, first=40)]
@@ -44,8 +45,9 @@ def test_a_batch_goes_on_after_kill_and_after_sigterm(tmp_path: Path, undisturbe
     refused = Server(state, *PLACED, wait=False)
     assert refused.process.wait(60) == 2
     assert "belongs to a server that runs (process" in refused.process.communicate()[1]
-    said = second.stop()
-    assert second.process.returncode == 0 and "Traceback" not in said, said
+    said = second.stop(signal.SIGHUP)
+    assert second.process.returncode == HUNG_UP and "Traceback" not in said, said
+    assert "batches that have not ended go on with the next start" in said
     wrong = Server(state, *PLACED, "--seed", "1", wait=False)
     assert wrong.process.wait(60) == 2 and "1 batches that have not ended" in wrong.process.communicate()[1]
     third = Server(state, *PLACED)

@@ -175,6 +175,21 @@ def test_an_alarm_breaks_off_passes_and_nothing_after_them() -> None:
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and stops == [1]
 
 
+def test_the_end_of_a_session_is_one_signal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        stops: list[int] = []
+        signals = Signals(lambda: stops.append(1))
+        with signals.installed():
+            for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
+                signal.raise_signal(number)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert stops == [1]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_batch_that_waits_is_tried_again(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flexbatch.apps.serve.batches.RETRY_SECONDS", 0.01)
     failures = iter([OSError(28, "No space left on device")])

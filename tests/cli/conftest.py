@@ -22,9 +22,11 @@ def own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in list(os.environ):
         if name.startswith("FLEXBATCH_"):
             monkeypatch.delenv(name)
-    previous, handlers = signal.getsignal(signal.SIGTERM), logging.getLogger().handlers[:]
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = logging.getLogger().handlers[:]
     yield
-    signal.signal(signal.SIGTERM, previous)
+    for number, handler in previous.items():
+        signal.signal(number, handler)
     logging.getLogger().handlers[:] = handlers
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from flexbatch import run
 from flexbatch.apps import batch
+from flexbatch.validation.errors import HUNG_UP, INTERRUPTED
 from tests.processes import Forked
 
 ROWS, BLOCK = 120, 4
@@ -88,8 +89,11 @@ def test_nothing_else_begins_after_the_first_signal(prompts: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(
     "signals",
-    [[signal.SIGINT, signal.SIGINT], pytest.param([signal.SIGTERM], marks=pytest.mark.slow)],
-    ids=["twice", "SIGTERM"],
+    [
+        [signal.SIGINT, signal.SIGINT],
+        *(pytest.param([number], marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGHUP)),
+    ],
+    ids=["twice", "SIGTERM", "SIGHUP"],
 )
 def test_a_second_signal_stops_a_run_now(prompts: Path, tmp_path: Path, signals: list[int]) -> None:
     """Answers of 200 tokens, so that those in flight would take a while."""
@@ -102,7 +106,8 @@ def test_a_second_signal_stops_a_run_now(prompts: Path, tmp_path: Path, signals:
     before = len(lines_of(out))
     process.send_signal(signals[-1])
     _, said = process.communicate()
-    assert process.returncode == 130 and "interrupted; resume with: " in said and "Traceback" not in said, said
+    assert "interrupted; resume with: " in said and "Traceback" not in said, said
+    assert process.returncode == (HUNG_UP if signal.SIGHUP in signals else INTERRUPTED)
     assert len(lines_of(out)) <= before + BLOCK and said.count("resume with: ") == 1
 
 
