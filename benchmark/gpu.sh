@@ -20,7 +20,7 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 HW=$O/hardware.json
 CORES=$(env -u OMP_NUM_THREADS nproc)
-ONE_GPU=(tests:300 codes:90 ceilings:90 resident:480 reservation:250 loading:140 drawn:340 users:300 experts:300 experts-whole:770 experts-parts:440 rows-16:300 rows-4:270 row-70b:110 paired:200)
+ONE_GPU=(tests:300 codes:90 ceilings:90 layers:80 resident:480 reservation:250 loading:140 drawn:340 users:300 experts:300 experts-whole:770 experts-parts:440 rows-16:300 rows-4:270 row-70b:110 paired:200)
 
 # A command's output goes to FOLDER/NAME.log and .err; it is ended by TERM, on which benchmarks write what they have.
 step() { # NAME SECONDS COMMAND...
@@ -50,6 +50,11 @@ codes() {
 ceilings() {
     step layer-products "$(($1 / 2))" python3 -m benchmark.layer_products --output "$O/layer-products.json"
     step decode "$(($1 / 2))" python3 -m benchmark.kernel_tuning --sections short --seconds "$(($1 / 2))" --processes 12 --output "$O/decode.jsonl"
+}
+
+# What a plan's prices are for: attention and products of models that a profile has not measured.
+layers() {
+    step layers "$1" python3 -m benchmark.kernel_tuning --sections heads products --seconds "$(($1 - 15))" --processes 12 --output "$O/layers.jsonl"
 }
 
 # A model that lies on the GPU; all host; at equal memory with fewer bits; few sequences; long contexts; prompts that come

@@ -47,8 +47,9 @@ def attention_call(
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda",
     pinned: bool = False,
+    group: int = 64,
 ) -> tuple[tuple[torch.Tensor, ...], Row]:
-    """Arguments of `paged_attention` over random pages of 16 tokens; rows of 8 and 4 bits have groups of 64."""
+    """Arguments of `paged_attention` over random pages of 16 tokens. group: of rows of 8 and 4 bits."""
     pages_each = -(-max(contexts) // 16)
     num_pages = pages_each * len(contexts)
     shape = (num_pages * 16, 2, kv_heads, head_dim)
@@ -58,7 +59,7 @@ def attention_call(
             part.normal_()
     else:
         key, value = (torch.randn(shape[0], kv_heads, head_dim, dtype=dtype, device=device) for _ in range(2))
-        rows = reference.pack_rows(key, value, bits, 64)
+        rows = reference.pack_rows(key, value, bits, group)
     table = torch.randperm(num_pages, device=device).view(len(contexts), pages_each).int()
     query = torch.randn(sum(queries), heads, head_dim, dtype=dtype, device=device)
     starts, lens = (
@@ -66,6 +67,7 @@ def attention_call(
         torch.tensor(contexts, device=device).int(),
     )
     options: Row = {"num_kv_heads": kv_heads, "page_tokens": 16, "scale": head_dim**-0.5, "bits": bits}
+    options["group"] = group
     options |= {"max_query_len": max(queries), "max_context_len": max(contexts)}
     if tree:  # chains with side branches: every token sees the even ones before it, and itself
         size, words = max(queries), -(-max(queries) // 32)

@@ -27,6 +27,7 @@ from benchmark.gemm_trials import gemm_trials
 from benchmark.kernel_cases import DECODE, MIB, PREFILL, Row, attention_call, seconds
 from benchmark.kernel_timings import attention_flops, ceilings
 from benchmark.kernel_trials import Trial, coded_trials, difference
+from benchmark.layer_trials import head_trials, product_trials
 from flexbatch.kernels import attention, attention_reference, pages, quant, reference
 from flexbatch.policy.stdout import data_apart, run_process
 
@@ -164,10 +165,12 @@ SECTIONS = {
     "gemm": gemm_trials,
     "quant": quant_trials,
     "pages": page_trials,
+    "heads": head_trials,
+    "products": product_trials,
 }
 
 
-COMPILED_AHEAD = ("prefill", "decode", "shared", "short", "coded", "gemm", "quant")
+COMPILED_AHEAD = ("prefill", "decode", "shared", "short", "coded", "gemm", "quant", "heads")
 
 
 def compile_ahead(parts: int, sections: Iterable[str]) -> None:
