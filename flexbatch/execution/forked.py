@@ -15,6 +15,7 @@ import os
 import selectors
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -31,20 +32,30 @@ class Forked:
         """work: in the child, is given what says something. Raises OSError where none can be forked."""
         self.stream, answers = os.pipe()
         self.pid, self.rest, self.ended = 0, b"", False
-        kept = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # Ctrl-C in the child would be this process's, twice
+        failed: list[OSError] = []
+        # In a thread, where Python handles no signal: Ctrl-C between a fork and what comes of it would lose the child.
+        thread = threading.Thread(target=self._fork, args=(work, answers, failed), name="flexbatch-fork")
+        try:
+            thread.start()
+            thread.join()
+        except BaseException:
+            thread.join()
+            self.close()
+            raise
+        if failed:
+            os.close(self.stream)
+            raise failed[0]
+
+    def _fork(self, work: Callable[[Say], None], answers: int, failed: list[OSError]) -> None:
+        kept = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the child has handlers of its own
         try:
             self.pid = fork()
             if not self.pid:
                 in_child(work, answers, kept)
+        except OSError as error:
+            failed.append(error)
         finally:
             os.close(answers)
-            if not self.pid:
-                os.close(self.stream)
-            try:
-                signal.pthread_sigmask(signal.SIG_SETMASK, kept)
-            except BaseException:  # Ctrl-C that came meanwhile
-                self.close()
-                raise
 
     def said(self, seconds: float) -> dict[str, Any] | None:
         """The next thing, waited for so long; None where it says nothing."""
@@ -67,12 +78,16 @@ class Forked:
         if self.ended:
             return
         self.ended = True
+        if self.pid:
+            self._end()
+        os.close(self.stream)
+
+    def _end(self) -> None:
         for end in (os.killpg, os.kill):  # it may not lead a group yet
             with contextlib.suppress(OSError):
                 end(self.pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
-        os.close(self.stream)
 
 
 def fork() -> int:
