@@ -4,7 +4,7 @@
 #
 #   benchmark/gpu.sh FOLDER                                 every part of one GPU, about 75 minutes
 #   benchmark/gpu.sh FOLDER resident drawn:240              these parts, the second for no more than 240 seconds
-#   CUDA_VISIBLE_DEVICES=0,1 benchmark/gpu.sh FOLDER mesh   two GPUs, about 10 minutes
+#   CUDA_VISIBLE_DEVICES=0,1 benchmark/gpu.sh FOLDER mesh   two GPUs, up to 10 minutes
 #
 # FOLDER/hardware.json is the machine's profile: measured first, unless it is there. Two parts at a time need a GPU, a
 # folder and a share of the cores (taskset) each.
@@ -177,26 +177,30 @@ paired() { # SECONDS
 
 # Layers of a model in as large a share of memory, so that they load in seconds. Prompts of OPT-30B are so many that
 # weights are what takes time: the cache of twice as many keeps the host's memory as busy with one GPU as with two. What
-# no run has shown comes first: a run of OPT takes 28 s, of Llama-3-70B 35, of Llama-3-8B 25.
+# no run has shown comes first: a run takes 20 to 30 s, what comes before them 35 to 85 (MESH_TESTS: the tests of two
+# GPUs beside the compilers, on a host that measures nothing then).
 mesh() {
-    local shapes=(--check-model= --of-gpus 2 --hardware "$O/hardware-all.json" --hardware-of-one "$O/hardware-one.json")
-    local opt=(--models opt-30b --layers 24 --cpu-gib 128 --prompts 127 --prompt-tokens 256 --new-tokens 13 "${shapes[@]}")
-    local large=(--models llama-3-70b --layers 16 --cpu-gib 51 --prompts 251 --prompt-tokens 256 --new-tokens 17 "${shapes[@]}")
-    local small=(--models llama-3-8b --gpu-gib 60 --prompts 509 --prompt-tokens 256 --new-tokens 61 --warm-ups 2 "${shapes[@]}")
-    local opt16=("${opt[@]}" --gpu-gib 16 --limit 60 --gib-of 1=10.8 tp2=10 pp2=10.65 dp2=10.8)
-    local opt24=("${opt[@]}" --gpu-gib 24 --limit 60 --gib-of 1=14.3 tp2=13.15 pp2=13.15 dp2=14.3)
-    local large16=("${large[@]}" --gpu-gib 16 --limit 60 --gib-of 1=7.68 tp2=6.56 pp2=8.42 dp2=7.68)
-    local large24=("${large[@]}" --gpu-gib 24 --limit 60 --gib-of 1=9.28 tp2=8.16 pp2=10.02 dp2=9.28)
+    local end=$((SECONDS + $1)) shapes=(--check-model= --of-gpus 2 --hardware "$O/hardware-all.json" --hardware-of-one "$O/hardware-one.json")
+    local opt=(--models opt-30b --layers 24 --cpu-gib 128 --prompts 127 --prompt-tokens 256 --new-tokens 13 --limit 50 "${shapes[@]}")
+    local large=(--models llama-3-70b --layers 16 --cpu-gib 51 --prompts 251 --prompt-tokens 256 --new-tokens 17 --limit 50 "${shapes[@]}")
+    local small=(--models llama-3-8b --gpu-gib 60 --prompts 509 --prompt-tokens 256 --new-tokens 61 --warm-ups 2 --limit 45 "${shapes[@]}")
+    local opt16=("${opt[@]}" --gpu-gib 16 --gib-of 1=10.8 tp2=10 pp2=10.65 dp2=10.8)
+    local opt24=("${opt[@]}" --gpu-gib 24 --gib-of 1=14.3 tp2=13.15 pp2=13.15 dp2=14.3)
+    local large16=("${large[@]}" --gpu-gib 16 --gib-of 1=7.68 tp2=6.56 pp2=8.42 dp2=7.68)
+    local large24=("${large[@]}" --gpu-gib 24 --gib-of 1=9.28 tp2=8.16 pp2=10.02 dp2=9.28)
+    local jobs=("${large24[@]}" --meshes dp2 1 --then "${opt24[@]}" --meshes dp2 1 pp2 --then "${large24[@]}" --meshes tp2 pp2)
+    [ "$1" -lt 300 ] || jobs+=(--then "${opt24[@]}" --meshes tp2 --then "${small[@]}" --meshes 1 dp2 tp2
+        --then "${large16[@]}" --meshes tp2 1 --then "${opt16[@]}" --meshes pp2 dp2 1 --then "${large16[@]}" --meshes pp2 dp2
+        --then "${opt16[@]}" --meshes tp2)
     step mesh-profile 60 python3 -m benchmark.mesh_profile "$HW" --whole "$O/hardware-all.json" --one "$O/hardware-one.json" --gpus 2
-    step mesh "$(($1 - 40))" python3 -m benchmark.parallel --output "$O/mesh.json" --total "$(($1 - 50))" \
-        "${large16[@]}" --meshes tp2 1 --then "${opt16[@]}" --meshes pp2 dp2 1 --then "${large16[@]}" --meshes pp2 dp2 \
-        --then "${small[@]}" --meshes 1 tp2 dp2 --limit 45 --then "${large24[@]}" --meshes tp2 1 \
-        --then "${opt24[@]}" --meshes pp2 dp2 1 --then "${opt16[@]}" --meshes tp2 --then "${large24[@]}" --meshes pp2 dp2 \
-        --then "${opt24[@]}" --meshes tp2
+    [ -z "${MESH_TESTS:-}" ] || mesh-tests 80 &
+    step mesh-ahead 60 python3 -m benchmark.parallel --ahead "$CORES" "${jobs[@]}"
+    wait
+    step mesh "$((end - SECONDS))" python3 -m benchmark.parallel --output "$O/mesh.json" --total "$((end - SECONDS - 5))" "${jobs[@]}"
 }
 
 mesh-tests() {
-    step mesh-tests "$1" python3 -m pytest -q -m gpu tests/parallel/test_cuda.py
+    step mesh-tests "$1" python3 -m pytest -v -n 2 --tb=short -m gpu tests/parallel/test_cuda.py
 }
 
 if [ ! -s "$HW" ]; then

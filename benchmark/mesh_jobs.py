@@ -54,11 +54,15 @@ def sizes_of(mesh: str) -> dict[str, int]:
     return {SIZES[part[1]]: int(part[2]) for part in parts if part is not None}
 
 
+def lengths_of(count: int, tokens: int, seed: int = 1) -> list[int]:
+    """Of prompts, different ones."""
+    generator = random.Random(seed)
+    return [generator.randint(3 * tokens // 4, tokens) for _ in range(count)]
+
+
 def random_prompts(count: int, tokens: int, vocabulary: int, seed: int, turn: int = 0) -> list[list[int]]:
     """Distinct ones, of different lengths. turn: others of the same lengths."""
-    generator = random.Random(seed)
-    lengths = [generator.randint(3 * tokens // 4, tokens) for _ in range(count)]
-    generator.seed(f"{seed} {turn}")
+    lengths, generator = lengths_of(count, tokens, seed), random.Random(f"{seed} {turn}")
     return [[generator.randrange(10, vocabulary) for _ in range(length)] for length in lengths]
 
 
@@ -116,6 +120,10 @@ def host_pages() -> dict[str, float]:
     return found
 
 
+def llm_settings(case: Case, gpu_gib: float, sizes: dict[str, int], more: dict[str, Any]) -> dict[str, Any]:
+    return {"gpu_memory": f"{gpu_gib - RESERVE_GIB}GiB", "dtype": "bfloat16", **case.settings, **sizes, **more}
+
+
 def measured(
     case: Case, gpu_gib: float, sizes: dict[str, int], more: dict[str, Any], tell: Tell, warm_ups: int = 1
 ) -> None:
@@ -123,7 +131,7 @@ def measured(
     from flexbatch import LLM, SamplingParams
 
     began = time.perf_counter()
-    settings = {"gpu_memory": f"{gpu_gib - RESERVE_GIB}GiB", "dtype": "bfloat16", **case.settings, **sizes, **more}
+    settings = llm_settings(case, gpu_gib, sizes, more)
     params = SamplingParams(max_tokens=case.new_tokens, temperature=0, ignore_eos=True)
     with LLM(case.model, dummy_weights=True, **settings) as llm:
         prompts = random_prompts(case.prompts, case.prompt_tokens, llm.arch.vocab_size, seed=1)
