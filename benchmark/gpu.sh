@@ -181,8 +181,8 @@ paired() { # SECONDS
 # GPUs beside the compilers, on a host that measures nothing then).
 mesh() {
     local end=$((SECONDS + $1)) shapes=(--check-model= --of-gpus 2 --hardware "$O/hardware-all.json" --hardware-of-one "$O/hardware-one.json")
-    local opt=(--models opt-30b --layers 24 --cpu-gib 128 --prompts 127 --prompt-tokens 256 --new-tokens 13 --limit 50 "${shapes[@]}")
-    local large=(--models llama-3-70b --layers 16 --cpu-gib 51 --prompts 251 --prompt-tokens 256 --new-tokens 17 --limit 50 "${shapes[@]}")
+    local opt=(--models opt-30b --layers 24 --cpu-gib 128 --prompts 127 --prompt-tokens 256 --new-tokens 13 --limit 50 --trace "$O/trace" "${shapes[@]}")
+    local large=(--models llama-3-70b --layers 16 --cpu-gib 51 --prompts 251 --prompt-tokens 256 --new-tokens 17 --limit 50 --trace "$O/trace" "${shapes[@]}")
     local small=(--models llama-3-8b --gpu-gib 60 --prompts 509 --prompt-tokens 256 --new-tokens 61 --warm-ups 2 --limit 45 "${shapes[@]}")
     local opt16=("${opt[@]}" --gpu-gib 16 --gib-of 1=10.8 tp2=10 pp2=10.65 dp2=10.8)
     local opt24=("${opt[@]}" --gpu-gib 24 --gib-of 1=14.3 tp2=13.15 pp2=13.15 dp2=14.3)

@@ -44,7 +44,7 @@ class Timeline:
 
     def begin_pass(self) -> None:
         self.begin()
-        if self.left and not self.tracer.on:
+        if self.left > 0 and not self.tracer.on:
             self.tracer.fold()
             self.tracer.on, self.tracer.weight = True, 1
         self.left = max(-1, self.left - 1)

@@ -12,14 +12,21 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
+from benchmark.link_idle import Timeline
 from benchmark.part_times import TURN, PartTimes
 from benchmark.pass_times import PassTimes
+
+if TYPE_CHECKING:
+    from flexbatch import LLM, SamplingParams
+    from flexbatch.planner.usage import UsageTracer
 
 SIZES = {"dp": "data_parallel_size", "pp": "pipeline_parallel_size", "tp": "tensor_parallel_size"}
 RESERVE_GIB = 1.0
 """Of every GPU, outside of the engine's pools: context, libraries, collectives."""
+TRACED_PASSES = 60
+"""Of warm-ups, at most."""
 Tell = Callable[[dict[str, Any]], None]
 """Is told what is known of a run, more than once."""
 
@@ -108,6 +115,9 @@ RATES += ("cpu_attention_together", "cpu_attention_together_during_h2d", "h2d_to
 """Of the profile that a run was planned with."""
 
 
+OF_REPORT = ("plan", "prediction", "job", "policy", "percent", "memory", "peak_bytes", "moved_bytes", "passes")
+
+
 def host_pages() -> dict[str, float]:
     """GiB of this process's memory that is no file's, and of it in huge pages: the larger the cache, the more a CPU
     that attends to it looks for small ones."""
@@ -124,27 +134,44 @@ def llm_settings(case: Case, gpu_gib: float, sizes: dict[str, int], more: dict[s
     return {"gpu_memory": f"{gpu_gib - RESERVE_GIB}GiB", "dtype": "bfloat16", **case.settings, **sizes, **more}
 
 
+def warm_up(llm: LLM, case: Case, params: SamplingParams, count: int, trace: Path | None) -> None:
+    """Jobs of the same lengths: kernels compile and the links wake up, and nothing is planned, moved or allocated in
+    the one that is measured. A smaller one had the weights moved for it, and the block made again: 5 of 17 s. Graphs
+    are recorded in them, too, which takes a second of a job of three."""
+    timeline = None if trace is None else Timeline(cast("UsageTracer", llm.tracer))
+    if timeline is not None:
+        timeline.start(TRACED_PASSES)
+    for turn in range(1, count + 1):
+        prompts = random_prompts(case.prompts, case.prompt_tokens, llm.arch.vocab_size, seed=1, turn=turn)
+        llm.generate(prompts, params)
+    if trace is not None and timeline is not None:
+        timeline.left = 0
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        timeline.write(trace)
+
+
 def measured(
-    case: Case, gpu_gib: float, sizes: dict[str, int], more: dict[str, Any], tell: Tell, warm_ups: int = 1
+    case: Case,
+    gpu_gib: float,
+    sizes: dict[str, int],
+    more: dict[str, Any],
+    tell: Tell,
+    warm_ups: int = 1,
+    trace: Path | None = None,
 ) -> None:
-    """One job on one mesh, after so many others."""
+    """One job on one mesh, after so many others. trace: where the passes of these are written to, as rank 0 sees
+    them; the job that is measured is not traced."""
     from flexbatch import LLM, SamplingParams
 
     began = time.perf_counter()
-    settings = llm_settings(case, gpu_gib, sizes, more)
     params = SamplingParams(max_tokens=case.new_tokens, temperature=0, ignore_eos=True)
-    with LLM(case.model, dummy_weights=True, **settings) as llm:
+    with LLM(case.model, dummy_weights=True, **llm_settings(case, gpu_gib, sizes, more)) as llm:
         prompts = random_prompts(case.prompts, case.prompt_tokens, llm.arch.vocab_size, seed=1)
         opened = time.perf_counter()
         llm.prepare(prompts, params)
         logger.debug("prepared: planned, loaded, and a block made; now warming up")
         loaded = time.perf_counter()
-        # Jobs of the same lengths: kernels compile and the links wake up, and nothing is planned, moved or allocated
-        # in the one that is measured. A smaller one had the weights moved for it, and the block made again: 5 of 17 s.
-        # Graphs are recorded in them, too, which takes a second of a job of three.
-        for turn in range(1, warm_ups + 1):
-            prompts_before = random_prompts(case.prompts, case.prompt_tokens, llm.arch.vocab_size, seed=1, turn=turn)
-            llm.generate(prompts_before, params)
+        warm_up(llm, case, params, warm_ups, trace)
         prepared = time.perf_counter()
         logger.debug("warm; the job begins")
         with PartTimes(host_parts()) as parts, PassTimes() as times:
@@ -153,7 +180,6 @@ def measured(
         logger.debug("the job took %.2f s", ended - prepared)
         report = llm.report()
         tokens, seconds = sum(len(answer.token_ids) for answer in answers), ended - prepared
-        names = ("plan", "prediction", "job", "policy", "percent", "memory", "peak_bytes", "moved_bytes", "passes")
         whole = dataclasses.asdict(llm._capacity.planner.hardware)
         prediction = report.get("prediction", {})
         # A plan is for one of several engines, of which all have a like part of the job.
@@ -178,7 +204,7 @@ def measured(
             "host_ms_a_pass": parts.per_turn(),
             "passes_by_kind": times.report(),
             "hardware": {name: whole[name] for name in RATES},
-            **{name: report[name] for name in names if name in report},
+            **{name: report[name] for name in OF_REPORT if name in report},
         }
         tell(found)
         closing = time.perf_counter()

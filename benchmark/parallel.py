@@ -15,7 +15,7 @@ bound is what the busiest links allow. With --of-gpus N a mesh of fewer GPUs get
 as a machine of its own would have them, and --hardware-of-one, a profile that was measured on that part of the cores.
 With --layers a model has some of its layers; --gib-of then says by mesh how much memory a GPU has, so that as large a
 share of the weights lies on it as of the whole model in --gpu-gib, by which the run is named. With --ahead nothing is
-run: all kernels are compiled, each once, so that no run waits for its own.
+run: all kernels are compiled, each once.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def run_one(words: dict[str, Any], tell: Tell) -> None:
         return checked(words["model"], sizes, words["device"], tell)
     case = dataclasses.replace(CASES[words["case"]], **words["job"])
     with recorded_ranks(words["graphs_of_ranks"]):
-        measured(case, words["gpu_gib"], sizes, words["set"], tell, words["warm_ups"])
+        trace = words["trace"] and Path(words["trace"])
+        measured(case, words["gpu_gib"], sizes, words["set"], tell, words["warm_ups"], trace)
 
 
 def serve_run(data: Any) -> int:
@@ -196,6 +197,7 @@ def runs(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any
                 words = {**share, "case": name, "gpu_gib": gib_of.get(mesh, gib), "mesh": mesh, "job": job | part}
                 words |= {"graphs_of_ranks": arguments.graphs_of_ranks, "warm_ups": arguments.warm_ups}
                 label = f"{part.get('model', name)} {gib:g}GiB {mesh}{'+graphs' * bool(arguments.graphs_of_ranks)}"
+                words["trace"] = arguments.trace and f"{arguments.trace / label.replace(' ', '-')}.json"
                 found[label] = {**words, "set": {**share["set"], **more}, "limit": arguments.limit}
     return found
 
@@ -223,6 +225,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--cpu-gib", type=float, help="of host memory, for all GPUs")
     found.add_argument("--hardware", help="a profile of the whole host")
     found.add_argument("--hardware-of-one", help="with --of-gpus: a profile measured on the cores of one GPU's share")
+    found.add_argument("--trace", type=Path, metavar="FOLDER", help="where passes of the warm-up are written to")
     found.add_argument("--ahead", type=int, help="only compile the runs' kernels, in so many processes")
     found.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
     return found
