@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from flexbatch.apps.jobs.locations import check_folders, check_input, check_output
 from flexbatch.apps.jobs.settings import JobConfig
-from flexbatch.cli.command import resume_command, run_command, set_up_logging
+from flexbatch.cli.command import exit_code, resume_command, run_command, set_up_logging
 from flexbatch.cli.early_checks import check_engine, check_folder_to_write, check_sampling
 from flexbatch.cli.help import CommandParser
 from flexbatch.cli.loras import lora_identity
@@ -33,7 +33,7 @@ from flexbatch.cli.settings import (
 )
 from flexbatch.config import EngineConfig
 from flexbatch.policy.stdout import run_process
-from flexbatch.validation.errors import ConfigurationError
+from flexbatch.validation.errors import ConfigurationError, told
 
 if TYPE_CHECKING:
     from flexbatch.apps.jobs.plan import BatchJob
@@ -146,14 +146,15 @@ def print_job_plan(job: BatchJob, data: TextIO) -> int:
 
 
 def run(
-    args: argparse.Namespace,
+    words: Sequence[str],
+    config: JobConfig,
+    engine: EngineConfig,
     environ: Mapping[str, str],
     resume: str,
     open_engine: OpenEngine,
     identity: Any,
     data: TextIO,
 ) -> int:
-    config, engine = read_settings([JobConfig, EngineConfig], args, environ, getattr(args, "config", None))
     refuse_measurements(engine)
     if engine.parallel and "WORLD_SIZE" in environ:
         raise ConfigurationError(
@@ -162,7 +163,7 @@ def run(
         )
     if engine.mesh_shape.size == 1:
         # Processes of torchrun divide the rows among them.
-        return run_rows(args.words, config, engine, environ, resume, open_engine, identity, data)
+        return run_rows(words, config, engine, environ, resume, open_engine, identity, data)
     if config.ray:
         raise ConfigurationError(
             f"{engine.mesh_shape.sizes} and --ray: actors have one GPU each, and share the rows among them; leave one "
@@ -172,7 +173,7 @@ def run(
     def lead(others: Elsewhere) -> int:
         open_ranks: Any = open_engine
         opened = open_engine if others == ALONE else functools.partial(open_ranks, others=others)
-        return run_rows(args.words, config, engine, {}, resume, opened, identity, data)
+        return run_rows(words, config, engine, {}, resume, opened, identity, data)
 
     return run_on_ranks(environ, engine.mesh_shape, lead, config.dry_run)
 
@@ -226,17 +227,6 @@ def run_rows(
     return run_shard(job, assignment, open_engine, resume)
 
 
-def overwrites_unasked(args: argparse.Namespace, environ: Mapping[str, str]) -> bool:
-    """Whether the command would discard the output even without --overwrite: a settings file or a variable says so, and
-    would say so again to who goes on."""
-    others = argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "overwrite"})
-    try:
-        config, _ = read_settings([JobConfig, EngineConfig], others, environ, getattr(args, "config", None))
-    except ConfigurationError:  # told when the command runs
-        return False
-    return config.overwrite and getattr(args, "overwrite", True)
-
-
 def main(
     argv: Sequence[str] | None = None, *, open_engine: OpenEngine = open_llm, identity: Any = model_identity
 ) -> int:
@@ -246,8 +236,16 @@ def main(
     if len(args.words) > 2:
         parser.error(f"unrecognized arguments: {' '.join(args.words[2:])}")
     set_up_logging(words=argv)
-    resume = resume_command(sys.orig_argv) + " --no-overwrite" * overwrites_unasked(args, os.environ)
-    return run_command(lambda data: run(args, os.environ, resume, open_engine, identity, data), resume)
+    try:
+        config, engine = read_settings([JobConfig, EngineConfig], args, os.environ, getattr(args, "config", None))
+    except (ConfigurationError, OSError) as error:
+        logger.error("%s", told(error))
+        return exit_code(error)
+    # A settings file or a variable may say it, too, and would say it again to who goes on.
+    resume = resume_command(sys.orig_argv) + " --no-overwrite" * config.overwrite
+    return run_command(
+        lambda data: run(args.words, config, engine, os.environ, resume, open_engine, identity, data), resume
+    )
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class BatchRun:
         return (self.counts.rows_total - self.counts.rows_done) / rate
 
     def _run(self) -> None:
-        again = False
+        again, job = False, None
         try:
             job = self._plan()
             whole = not self._why and self._generate(job)
@@ -90,9 +90,7 @@ class BatchRun:
             if why != STOPPED:
                 self._finish(job, why)
         except (ConfigurationError, SourceError, OSError, TakenOver) as error:
-            # What the system refuses, such as room on the disk, may pass: a batch that has failed loses what it had
-            # finished.
-            again = isinstance(error, (OSError, TakenOver)) or isinstance(error.__cause__, OSError)
+            again = may_pass(error, planned=job is not None)
             if again:
                 logger.error("%s waits, as its files cannot be read or written: %s", self.id, error)
             else:
@@ -124,7 +122,7 @@ class BatchRun:
 
     def _generate(self, job: BatchJob) -> bool:
         """Whether every line has its response now."""
-        llm, shard = self._served.serving.llm, opened(job)
+        llm, shard = self._served.serving.llm, Shard.open(job, ShardAssignment())
         try:
             self.counts = counts = shard.counts()
 
@@ -149,7 +147,7 @@ class BatchRun:
 
     def _finish(self, job: BatchJob, why: str) -> None:
         """Write the results, and end the batch and name them in one step. Killed before, it is done again."""
-        shard = opened(job)
+        shard = Shard.open(job, ShardAssignment())
         try:
             results = write_results(self._state, self.id, shard, why == EXPIRED)
         finally:
@@ -179,12 +177,12 @@ class BatchRun:
         self._state.remove_batch_folder(self.id)
 
 
-def opened(job: BatchJob) -> Shard:
-    """Its output folder. Raises OSError where that cannot be used: its input was read, and has no part in that."""
-    try:
-        return Shard.open(job, ShardAssignment())
-    except ConfigurationError as error:
-        raise OSError(str(error)) from error
+def may_pass(error: Exception, planned: bool) -> bool:
+    """Whether a batch that was stopped is to be run again: one that has failed loses what it had finished. What the
+    system refuses, such as room on the disk, may pass. Once its input is read (``planned``), so may what its output
+    folder cannot be used for: the input has no part in that."""
+    refused = isinstance(error, (OSError, TakenOver)) or isinstance(error.__cause__, OSError)
+    return refused or (planned and isinstance(error, ConfigurationError))
 
 
 def began(body: Body, status: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flexbatch.apps import batch
 from flexbatch.apps.jobs.progress import Counts, JobProgress
 from flexbatch.apps.jobs.shard_assignment import ShardAssignment, divide_host, find_assignment
 from flexbatch.cli.command import resume_command
@@ -144,6 +145,18 @@ def test_names_that_are_not_utf8_are_refused_by_name(tmp_path: Path, capsys) -> 
         assert run_here(location, tmp_path / "out") == 2
         said = capsys.readouterr().err
         assert "the name of a file in" in said and "Traceback" not in said
+
+
+def test_settings_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    read, asked = batch.read_settings, []
+    monkeypatch.setattr(batch, "read_settings", lambda *arguments: asked.append(1) or read(*arguments))
+    settings = tmp_path / "job.yaml"
+    settings.write_text("overwrite: true\n")
+    source = write_input(tmp_path / "in.parquet", ["a"])
+    assert run_here(source, tmp_path / "out", "--config", settings) == 0 and asked == [1]
+    settings.write_text("overwrites: true\n")
+    assert run_here(source, tmp_path / "out", "--config", settings) == 2 and asked == [1, 1]
+    assert "unknown setting 'overwrites'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["flag", "file", "variable", "flag and file"])

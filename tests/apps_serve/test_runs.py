@@ -193,14 +193,14 @@ def test_the_end_of_a_session_is_one_signal() -> None:
 def test_a_batch_that_waits_is_tried_again(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flexbatch.apps.serve.batches.RETRY_SECONDS", 0.01)
     failures = iter([OSError(28, "No space left on device")])
-    opened = runs.opened
+    opened = runs.Shard.open
 
-    def failing(job: Any) -> Any:
+    def failing(job: Any, assignment: Any) -> Any:
         if (error := next(failures, None)) is not None:
             raise error
-        return opened(job)
+        return opened(job, assignment)
 
-    monkeypatch.setattr(runs, "opened", failing)
+    monkeypatch.setattr(runs.Shard, "open", failing)
     batch_id = host.create()
     host.batches.start()
     wait_for(lambda: host.ended(batch_id)["status"] == "completed")
