@@ -83,7 +83,7 @@ def test_pieces_leave_no_trace_in_the_tokens(
     their own; a longer job moves the rotary tables; experts are told of real tokens only."""
     monkeypatch.setattr(native_quant, "usable", lambda *_: False)  # what is not torch's is not recorded
     make_model(family, tmp_path, max_position_embeddings=2048)
-    jobs = [random_prompts(LENGTHS, seed=1), random_prompts([700, 5, 900], seed=3)]
+    jobs = [random_prompts(LENGTHS, seed=1), random_prompts([150, 5, 300], seed=3)]
     found: list[list[Any]] = [[], []]
     routed: list[Any] = []
     record: Any = ExpertsRecorder() if family in ("qwen3_moe", "deepseek_v2") else OpsRecorder()
@@ -102,7 +102,7 @@ def test_pieces_leave_no_trace_in_the_tokens(
                 llm.runner.check()
                 gc.collect()
             if pieces:
-                assert executor.pieces is not None and executor.pieces.captured and executor.pieces.passes > 20
+                assert executor.pieces is not None and executor.pieces.captured and executor.pieces.passes > 8
             routed.append(None if executor.routing is None else executor.routing.total.clone())
     assert [tokens for tokens, _ in found[True]] == [tokens for tokens, _ in found[False]]
     for (_, one), (_, other) in zip(found[True], found[False], strict=True):

@@ -12,7 +12,7 @@ from tests.tiny_models import random_prompts
 
 RESIDENT = {"percent": (100, 0, 100, 0, 100, 0), "num_gpu_batches": 1, "gpu_batch_size": 6}
 PROMPTS = random_prompts([5, 9, 3, 30, 17, 8], seed=1)
-LONGER = random_prompts([5, 900, 3], seed=3)
+LONGER = random_prompts([5, 250, 3], seed=3)
 """The tables of positions grow, which graphs must not read where they were."""
 
 
