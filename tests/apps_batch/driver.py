@@ -1,7 +1,8 @@
 """The batch command as a process of its own: ``python -m tests.apps_batch.driver '{"block": 8}' INPUT OUTPUT ...`` with
 the fake engine.
 
-``{"config_file": ...}`` appends the settings that the engine gets to a file.
+``{"config_file": ...}`` appends the settings that the engine gets to a file, and ``{"nohup": true}`` starts it as nohup
+would.
 
 ``{"syncs": folder}`` notes there what every fsync makes durable, ``{"signal_at": [function, count, signal]}`` sends
 this process a signal at a chosen point, ``{"locks": false}`` takes its file locks away (`tests.apps_batch.power`).
@@ -19,6 +20,7 @@ import functools
 import json
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,8 @@ if __name__ == "__main__":
             put_aside(settings["put_aside"])
         counting = functools.partial(open_counted, settings["count_file"], settings.get("taught", 0))
         sys.exit(run_process(lambda: main(words, open_engine=counting)))
+    if settings.pop("nohup", False):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     config_file = settings.pop("config_file", None)
     if not settings.pop("locks", True):
         without_locks()

@@ -21,25 +21,36 @@ from flexbatch.cli.hangup import HangUp, hung_up
 from flexbatch.cli.interrupt import Interrupts
 from flexbatch.validation.errors import HUNG_UP
 from tests.apps_batch.fake import FakeLLM
-from tests.apps_batch.helpers import ROOT, benchmark_prompts, command, journal_bytes, read_output, run_here, write_input
+from tests.apps_batch.helpers import (
+    ROOT,
+    benchmark_prompts,
+    command,
+    journal_bytes,
+    read_output,
+    run_here,
+    start,
+    wait_for,
+    write_input,
+)
 
 ROWS = 200
 SLOW = {"block": 4, "step_s": 0.02}
 
 
-def begun(tmp_path: Path, words: list[str], **options: Any) -> subprocess.Popen:
+def inputs(tmp_path: Path) -> tuple[object, ...]:
+    """Of the command."""
+    return write_input(tmp_path / "in.parquet", benchmark_prompts(ROWS)), tmp_path / "out", "--part-rows", ROWS
+
+
+def begun(tmp_path: Path, **options: Any) -> subprocess.Popen:
     """A job that has kept some rows and has a while to go."""
+    words = command(*inputs(tmp_path), **SLOW)
     process = subprocess.Popen(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
     end = time.monotonic() + 60
     while journal_bytes(tmp_path / "out") < 1000:
         assert process.poll() is None and time.monotonic() < end, process.poll()
         time.sleep(0.01)
     return process
-
-
-def words_of(tmp_path: Path, **fake: Any) -> list[str]:
-    source = write_input(tmp_path / "in.parquet", benchmark_prompts(ROWS))
-    return command(source, tmp_path / "out", "--part-rows", ROWS, **fake)
 
 
 def go_on(tmp_path: Path) -> int:
@@ -64,7 +75,7 @@ def test_a_terminal_that_is_closed(tmp_path: Path) -> None:
     """The kernel sends the signal, and every write to the terminal fails."""
     leader, follower = pty.openpty()
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), follower)
-    process = begun(tmp_path, words_of(tmp_path, **SLOW), preexec_fn=on_terminal(follower), **streams)
+    process = begun(tmp_path, preexec_fn=on_terminal(follower), **streams)
     os.close(follower)
     kept = journal_bytes(tmp_path / "out")
     os.close(leader)
@@ -72,40 +83,38 @@ def test_a_terminal_that_is_closed(tmp_path: Path) -> None:
     assert journal_bytes(tmp_path / "out") >= kept and 0 < go_on(tmp_path) < ROWS
 
 
-@pytest.mark.parametrize(
-    "stderr", ["file", *(pytest.param(name, marks=pytest.mark.slow) for name in ("closed", "reader gone"))]
-)
-def test_the_signal_alone(tmp_path: Path, stderr: str) -> None:
-    """Twice, as it comes from the kernel and the shell, and with systemd's SIGTERM."""
-    log = tmp_path / "log"
-    options = {
-        "file": lambda: {"stderr": log.open("w")},
-        "closed": lambda: {"preexec_fn": lambda: os.close(2)},
-        "reader gone": lambda: {"stderr": subprocess.PIPE},
-    }[stderr]()
-    process = begun(tmp_path, words_of(tmp_path, **SLOW), **options)
+END_OF_A_SESSION = (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP)
+"""From the kernel, from the shell, and from systemd."""
+
+
+def test_the_signals_alone(tmp_path: Path) -> None:
+    process = start(*inputs(tmp_path), **SLOW)
+    wait_for(lambda: journal_bytes(tmp_path / "out") > 1000, process)
+    for number in END_OF_A_SESSION:
+        process.send_signal(number)
+        time.sleep(0.01)
+    _, said = process.communicate(60)
+    assert process.returncode == HUNG_UP and "interrupted; resume with: " in said and "Traceback" not in said, said
+    assert 0 < go_on(tmp_path) < ROWS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stderr", ["closed", "reader gone"])
+def test_the_signals_without_stderr(tmp_path: Path, stderr: str) -> None:
+    options = {"preexec_fn": lambda: os.close(2)} if stderr == "closed" else {"stderr": subprocess.PIPE}
+    process = begun(tmp_path, **options)
     if process.stderr is not None:
         process.stderr.close()
-    for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+    for number in END_OF_A_SESSION:
         process.send_signal(number)
         time.sleep(0.01)
     assert process.wait(60) == HUNG_UP
-    if stderr == "file":
-        assert "interrupted; resume with: " in log.read_text() and "Traceback" not in log.read_text()
     assert 0 < go_on(tmp_path) < ROWS
 
 
 def test_a_job_goes_on_under_nohup(tmp_path: Path) -> None:
-    """Whose terminal is gone all the same."""
-    words = words_of(tmp_path, block=16, step_s=0.005)
-    process = begun(
-        tmp_path,
-        words,
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
-    )
-    assert process.stderr is not None
-    process.stderr.close()
+    process = start(*inputs(tmp_path), block=16, step_s=0.005, nohup=True)
+    wait_for(lambda: journal_bytes(tmp_path / "out") > 1000, process)
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 0
     assert read_output(tmp_path / "out")["id"].to_pylist() == list(range(ROWS))
