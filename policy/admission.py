@@ -153,17 +153,13 @@ def largest_sequence(cache: Split, sizes: CacheSizes) -> int:
     )
 
 
-def can_all_move(most: Sequence[tuple[str, int]], pools: Mapping[str, int]) -> bool:
+def can_all_move(on_tier: Mapping[str, int], longest: int, pools: Mapping[str, int]) -> bool:
     """Whether sequences that are only ever moved can all go on to their ends: every tier has pages for all that those
-    on it may reach; or all tiers together have, and of the longest one more each: then one of them has the pages free
-    that another lacks. most: (tier, pages that it may reach) of every sequence."""
-    on_tier = dict.fromkeys(pools, 0)
-    for tier, pages in most:
-        on_tier[tier] += pages
+    ``on_tier`` may reach; or all tiers together have, and of the ``longest`` one more each: then one of them has the
+    pages free that another lacks."""
     if all(on_tier[tier] <= size for tier, size in pools.items()):
         return True
-    spare = max(pages for _, pages in most) * sum(size > 0 for size in pools.values())
-    return sum(on_tier.values()) + spare <= sum(pools.values())
+    return sum(on_tier.values()) + longest * sum(size > 0 for size in pools.values()) <= sum(pools.values())
 
 
 def open_micro_batches(

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from flexbatch.execution.answer_lengths import AnswerLengths
 from flexbatch.execution.decoding import Decoding
-from flexbatch.execution.promises import Promises, StagedPages
+from flexbatch.execution.promises import Promises, Reach, StagedPages
 from flexbatch.execution.sequence import Sequence
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.page_moves import restore
@@ -35,7 +35,7 @@ class Block:
         """Pages that each sequence which runs is likely to reach, by its id."""
         self.promises = Promises(cache.sizes)
         """Those of them that are not taken yet."""
-        self.staged_pages = StagedPages(policy.num_gpu_batches)
+        self.staged_pages, self.reach = StagedPages(policy.num_gpu_batches), Reach(cache.sizes)
         self.micro_batches: list[list[Sequence]] = [[] for _ in range(policy.num_gpu_batches)]
         self.of_tier = {tier: [0] * policy.num_gpu_batches for tier in TIERS}
         """Sequences of each micro-batch, by tier."""
@@ -156,13 +156,13 @@ class Block:
         has the pages free that another lacks."""
         if not self.lengths.learns or self.cache.layout.bits == 16:
             return True
-        others = [(each, each.pages.tier) for each in self.running.values()]
-        others += [(each, each.parked.tier) for each in parked if each.parked is not None and each is not sequence]
-        num_pages, sizes = self.cache.layout.num_pages, self.cache.sizes
-        most = [(tier, num_pages(self.max_rows(each))) for each, tier in [*others, (sequence, tier)]]
+        others = [(each, each.parked.tier) for each in parked if each.parked is not None and each is not sequence]
         pools = {tier: pool.num_pages for tier, pool in self.cache.pools.items()}
-        in_windows = [(tier, sizes.in_windows(pages)) for tier, pages in most]
-        return admission.can_all_move(most, pools) and admission.can_all_move(in_windows, sizes.quotas)
+        return self.reach.can_all_move([self.reached(*each) for each in [*others, (sequence, tier)]], pools)
+
+    def reached(self, sequence: Sequence, tier: str) -> tuple[str, int]:
+        """A tier, and the pages that a sequence may have there."""
+        return tier, self.cache.layout.num_pages(self.max_rows(sequence))
 
     def open_micro_batches(self, pages: int, tier: str) -> list[int]:
         """Micro-batches with a free slot, and staging pages for all their sequences that are not on the gpu tier, one
@@ -178,8 +178,6 @@ class Block:
 
     def staged(self, micro_batch: int) -> list[Sequence]:
         """Those of a micro-batch whose pages go through staging."""
-        if self.of_tier["gpu"][micro_batch] == len(self.micro_batches[micro_batch]):
-            return []
         return [each for each in self.micro_batches[micro_batch] if each.pages.tier != "gpu"]
 
     def shareable(self, sequence: Sequence, tier: str) -> list[int]:
@@ -217,6 +215,7 @@ class Block:
         self.priorities[sequence.request.priority] += 1
         self.reserved[sequence.sequence_id] = pages
         self.promise(sequence)
+        self.reach.add(*self.reached(sequence, tier))
 
     # Growth
 
@@ -286,6 +285,7 @@ class Block:
     def release_slot(self, sequence: Sequence) -> PageTable:
         """Give back the slot of a running sequence; returns its pages, which are the caller's to release."""
         self.promise(sequence, -1)
+        self.reach.add(*self.reached(sequence, sequence.pages.tier), sign=-1)
         del self.reserved[sequence.sequence_id]
         self.micro_batches[sequence.micro_batch].remove(sequence)
         self.of_tier[sequence.pages.tier][sequence.micro_batch] -= 1

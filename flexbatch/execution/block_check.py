@@ -42,4 +42,5 @@ def check_block(block: Block, parked: Iterable[PageTable] = ()) -> None:
     assert block.reserved.keys() == block.running.keys()
     block.promises.check(block.pages_of_running())
     block.staged_pages.check(block.pages_in_staging())
+    block.reach.check(block.reached(each, each.pages.tier) for each in sequences)
     cache.check([*(sequence.pages for sequence in sequences), *parked])
