@@ -106,4 +106,6 @@ def test_a_row_tells_the_passes_of_a_job_also_of_one_that_sigterm_ends(monkeypat
     assert tokens == pytest.approx(5 * (passes or row["new_tokens"]), rel=0.05)
     assert 0 < row["tokens_per_second"] < 2 * tokens / row["seconds"]
     assert all(each["measured_ms"] > 0 < each["predicted_ms"] for each in kinds.values())
+    host = row["host_ms"]
+    assert 0 < host["inputs"] + host["compose"] + host["commit"] < host["turn"]
     assert row["experts"]["count"] == 8 and 0 < row["experts"]["distinct_per_pass"] <= 8
