@@ -141,21 +141,20 @@ class Executor:
         self.weights.fetch_rest(0, count)
         gathers: dict[tuple[int, int], Handle] = {}
         self.fetch_cache(inputs, (0, 0), gathers)
-        deferred: PendingTick | None = None
+        deferred, most_deferred = list[PendingTick](), self.halves.most_deferred(inputs)
         computing: list[PendingTick] = []  # with the CPU's experts: one micro-batch, while the next one is begun
         for tick in zigzag(num_layers, count):
             with self.tracer.span("tick", f"layer {tick.layer} micro-batch {tick.micro_batch}"):
-                if deferred and self.needed(tick, deferred, *computing):
+                while deferred and self.needed(tick, *deferred, *computing):
                     # Before the host waits for the CPU's experts, so that it has the next ones to compute.
-                    self.finish(deferred, computing, count)
-                    deferred = None
+                    self.finish(deferred.pop(0), computing, count)
                 if self.needed(tick, *computing):
                     self.complete(computing, count)
                 self.fetch_cache(inputs, tick.fetch_inputs, gathers)
-                if deferred is None:
-                    self.fetch_ahead(tick)
-                else:
+                if behind := bool(deferred):
                     self.layers_ahead.before_deferred(tick)
+                else:
+                    self.fetch_ahead(tick)
                 if not self.overlap:
                     self.synchronize()
                 if tick.layer == self.arch.num_layers:
@@ -166,19 +165,21 @@ class Executor:
                     pending = self.halves.begin(tick, inputs[tick.micro_batch], gathered, buffer, watch)
                     if pending.cpu_output is not None and self.overlap:
                         self.gather(inputs, after_next(tick, count), gathers)
-                    if deferred:
-                        self.finish(deferred, computing, count)
+                    # With CPU attention the second half waits until later ticks have given the CPU more work.
+                    put_off = most_deferred if pending.cpu_output is not None and self.overlap else 0
+                    while len(deferred) > max(0, put_off - 1):
+                        self.finish(deferred.pop(0), computing, count)
+                    if behind:
                         self.fetch_ahead(tick)
                     if pending.cpu_output is not None:
                         self.layers_ahead.before_waiting(tick, count, self.pages_of(tick.fetch_inputs, gathers))
-                    # With CPU attention the second half waits until the next tick has given the CPU more work.
-                    deferred = pending if pending.cpu_output is not None and self.overlap else None
-                    if deferred is None:
-                        self.finish(pending, computing, count)
+                    deferred.append(pending)
+                    if not put_off:
+                        self.finish(deferred.pop(0), computing, count)
             if not self.overlap:
                 self.synchronize()
-        if deferred:
-            self.finish(deferred, computing, count)
+        for pending in deferred:
+            self.finish(pending, computing, count)
         self.complete(computing, count)
         if self.routing is not None:
             self.routing.end_pass()

@@ -131,6 +131,11 @@ class MicroBatchInputs:
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def decodes(self) -> bool:
+        """Whether every sequence brings one token."""
+        return self.num_tokens == len(self.queries) + (0 if self.decoding is None else len(self.decoding))
+
 
 def attention_memory(query: QueryTokens) -> str:
     """Where the cache of a query is attended: "gpu", "staged" or "cpu"."""

@@ -11,7 +11,7 @@ from flexbatch.memory.transfer import READY, Handle, TransferQueues
 from flexbatch.memory.uploads import Uploads
 
 NUM_BUFFERS = 4
-"""Two ticks are in flight at a time; as many again let the host run ahead of the device."""
+"""Up to three ticks are in flight at a time; one more lets the host run ahead of the device."""
 
 
 class HostBuffers:
