@@ -184,7 +184,8 @@ class PassBatch:
     @property
     def num_prompt_tokens(self) -> int:
         """Query tokens that are part of a prompt."""
-        return sum(max(0, min(query.num_tokens, query.num_prompt_tokens - query.start)) for query in self.others)
+        prompts = [query for query in self.others if query.start < query.num_prompt_tokens]
+        return sum(min(query.num_tokens, query.num_prompt_tokens - query.start) for query in prompts)
 
     @property
     def num_sequences(self) -> int:

@@ -57,7 +57,7 @@ class PassMeter:
         prompts, decoding = PassLoad(), batch.num_decoding
         context = decoding + sum(int(tokens.starts.sum()) for tokens in batch.decoding)
         for query in batch.others:
-            before, count, prompt = query.start, query.num_tokens, query.num_prompt_tokens
+            before, count, prompt = query.start, len(query.token_ids), query.num_prompt_tokens
             if before >= prompt and count == 1:
                 decoding, context = decoding + 1, context + before + 1
             else:
