@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.uploads import Uploads
 from flexbatch.policy.limits import CPU_ATTENTION_MAX_TREE_TOKENS
 from flexbatch.trace import Tracer
+from tests.engine.device_memory import without_collector
 from tests.execution.rigs import PAGE_TOKENS
 from tests.kernels.cases import Case
 
@@ -253,3 +255,7 @@ def test_attention_of_the_parts_is_that_of_the_group(decoding: int, prompts: tup
         tables = part.page_table, part.query_starts, part.context_lens
         out[mine] = attention_reference.paged_attention(query[mine], rows, *tables, **given)
     assert last == group.end and torch.equal(out, wanted)
+    held = weakref.ref(group)
+    with without_collector():
+        del group, part, given
+        assert held() is None  # with it go tensors of the device
