@@ -61,15 +61,11 @@ def sizes_of(mesh: str) -> dict[str, int]:
     return {SIZES[part[1]]: int(part[2]) for part in parts if part is not None}
 
 
-def lengths_of(count: int, tokens: int, seed: int = 1) -> list[int]:
-    """Of prompts, different ones."""
-    generator = random.Random(seed)
-    return [generator.randint(3 * tokens // 4, tokens) for _ in range(count)]
-
-
 def random_prompts(count: int, tokens: int, vocabulary: int, seed: int, turn: int = 0) -> list[list[int]]:
     """Distinct ones, of different lengths. turn: others of the same lengths."""
-    lengths, generator = lengths_of(count, tokens, seed), random.Random(f"{seed} {turn}")
+    generator = random.Random(seed)
+    lengths = [generator.randint(3 * tokens // 4, tokens) for _ in range(count)]
+    generator.seed(f"{seed} {turn}")
     return [[generator.randrange(10, vocabulary) for _ in range(length)] for length in lengths]
 
 

@@ -14,8 +14,7 @@ is not run again. Figures are generated tokens / seconds of a whole job, its fil
 bound is what the busiest links allow. With --of-gpus N a mesh of fewer GPUs gets cores and host memory in proportion,
 as a machine of its own would have them, and --hardware-of-one, a profile that was measured on that part of the cores.
 With --layers a model has some of its layers; --gib-of then says by mesh how much memory a GPU has, so that as large a
-share of the weights lies on it as of the whole model in --gpu-gib, by which the run is named. With --ahead nothing is
-run: all kernels are compiled, each once.
+share of the weights lies on it as of the whole model in --gpu-gib, by which the run is named.
 """
 
 from __future__ import annotations
@@ -226,7 +225,6 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--hardware", help="a profile of the whole host")
     found.add_argument("--hardware-of-one", help="with --of-gpus: a profile measured on the cores of one GPU's share")
     found.add_argument("--trace", type=Path, metavar="FOLDER", help="where passes of the warm-up are written to")
-    found.add_argument("--ahead", type=int, help="only compile the runs' kernels, in so many processes")
     found.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
     return found
 
@@ -245,7 +243,7 @@ def run_all(parts: Sequence[argparse.Namespace], folder: Path, stack: contextlib
     kept = json.loads(path.read_text()) if path.exists() else {"results": {}}
     results = {name: result for name, result in kept["results"].items() if "error" not in result}
     known = kept.get("machine")
-    wanted = all_runs(parts, folder)
+    wanted = {name: words for k, each in enumerate(parts) for name, words in runs(each, made(folder / str(k))).items()}
     todo = {name: words for name, words in wanted.items() if name not in results}
     end = time.monotonic() + arguments.total
     following = started(0) if todo else None
@@ -266,10 +264,6 @@ def run_all(parts: Sequence[argparse.Namespace], folder: Path, stack: contextlib
     return results
 
 
-def all_runs(parts: Sequence[argparse.Namespace], folder: Path) -> dict[str, dict[str, Any]]:
-    return {name: words for k, each in enumerate(parts) for name, words in runs(each, made(folder / str(k))).items()}
-
-
 def made(folder: Path) -> Path:
     folder.mkdir()
     return folder
@@ -282,11 +276,6 @@ def main() -> int:
     with data_apart() as data, TemporaryDirectory() as folder:
         if arguments.run:
             return serve_run(data)
-        if arguments.ahead:
-            from benchmark.mesh_ahead import compile_all
-
-            wanted = {name: words for name, words in all_runs(parts, Path(folder)).items() if words["case"] != CHECKED}
-            return 1 if compile_all(wanted, arguments.ahead) else 0
         if arguments.output is None:
             parser().error("--output is needed")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # which `timeout` sends
