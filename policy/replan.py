@@ -105,7 +105,11 @@ def replan(
     hardware = recalibrate(plan.hardware, plan.resource_seconds, measured)
     limit = admission_limit(plan, mean_context)
     share, seconds = best_share(plan, hardware, limit, mean_context, cpu_attention)
-    budget = chunk_budget(plan, hardware, limit, share, mean_context)
+    # The plan was chosen by the whole job, whose block prompts fill sooner with a larger budget; the average pass alone
+    # asked for less from the start. So only a budget below what it asked for then is a reason to leave the plan's.
+    as_planned = chunk_budget(plan, plan.hardware, limit, share, mean_context)
+    best = chunk_budget(plan, hardware, limit, share, mean_context)
+    budget = best if best < as_planned else budget
     culprit = max(RESOURCES, key=lambda name: measured.get(name, 0.0) - plan.resource_seconds[name])
     words = [f"pass took {measured_pass_seconds:.3g} s, planned {plan.pass_seconds:.3g} s ({ratio - 1:+.0%})"]
     words.append(f"{culprit} busy {measured.get(culprit, 0.0):.3g} s instead of {plan.resource_seconds[culprit]:.3g} s")
@@ -122,6 +126,16 @@ def replan(
     ]
     reason = "; ".join([*words, *(changes or ["no setting between passes helps"])])
     return Replan(limit, budget, share, seconds, bool(changes), reason)
+
+
+def part_without_prompts(plan: Plan) -> dict[str, float]:
+    """Of the seconds of each resource in the plan's average pass, the part that it would take without its prompts: all
+    that passes without prompts say anything about."""
+    load, _ = steady_load(plan.workload, plan.policy)
+    prompts = {name: getattr(load, name) * np.array([0.0, 1.0]) for name in PROMPT_FIELDS}
+    seconds = plan.passes_like(dataclasses.replace(load, **prompts)).resource_seconds(point_of(plan.policy))
+    pairs = {name: np.broadcast_to(seconds[name], 2).tolist() for name in RESOURCES}
+    return {name: min(1.0, without / whole) if whole > 0 else 0.0 for name, (without, whole) in pairs.items()}
 
 
 def admission_limit(plan: Plan, mean_context: float | None) -> int:

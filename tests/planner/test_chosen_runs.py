@@ -168,6 +168,27 @@ def test_meter_moves_attention_once_when_the_link_is_slow():
     assert meter.recalibrated(meter.plan.hardware).h2d < meter.plan.hardware.h2d / 3
 
 
+def test_passes_without_prompts_say_nothing_of_what_prompts_take(monkeypatch):
+    """Small products that take three times as long as planned, and a link that takes twice: in the average pass, most
+    of whose products are the prompts', the GPU is no more than a little busier, and the link is twice as busy."""
+    policy = dataclasses.replace(POLICY, cpu_attention=0.0)
+    plan = price(public_shape("opt-30b"), load_hardware("h200"), Workload.uniform(512, 32), policy)
+    load = PassLoad.decode(80, 528)
+    model = PassModel(plan.shape, plan.hardware, policy, load)
+    busy = {name: float(value) for name, value in model.resource_seconds(point_of(policy)).items()}
+    busy |= {"gpu_compute": 3 * busy["gpu_compute"], "h2d": 2 * busy["h2d"]}
+    told, nothing = [], Replan(80, 1000, 0.0, 0.1, False, "")
+    monkeypatch.setattr(
+        "flexbatch.planner.monitor.replan", lambda plan, seconds, busy, **_: told.append(busy) or nothing
+    )
+    meter = PassMeter(plan, lambda: busy)
+    for _ in range(WARM_UP + WINDOW):
+        meter.record(load, 2 * float(model.pass_seconds(point_of(policy))))
+    (found,) = told
+    assert 1 < found["gpu_compute"] / plan.resource_seconds["gpu_compute"] < 2
+    assert found["h2d"] / plan.resource_seconds["h2d"] == pytest.approx(2, rel=0.1)
+
+
 def test_the_same_settings_once_more_are_no_replan(monkeypatch):
     """On a machine whose passes now and then take three times as long, every window calls for the same settings."""
     meter, _ = metered(1.0)
