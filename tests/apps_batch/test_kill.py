@@ -78,7 +78,7 @@ def check_readable(out: Path) -> None:
 
 
 def test_killed_and_resumed_jobs_give_every_row_once(tmp_path: Path) -> None:
-    kill_and_resume(tmp_path, 600, 4, 0.002, "--part-rows", 40, "--window-rows", 100)
+    kill_and_resume(tmp_path, 400, 3, 0.002, "--part-rows", 40, "--window-rows", 100)
 
 
 @pytest.mark.slow

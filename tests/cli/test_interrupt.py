@@ -19,7 +19,7 @@ from flexbatch.apps import batch
 from flexbatch.validation.errors import HUNG_UP, INTERRUPTED
 from tests.processes import Forked
 
-ROWS, BLOCK = 120, 4
+ROWS, BLOCK = 60, 4
 SMALL = ["--device", "cpu", "--hardware", "cpu", "--gpu-memory", "64MiB", "--cpu-memory", "64MiB"]
 SLOW = [*SMALL, "--gpu-batch-size", "2", "--num-gpu-batches", "2", "--temperature", "0"]
 FINISHING = re.compile(
