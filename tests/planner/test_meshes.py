@@ -25,6 +25,8 @@ from flexbatch.policy.shared_host import shared_by
 from flexbatch.validation.errors import ConfigurationError, DoesNotFitError
 
 JOB = ["--num-prompts", "64", "--prompt-len", "64", "--max-tokens", "16"]
+BLOCK = ["--gpu-batch-size", "16", "--num-gpu-batches", "2"]
+"""Where nothing about them is asked: a search takes a second."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +159,7 @@ def test_host_memory_that_all_links_and_cores_read_is_in_a_plan(tmp_path, capsys
     for kind, hardware in (("alone", machine), ("shared", shared)):
         path = tmp_path / f"{kind}.json"
         path.write_text(hardware.to_json())
-        words = "opt-30b", "--gpu", str(path), "--tensor-parallel-size", "2", "--gpu-memory", "16GiB"
+        words = "opt-30b", "--gpu", str(path), "--tensor-parallel-size", "2", "--gpu-memory", "16GiB", *BLOCK
         rates.append(planned(capsys, *words)["predicted_tokens_per_second"])
     assert rates[1] < 0.9 * rates[0]
 
@@ -170,7 +172,7 @@ def test_what_is_measured_between_gpus_is_in_a_plan(name, tmp_path, capsys):
     for kind, value in zip(("fast", "slow"), values, strict=True):
         path = tmp_path / f"{kind}.json"
         path.write_text(dataclasses.replace(machine, **{name: value}).to_json())
-        sizes = ("--pipeline-parallel-size", "2", "--gpu-memory", "6GiB", "--cpu-attention", "0")
+        sizes = ("--pipeline-parallel-size", "2", "--gpu-memory", "6GiB", "--cpu-attention", "0", *BLOCK)
         rates[kind] = planned(capsys, "opt-6.7b", "--gpu", str(path), *sizes)["predicted_tokens_per_second"]
     assert rates["slow"] < 0.8 * rates["fast"]
 
@@ -184,7 +186,7 @@ def test_a_choice_says_why(tmp_path, capsys):
     assert "sums between GPUs at 360 GB/s and 20 us each (published figures)" in told
     machine = dataclasses.replace(load_hardware("h200"), interconnect=0.0)
     (tmp_path / "own.json").write_text(machine.to_json())
-    assert main([*base, "--gpu", str(tmp_path / "own.json")]) == 0
+    assert main([*base, *BLOCK, "--gpu", str(tmp_path / "own.json")]) == 0
     told = capsys.readouterr().out
     assert re.search(r"sums between GPUs count as copies over the bus \(5\d.* GB/s\): nothing was measured", told)
 
