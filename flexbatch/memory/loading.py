@@ -28,9 +28,9 @@ from flexbatch.policy.units import size_text
 
 logger = logging.getLogger("flexbatch")
 
-STAGED: bool = False
+STAGED: bool = True
 """Whether pieces go to a GPU by way of `Staging`; `python -m benchmark.loading --variants` times both."""
-BESIDE_JOB: bool = False
+BESIDE_JOB: bool = True
 """Whether files for the next start alone are written beside a job that lies on the GPU."""
 FILE_BYTES = 1 << 30
 """Of tensors that wait to be written to the offload folder, or are being read from there: at most, and no more than the
