@@ -7,21 +7,18 @@ with one, the longest first.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from flexbatch.execution.forked import Forked, Say
+from flexbatch.execution.left_out import leave_out
 from flexbatch.kernels.imagined_gpu import Launch
 from flexbatch.kernels.launchers_ahead import DriverOfTriton
 
-DYNAMO = "torch._dynamo"
 INDEX_BYTES = 4
 """Of a kernel's number in the pipe that the forks take theirs from: each read takes one."""
 
@@ -38,9 +35,7 @@ def compile_all(listed: Callable[[], list[Launch]], backend: str, processes: int
     begun = time.perf_counter()
     os.nice(5)
     torch.set_num_threads(1)
-    leave_dynamo_out()
-    with contextlib.suppress(ImportError):  # the first use of tensors without memory does, which took 0.5 of 0.6 s
-        importlib.import_module("torch.fx.experimental.symbolic_shapes")
+    leave_out()
     ready = time.perf_counter()
     told: dict[str, Any] = {"imports_seconds": ready - begun}
     try:
@@ -55,29 +50,6 @@ def compile_all(listed: Callable[[], list[Launch]], backend: str, processes: int
     took = os.times()
     told["processor_seconds"] = took.user + took.system + took.children_user + took.children_system
     say(told)
-
-
-class NotImported(ModuleType):
-    """In the place of a module of which functions are told that it leaves them alone. Whatever else is asked of it is
-    the module's."""
-
-    @staticmethod
-    def disable(fn: Any = None, recursive: bool = True, **named: Any) -> Any:
-        return fn if fn is not None else lambda fn: fn
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name != "__path__":  # of who looks at all modules, as `inspect` does
-            raise AttributeError(name)
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-        return getattr(importlib.import_module(self.__name__), name)
-
-
-def leave_dynamo_out() -> None:
-    """Sums of tensors without memory import torch's compiler, only to have it leave them alone, which took 1.2 of 3.4 s
-    of a listing."""
-    if DYNAMO not in sys.modules:
-        sys.modules[DYNAMO] = torch._dynamo = NotImported(DYNAMO)
 
 
 def compile_in_forks(launches: Sequence[Any], processes: int) -> None:

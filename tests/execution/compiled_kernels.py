@@ -14,6 +14,7 @@ import torch
 
 from flexbatch.execution import kernels_ahead
 from flexbatch.execution.kernels_ahead import Announced, Compiled, compiled_ahead
+from flexbatch.execution.left_out import LEFT_OUT
 from flexbatch.kernels.imagined_gpu import GpuTraits
 
 GPU, TRAITS = torch.device("cuda", 0), GpuTraits(90, 132, 232448)
@@ -45,8 +46,8 @@ def main(folder: Path) -> None:
         with compiled_ahead(GPU, Announced(norms, (512, 1024, 2048)), done.append):
             pass
     files = len(list(folder.rglob("*.cubin")))
-    dynamo = "torch._dynamo" in sys.modules
-    print(json.dumps({"done": [asdict(each) for each in done], "said": said, "files": files, "dynamo": dynamo}))
+    imported = [name for name in LEFT_OUT if name in sys.modules]
+    print(json.dumps({"done": [asdict(each) for each in done], "said": said, "files": files, "imported": imported}))
 
 
 if __name__ == "__main__":
