@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
 
+from flexbatch.parallel.meeting import MEETING, wait_for_members, wait_for_store
 from flexbatch.parallel.mesh import Mesh
 from flexbatch.validation.errors import LostRankError
 
@@ -20,8 +21,6 @@ logger = logging.getLogger("flexbatch")
 
 Group = Any
 """torch's ProcessGroupGloo or ProcessGroupNCCL. Their stubs have no common type with the collectives."""
-MEETING = timedelta(minutes=5)
-"""Within which all ranks have to come to the store: hosts of a cluster start minutes apart."""
 ABORTING = 5.0
 """Seconds that giving up groups of GPUs may take. What they wait for is given up at once; an abort returns when no
 graph has any of their sums recorded any more, and whoever has graphs may be waiting for the GPU until then."""
@@ -34,6 +33,8 @@ TOLD_BYTES = 4096
 def open_store(mesh: Mesh) -> TCPStore:
     """Waits for nobody but the rank that hosts it. Raises LostRankError."""
     host, port = mesh.host_and_port
+    if not mesh.hosts_store:
+        wait_for_store(mesh)
     try:
         return TCPStore(host, port, None, mesh.hosts_store, MEETING, wait_for_workers=False)
     except RuntimeError as error:
@@ -44,6 +45,7 @@ def gloo_group(store: Store, name: str, rank: int, size: int) -> Group:
     """A group over the network of the host, for tensors in host memory. rank: of this process among the ``size`` that
     make it together. Raises LostRankError."""
     store.set_timeout(MEETING)
+    wait_for_members(store, name, rank, size)
     try:
         return ProcessGroupGloo(PrefixStore(name, store), rank, size, IDLE)
     except RuntimeError as error:
@@ -58,6 +60,7 @@ def device_group(store: Store, name: str, rank: int, size: int, device: torch.de
 
     torch.cuda.set_device(device)
     store.set_timeout(MEETING)
+    wait_for_members(store, name, rank, size)
     return ProcessGroupNCCL(PrefixStore(name, store), rank, size, ProcessGroupNCCL.Options())
 
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from torch.distributed import Store
 
-from flexbatch.parallel.channel import MEETING, first_line
+from flexbatch.parallel.channel import first_line
+from flexbatch.parallel.meeting import MEETING, wait_until_there
 from flexbatch.parallel.mesh import Mesh
 from flexbatch.validation.errors import LostRankError
 
@@ -122,6 +123,7 @@ def link_to_rank_0(mesh: Mesh, store: Store, engine: int) -> Link:
     """On another engine. Raises LostRankError."""
     store.set_timeout(MEETING)
     try:
+        wait_until_there(lambda: "" if store.check([ADDRESS]) else "rank 0", f"engine {engine}")
         port, key = store.get(ADDRESS).decode().split()
         host = LOCAL if mesh.local_size == mesh.size else mesh.host_and_port[0]
         connection = Client((host, int(port)), authkey=bytes.fromhex(key))
