@@ -36,15 +36,18 @@ def be_a_good_neighbor(environ: MutableMapping[str, str], cgroup: Path = CGROUP)
     """
     if not any(name in environ for name in WAITING):
         environ.update(SHORT_WAIT)
-    share = processor_share(cgroup)
-    if (
-        share is not None
-        and not any(name in environ for name in COUNTS)
-        and math.ceil(share) < len(os.sched_getaffinity(0))
-    ):
-        # OpenMP counts the processors of the machine, and a container that exceeds its share is stopped for the rest of
-        # every tenth of a second.
-        environ["OMP_NUM_THREADS"] = str(max(1, math.ceil(share)))
+    usable = usable_processors(cgroup)
+    if usable < len(os.sched_getaffinity(0)) and not any(name in environ for name in COUNTS):
+        # OpenMP counts the processors that the process may run on.
+        environ["OMP_NUM_THREADS"] = str(usable)
+
+
+def usable_processors(cgroup: Path = CGROUP) -> int:
+    """That this process may run on, and its container keep busy: one that exceeds its share is stopped for the rest of
+    every tenth of a second. Whatever starts threads or processes to compute starts no more; `os.cpu_count` counts those
+    of the machine, other processes' and containers' among them."""
+    share, near = processor_share(cgroup), len(os.sched_getaffinity(0))
+    return near if share is None else max(1, min(near, math.ceil(share)))
 
 
 def processor_share(cgroup: Path) -> float | None:

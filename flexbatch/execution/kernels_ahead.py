@@ -25,6 +25,7 @@ import torch
 from flexbatch.execution.forked import Forked
 from flexbatch.execution.kernel_compilers import compilers_of
 from flexbatch.kernels.imagined_gpu import GpuTraits, Launch, imagined_gpu
+from flexbatch.kernels.threads import usable_processors
 from flexbatch.parallel.processes import PACKAGE_ROOT
 from flexbatch.policy.units import duration_text
 
@@ -119,7 +120,7 @@ def compiled_ahead(
 
 def process_count(sharers: int = 1, free_bytes: float = math.inf) -> int:
     """That compile; see `compiled_ahead`."""
-    cores, held = len(os.sched_getaffinity(0)) // sharers - 1, free_bytes // (sharers * PROCESS_BYTES)
+    cores, held = usable_processors() // sharers - 1, free_bytes // (sharers * PROCESS_BYTES)
     return int(min(MOST_PROCESSES, cores, held))
 
 

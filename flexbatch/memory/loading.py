@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from flexbatch.kernels.threads import usable_processors
 from flexbatch.memory.conversion import Converter, parts_of
 from flexbatch.memory.file_writer import FILE_WRITERS, FileWriter
 from flexbatch.memory.files import DiskFile, align
@@ -79,7 +79,7 @@ class Loader:
         self.reused_bytes = self.read_bytes = 0
         """Bytes of the tensors that came from files of earlier runs, as they are stored; those of the others, as they
         are in the checkpoint."""
-        cores = len(os.sched_getaffinity(0))
+        cores = usable_processors()
         most = (STAGED_THREADS if STAGED else THREADS) if store.device.type == "cuda" else 0
         self.num_threads = min(most, cores) if threads is None else threads
         self.num_file_threads = max(DISK_THREADS, min(FILE_THREADS, cores))

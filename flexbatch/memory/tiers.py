@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-import os
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flexbatch.kernels.threads import usable_processors
 from flexbatch.memory.files import ALIGNMENT, DiskFile, align
 from flexbatch.policy.shortage import shortage_text
 from flexbatch.policy.units import GIB
@@ -91,7 +91,7 @@ def touch_pages(tensor: Tensor) -> None:
         part = tensor[start : start + chunk]
         ctypes.memset(part.data_ptr(), 0, part.numel())
 
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(16, usable_processors())) as pool:
         list(pool.map(touch, range(0, tensor.numel(), chunk)))
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from flexbatch.files.atomic import replacing
+from flexbatch.kernels.threads import usable_processors
 from flexbatch.models.config_types import QUANTIZERS
 from flexbatch.models.gguf.parts import WEIGHT_FILES, is_gguf, parts_of
 from flexbatch.validation.errors import CheckpointError, reason
@@ -131,7 +132,7 @@ def _read_digest(descriptor: int, size: int) -> str:
     starts = range(0, size, CHUNK_BYTES)
     if len(starts) < 2:
         return combined(str(size), map(read, starts))
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), thread_name_prefix="flexbatch digest") as pool:
+    with ThreadPoolExecutor(min(THREADS, usable_processors()), thread_name_prefix="flexbatch digest") as pool:
         return combined(str(size), pool.map(read, starts))
 
 

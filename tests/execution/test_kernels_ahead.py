@@ -47,7 +47,7 @@ def cache(tmp_path, monkeypatch):
     from triton import knobs
 
     monkeypatch.setattr(GpuTraits, "of", classmethod(lambda cls, device: TRAITS))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)))
+    monkeypatch.setattr(kernels_ahead, "usable_processors", lambda: 4)
     monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
     monkeypatch.setattr(kernels_ahead, "listed", lambda announced, traits: [Kernel()])
     return tmp_path
@@ -281,7 +281,7 @@ def test_of_several_processes_one_compiles(cache, monkeypatch):
     ("cuda", 64, 1, 2**30 - 1), ("cuda", 64, 4, 2**32 - 1), ("cuda", 64, 1, -(2**30)),
 ])  # fmt: skip
 def test_without_a_gpu_cores_or_memory_to_spare_nothing_is_begun(device, cores, sharers, free, cache, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr(kernels_ahead, "usable_processors", lambda: cores)
     monkeypatch.setattr(os, "fork", lambda: pytest.fail("a process was forked"))
     with compiled_ahead(torch.device(device), Announced(norms, (512,)), sharers=sharers, free_bytes=free):
         pass
@@ -289,7 +289,7 @@ def test_without_a_gpu_cores_or_memory_to_spare_nothing_is_begun(device, cores, 
 
 def test_no_more_processes_than_memory_holds_beside_the_weights(cache, monkeypatch):
     """Eight of half a GB each were more than a host of 16 GB has left beside a plan for nine tenths of it."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    monkeypatch.setattr(kernels_ahead, "usable_processors", lambda: 64)
     given, compilers_of = [], kernels_ahead.compilers_of
     monkeypatch.setattr(kernels_ahead, "compilers_of", lambda *told: given.append(told[2]) or compilers_of(*told))
     with pytest.raises(KeyboardInterrupt), compiled_ahead(GPU, Announced(norms, (512,)), free_bytes=int(1.7 * 2**30)):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from flexbatch.kernels.threads import SHORT_WAIT, WAITING, be_a_good_neighbor, processor_share
+from flexbatch.kernels.threads import SHORT_WAIT, WAITING, be_a_good_neighbor, processor_share, usable_processors
+from tests.test_size import PRODUCT, files
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,7 +70,16 @@ def test_a_containers_share_of_processors(
     environ: dict[str, str] = {}
     be_a_good_neighbor(environ, tmp_path)
     assert environ.get("OMP_NUM_THREADS") == (None if share is None else "2" if share == 1.5 else "1")
+    assert usable_processors(tmp_path) == (8 if share is None else int(environ["OMP_NUM_THREADS"]))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         environ = {name: "7"}
         be_a_good_neighbor(environ, tmp_path)
         assert environ == {name: "7", **SHORT_WAIT}
+
+
+def test_threads_are_counted_by_what_this_process_may_keep_busy() -> None:
+    """Of the machine's own processors a profile tells, and compares its load with them; nothing else does."""
+    product = [folder for folder in PRODUCT if folder != "benchmark"]
+    texts = {file: file.read_text(encoding="utf-8") for file in files(*product)}
+    assert {file.parent.name for file, text in texts.items() if "cpu_count()" in text} == {"calibrate"}
+    assert [file.name for file, text in texts.items() if "len(os.sched_getaffinity" in text] == ["threads.py"]
