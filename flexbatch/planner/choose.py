@@ -98,7 +98,7 @@ def weighed(problem: Problem, machine: Hardware, requirements: Requirements) -> 
         try:
             found.append(searched(problem, machine, needs))
             break
-        except DoesNotFit as error:
+        except (DoesNotFit, DoesNotFitError) as error:
             refusal = error
     if not found:
         if problem.config.percent is not None:
@@ -155,7 +155,7 @@ def counting_graphs(problem: Problem, machine: Hardware, requirements: Requireme
 
 def searched(problem: Problem, hardware: Hardware, requirements: Requirements) -> Choice:
     """Returns the optimizer's choice. While exact sizes exceed a budget, it chooses again with less capacity. Raises
-    DoesNotFit."""
+    DoesNotFit, or DoesNotFitError with exact sizes."""
     capacity, block, before, last, cut, most = dict(problem.budgets), None, 0.0, None, 1, 0.0
     shape, workload = problem.shape, problem.workload
     for left in reversed(range(ROUNDS)):
@@ -163,6 +163,8 @@ def searched(problem: Problem, hardware: Hardware, requirements: Requirements) -
             plan = choose(shape, hardware, workload, constraints_of(problem, capacity, block), problem.known)
         except DoesNotFit:
             if block is None or not left:
+                if last is not None:  # by exact sizes, and not by what the search was left with
+                    check_budgets(requirements(last), problem.budgets)
                 raise
             block = None
             continue

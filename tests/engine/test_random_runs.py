@@ -16,7 +16,7 @@ from tests.tiny_models import FAMILY_CASES, VOCAB, make_model
 
 FAMILIES = [name for name in FAMILY_CASES if "-" not in name]
 LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
-"""Their caches are never attended on the CPU, and their smallest runs take some MiB more."""
+"""Their caches are never attended on the CPU, and attention takes a workspace of 48 MiB."""
 PLAIN: dict[str, Any] = {"device": "cpu", "dtype": "float32", "hardware": "cpu"}
 ROOMY: dict[str, Any] = {"gpu_memory": "1GiB", "cpu_memory": "1GiB"}
 
@@ -76,7 +76,7 @@ def random_settings(rng: random.Random, folder: Path, latent: bool) -> dict[str,
     bits = {"weight_bits": rng.choice([16, 16, 8, 4]), "cache_bits": rng.choice([16, 16, 8, 4])}
     if rng.random() < 0.3:  # the policy is chosen, for little memory
         placements: dict[str, Any] = {
-            "gpu_memory": f"{rng.choice([3, 4, 9, 200]) + 3 * latent}MiB",
+            "gpu_memory": f"{rng.choice([3, 4, 9, 200]) + 51 * latent}MiB",
             "cpu_memory": f"{rng.choice([1, 2, 4])}MiB",
         }
     else:
@@ -90,7 +90,7 @@ def random_settings(rng: random.Random, folder: Path, latent: bool) -> dict[str,
             "prefill_chunk": rng.choice([1, 16, 33, 512]),
         }
         placements |= {"prefill_budget": rng.choice([None, 7, 40]), "overlap": rng.random() < 0.8}
-    if placements["gpu_memory"] in ("1GiB", "200MiB", "203MiB") and rng.random() < 0.5:
+    if placements["gpu_memory"] in ("1GiB", "200MiB", "251MiB") and rng.random() < 0.5:
         draft = rng.choice([("ngram",), (str(folder),), (str(folder), "ngram")])
         return (
             bits

@@ -4,6 +4,7 @@ accepted."""
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 import torch
@@ -88,3 +89,19 @@ def test_a_placement_runs_in_exactly_what_it_needs(model, seed):
 @pytest.mark.parametrize("seed", range(4, 75))
 def test_many_placements_run_in_exactly_what_they_need(model, seed):
     fits_to_the_byte(model, seed)
+
+
+@pytest.mark.parametrize("mebibytes", [4, 17, 37, 49])
+def test_a_placement_that_nobody_gave_is_refused_by_its_exact_sizes(mebibytes, tmp_path):
+    """Latent attention takes a workspace of 48 MiB that the search does not count. The error told of the 0.001 MiB that
+    it was left with, and with the memory that it asked for the model was refused again."""
+    folder = tmp_path / "model"
+    make_model("glm4_moe_lite", folder)
+    settings = {"cpu_memory": "2MiB", "device": "cpu", "dtype": "float32", "hardware": "cpu"}
+    settings |= {"offload_dir": str(tmp_path / "off")}
+    with pytest.raises(DoesNotFitError, match=rf"attention workspace[\s\S]*budget +{mebibytes}\.000") as refused:
+        LLM(str(folder), gpu_memory=f"{mebibytes}MiB", **settings)
+    more = float(re.findall(r"raise --gpu-memory by ([\d.]+) MiB", str(refused.value))[0])
+    with LLM(str(folder), gpu_memory=f"{mebibytes + more + 0.001}MiB", **settings) as llm:
+        prompts, params = random_prompts([3, 40], seed=1), SamplingParams(max_tokens=4, temperature=0)
+        assert all(len(each.token_ids) for each in llm.generate(prompts, params))
