@@ -1,8 +1,8 @@
 """SIGHUP: the terminal or the session over the network in which a command was started has ended.
 
 A command stops then as by SIGTERM, with an exit code of its own. Under nohup the signal is ignored, and it goes on. The
-signal comes more than once, from the kernel and from the shell, and systemd sends SIGTERM with it: only the first of
-these stops something. What stderr was may be gone.
+signal comes more than once, from the kernel and from the shell, and systemd sends it right after SIGTERM: only the
+first of these stops something. What stderr was may be gone.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ class HangUp:
     while tell it."""
 
     def __init__(self) -> None:
-        self.came = False
+        self.came = self.stopping = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if not self.came:
-            self.came = number == signal.SIGHUP
+        hangs_up = number == signal.SIGHUP
+        goes_on = self.came or (hangs_up and self.stopping)
+        self.came, self.stopping = self.came or hangs_up, True
+        if not goes_on:
             raise KeyboardInterrupt
 
 

@@ -163,3 +163,17 @@ def test_what_stops_a_job_that_stops_already(numbers: str, leaves: bool, monkeyp
         assert hung_up() == ("HUP" in numbers) and signal.getsignal(signal.SIGHUP) is handler
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "times"), [("HUP HUP", 1), ("HUP TERM", 1), ("TERM HUP", 1), ("TERM HUP HUP", 1), ("TERM TERM", 2)]
+)
+def test_what_breaks_off_a_command_that_puts_things_in_order(numbers: str, times: int) -> None:
+    """Not what the end of one session brings, in whatever order."""
+    handler, broken_off = HangUp(), 0
+    for name in numbers.split():
+        try:
+            handler(getattr(signal, f"SIG{name}"), None)
+        except KeyboardInterrupt:
+            broken_off += 1
+    assert broken_off == times and handler.came == ("HUP" in numbers)
