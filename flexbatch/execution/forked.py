@@ -9,6 +9,8 @@ Pinned memory is not in it (`memory.tiers.HostArena`).
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import gc
 import json
 import os
@@ -38,6 +40,9 @@ class Forked:
         try:
             thread.start()
             thread.join()
+        except RuntimeError as error:  # a limit of processes counts threads, too
+            os.close(answers)
+            failed.append(OSError(errno.EAGAIN, str(error)))
         except BaseException:
             thread.join()
             self.close()
@@ -103,6 +108,8 @@ def in_child(work: Callable[[Say], None], answers: int, signals: Iterable[int]) 
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, signals)
         gc.freeze()
+        # Where this process has no stdin and stdout, pipes take their numbers.
+        answers = fcntl.fcntl(answers, fcntl.F_DUPFD_CLOEXEC, 3)
         leave_descriptors(answers)
         work(lambda what: write_all(answers, json.dumps(what).encode() + b"\n"))
     finally:
@@ -111,7 +118,7 @@ def in_child(work: Callable[[Say], None], answers: int, signals: Iterable[int]) 
 
 def leave_descriptors(kept: int) -> None:
     """It says nothing: of a full disk or what else goes wrong it is said where the work is needed. Locks, sockets and
-    the far ends of pipes are this process's alone."""
+    the far ends of pipes are this process's alone. kept: none of the standard three."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for standard in range(3):
         os.dup2(nowhere, standard)
