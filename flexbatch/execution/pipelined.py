@@ -69,10 +69,11 @@ class PipelinedPasses:
 
     @property
     def may_compose(self) -> bool:
-        """Whether a pass can be composed beside those in flight: nobody has to step aside for it."""
+        """Whether a pass can be composed beside those in flight: nobody has to step aside for it, and the runner not to
+        grow."""
         scheduler = self.scheduler
         displacing = scheduler.aside.recomputes and scheduler.displaces
-        return not self.in_flight or (scheduler.block.all_can_grow() and not displacing)
+        return not self.in_flight or (not (scheduler.reaching or displacing) and scheduler.block.all_can_grow())
 
     def launch(self, part: int) -> None:
         """Compose a pass and launch the layers of this stage."""

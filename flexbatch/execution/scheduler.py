@@ -42,7 +42,7 @@ class Scheduler:
         micro_batch_tokens: int,
         proposer: Proposer | None = None,
         refusal: Callable[[Sequence], str] | None = None,
-        reach: Callable[[int], bool] | None = None,
+        reach: Callable[[int], bool | None] | None = None,
         lengths: AnswerLengths | None = None,
         costs: StepAsideCosts | None = None,
         left: Iterable[Sequence] = (),
@@ -57,7 +57,7 @@ class Scheduler:
         self.aside = Aside(cache, costs or StepAsideCosts(), self.block.promises, self.begin_anew)
         self.refusal = refusal or self.block.too_long
         self.overtakes, self.reach = overtakes, reach
-        """Whether the runner takes a sequence of so many tokens, for which it may grow; not asked for where None."""
+        """Whether the runner takes a sequence of so many tokens, for which it may grow; None: once no pass is run."""
         self.micro_batch_tokens = micro_batch_tokens
         self.prefill_chunk, self.prefill_budget = policy.prefill_chunk, policy.prompt_tokens_per_micro_batch
         self.admission_limit = policy.block_size
@@ -68,8 +68,9 @@ class Scheduler:
         self.outgrown = False
         self.advanced: dict[int, Sequence] | None = None
         """The sequences of a pass that counts as done while nobody has read its tokens, by id."""
-        self.settled, self.parts = True, 1
-        """Whether nothing is in flight, so that sequences may step aside; the passes in which all run once."""
+        self.settled, self.parts, self.reaching = True, 1, False
+        """Whether nothing is in flight, so that sequences may step aside; the passes in which all run once; whether one
+        waits for the runner to grow, once nothing is in flight."""
 
     @property
     def running(self) -> dict[int, Sequence]:
@@ -93,7 +94,7 @@ class Scheduler:
 
     def has_work(self) -> bool:
         """Whether there is anything to run; admits what fits, where it is time for a round."""
-        running = self.num_sequences
+        running, self.reaching = self.num_sequences, False
         if not self.rounds.waits(running) or self.aside.sequences or self.displaces:
             self.admit()
             if self.waiting and self.num_sequences > running:
@@ -122,9 +123,12 @@ class Scheduler:
         while not self.outgrown and (sequence := self.peek()) is not None and self.aside.lets_pass(sequence):
             if self.is_full and self.block.last_behind(sequence) is None:
                 return
-            if not self.block.holds(sequence) or (self.reach is not None and not self.reach(sequence.max_cache_tokens)):
-                problem = self.refusal(sequence)
-                if not problem:
+            held = self.block.holds(sequence) and (self.reach is None or self.reach(sequence.max_cache_tokens))
+            self.reaching = held is None
+            if self.reaching:
+                return
+            if not held:
+                if not (problem := self.refusal(sequence)):
                     self.outgrown = True
                     return
                 self.finish(self.waiting.popleft(), problem)
@@ -251,17 +255,13 @@ class Scheduler:
         if (sequence.output.finish is not None or sequence.fault is not None) and sequence.prompt_is_read:
             if sequence.sequence_id in self.running:
                 self.release(sequence)
-            if sequence.fault_may_be_of_others:
-                self.restart(sequence)
+            if sequence.fault_may_be_of_others:  # it reads its prompt once more, next, in pages of its own
+                sequence.restart()
+                self.waiting.appendleft(sequence)
             else:
                 self.finish(sequence, "" if sequence.fault is None else sequence.fault.problem)
 
     # The end of a sequence
-
-    def restart(self, sequence: Sequence) -> None:
-        """Read a prompt once more, next, in pages of its own."""
-        sequence.restart()
-        self.waiting.appendleft(sequence)
 
     def finish(self, sequence: Sequence, error: str = "") -> None:
         sequence.error, sequence.finished = error, True

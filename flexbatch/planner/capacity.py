@@ -152,7 +152,9 @@ class Capacity:
     def holds(self, engine_plan: EnginePlan, sizes: BlockSizes) -> bool:
         """Whether the runner has what a block of these sizes needs."""
         held = self.runner is not None and self.runner.holds(engine_plan.made_for, sizes)
-        return held and self.reach(sizes.longest)
+        if held and self.leader is not None:
+            self.leader.finish()  # what a job before has given up
+        return held and bool(self.reach(sizes.longest))
 
     def faster_plan(self, job: Job, pass_seconds: float) -> EnginePlan | None:
         """See `Planner.adopt_lengths`."""
@@ -213,9 +215,9 @@ class Capacity:
         )
         return job.after(first) if first < job.num_requests else Job((1,), (1,))
 
-    def reach(self, longest: int) -> bool:
+    def reach(self, longest: int) -> bool | None:
         """Whether the runner takes sequences of so many tokens: where its pages do and its tables do not, these grow,
-        as far as the budgets go."""
+        as far as the budgets go. None: not while other ranks are in passes, which would come to their ends unread."""
         assert self.runner is not None
         if longest <= self.runner.sizes.longest:
             return True
@@ -223,6 +225,8 @@ class Capacity:
         engine_plan = self.planner.engine_plan
         if overshoot(engine_plan.requirements(sizes), engine_plan.budgets):
             return False
+        if self.leader is not None and self.leader.unfinished:
+            return None
         with self.everywhere(ReachLonger(sizes)):
             self.runner.reach(sizes)
         return True

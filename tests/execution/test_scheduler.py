@@ -303,6 +303,18 @@ def test_a_request_that_outgrows_the_block_waits_until_it_is_empty(tmp_path: Pat
         assert [each.request.index for each in (*scheduler.waiting, *scheduler.arrivals)] == [3, 4]
 
 
+def test_a_request_for_which_the_runner_cannot_grow_yet_waits(tmp_path: Path) -> None:
+    policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 2, 1)
+    candidates = [waiting(i, (2,) * length, max_tokens=1) for i, length in enumerate((3, 9, 4))]
+    reached: list[bool | None] = [True, None, None, True, True]
+    with open_cache(tmp_path, CacheSizes(9, 0, 0, 0)) as cache:
+        scheduler = Scheduler(policy, cache, iter(candidates), 100, reach=lambda tokens: reached.pop(0))
+        assert scheduler.has_work() and scheduler.reaching and scheduler.num_sequences == 1
+        assert scheduler.has_work() and scheduler.reaching and not scheduler.outgrown
+        assert scheduler.has_work() and not scheduler.reaching and scheduler.num_sequences == 2
+        scheduler.check()
+
+
 @pytest.mark.parametrize("tier", ["cpu", "disk"])
 def test_a_micro_batch_has_no_more_pages_off_the_gpu_than_staging(tmp_path: Path, tier: str) -> None:
     policy = Policy(Split(1, 0), Split(0, 1) if tier == "cpu" else Split(0, 0, 1), Split(1, 0), 3, 2)
