@@ -101,24 +101,24 @@ def test_the_slowest_stage_is_always_busy(layers, head, monkeypatch):
 
 
 def test_the_runner_grows_once_nothing_is_in_flight(monkeypatch):
-    """For a sequence that is longer than all before: other ranks were told of it in the middle of passes, which for that
-    were brought to their ends, and their tokens were lost."""
+    """For a sequence that is longer than all before: other ranks were told of it in the middle of passes, which were
+    brought to their ends for that, and their tokens were lost."""
     monkeypatch.setattr(pipelined, "sample_tokens", drawn)
-    grown_beside: list[int] = []
+    grown_beside: list[tuple[int, int]] = []
 
     class Growing(Block):
         def has_work(self) -> bool:
             wants = self.left[0] <= PASSES - 5 and not grown_beside
             self.reaching = wants and not self.settled
             if wants and self.settled:
-                grown_beside.append(len(loop.in_flight))
+                grown_beside.append((len(loop.in_flight), PASSES - self.left[0]))
             return super().has_work()
 
     loop = PipelinedPasses(Growing(3), Stages([1.0, 1.0, 1.0], 0.5), Tracer(), 3)  # type: ignore[arg-type]
     passes = 0
     while loop.turn() is not None:
         passes += 1
-    assert grown_beside == [0] and passes == 3 * PASSES
+    assert grown_beside == [(0, 5)] and passes == 3 * PASSES
 
 
 def test_a_plan_counts_the_passes_of_all_parts_and_the_fill():
