@@ -7,6 +7,7 @@ import functools
 import gc
 import logging
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,10 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 import torch
 
 from flexbatch.policy.hardware import load_hardware
+
+# Under nohup, and in the background of a script, the signals that tests send are ignored, by children as well.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 with contextlib.suppress(ImportError):  # HELM's environment has no hypothesis
     from hypothesis import settings

@@ -38,18 +38,24 @@ def open_counted(count_file: str, taught: int, config: EngineConfig, seen: Any) 
     from flexbatch.execution.sequence import Sequence
 
     descriptor = os.open(count_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    extend, append = Sequence.extend, Decoding.append
+    extend, take_plain, append = Sequence.extend, Sequence.take_plain, Decoding.append
 
     def counted(self: Sequence, token_ids: Any) -> int:
         os.write(descriptor, b"." * len(token_ids))
         return extend(self, token_ids)
+
+    def counted_plain(self: Sequence, token_id: int) -> bool:
+        taken = take_plain(self, token_id)
+        os.write(descriptor, b"." * taken)
+        return taken
 
     def counted_arrays(self: Decoding, *arguments: Any, **more: Any) -> tuple[set[int], list[tuple[int, int]]]:
         taken, left = append(self, *arguments, **more)
         os.write(descriptor, b"." * len(taken))
         return taken, left
 
-    Sequence.extend, Decoding.append = counted, counted_arrays  # type: ignore[method-assign]
+    Sequence.extend, Sequence.take_plain = counted, counted_plain  # type: ignore[method-assign]
+    Decoding.append = counted_arrays  # type: ignore[method-assign]
     llm = open_llm(config, seen)
     if taught:
         from tests.engine.test_stepping_aside import teach

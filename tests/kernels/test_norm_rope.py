@@ -43,6 +43,7 @@ def test_rms_norm_of_heads_in_a_fused_projection(norm_rope, device):
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layer_norm(dtype, affine, norm_rope, device):
+    torch.manual_seed(int(affine))  # a mean of 7 leaves 8e-7 of each number open, times the weight
     x = (torch.randn(5, 100) + 7).to(dtype)
     weight, bias = (torch.randn(100).to(dtype), torch.randn(100).to(dtype)) if affine else (None, None)
     on_device = [None if p is None else p.to(device) for p in (weight, bias)]
