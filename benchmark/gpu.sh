@@ -166,8 +166,9 @@ opt-30b() {
     users "$1" "opt-30b 16/16 bit"
 }
 
-# Placed by hand, so that both do the same: offloaded jobs of this tree and of the one in the folder BEFORE, in turn. Passes
-# of 17 prompts take less than 50 ms. As the profile of one tree may be none of the other's, both count with a shipped one.
+# Placed by hand, so that both do the same: offloaded jobs of this tree and of the one in the folder BEFORE, in turn. With 17
+# prompts, spread over four micro-batches, it is launching that takes the time. As the profile of one tree may be none of
+# the other's, both count with a shipped one.
 paired() { # SECONDS
     [ -n "${BEFORE:-}" ] || { echo "paired: left out, BEFORE is not the folder of another tree"; return; }
     step paired "$1" python3 -m benchmark.paired "$BEFORE" ${BEFORE_COMMIT:+--before-commit "$BEFORE_COMMIT"} \

@@ -77,9 +77,7 @@ def hold_windows(cache: KVCache, counts: Iterable[Mapping[Sequence, int]], tree_
     if cache.windows is None:
         return
     for sequence, count in chain.from_iterable(batch.items() for batch in counts):
-        table, more = sequence.pages, count + (tree_nodes if count == 1 else 0)
-        if table.num_tokens + more > (table.first_window + len(table.windows)) * cache.layout.page_tokens:
-            cache.hold(table, table.num_tokens + more)
+        cache.hold(sequence.pages, sequence.num_cached + count + (tree_nodes if count == 1 else 0))
 
 
 def composed_pass(block: Block, limits: PassLimits, proposer: Proposer | None, micro_batches: Many[int]) -> PassBatch:

@@ -124,8 +124,8 @@ class Scheduler:
             if self.is_full and self.block.last_behind(sequence) is None:
                 return
             held = self.block.holds(sequence) and (self.reach is None or self.reach(sequence.max_cache_tokens))
-            self.reaching = held is None
-            if self.reaching:
+            if held is None:
+                self.reaching = True
                 return
             if not held:
                 if not (problem := self.refusal(sequence)):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
 
-from flexbatch.parallel.meeting import MEETING, wait_for_members, wait_for_store
+from flexbatch.parallel.meeting import MEETING, first_line, wait_for_members, wait_for_store
 from flexbatch.parallel.mesh import Mesh
 from flexbatch.validation.errors import LostRankError
 
@@ -62,10 +62,6 @@ def device_group(store: Store, name: str, rank: int, size: int, device: torch.de
     store.set_timeout(MEETING)
     wait_for_members(store, name, rank, size)
     return ProcessGroupNCCL(PrefixStore(name, store), rank, size, ProcessGroupNCCL.Options())
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class RankChannel:

@@ -20,8 +20,7 @@ from typing import Any
 
 from torch.distributed import Store
 
-from flexbatch.parallel.channel import first_line
-from flexbatch.parallel.meeting import MEETING, wait_until_there
+from flexbatch.parallel.meeting import MEETING, first_line, wait_until_there
 from flexbatch.parallel.mesh import Mesh
 from flexbatch.validation.errors import LostRankError
 

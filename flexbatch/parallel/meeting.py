@@ -69,5 +69,8 @@ def wait_for_members(store: Store, name: str, rank: int, size: int, seconds: flo
     except LostRankError:
         raise
     except RuntimeError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise LostRankError(f"rank {rank} of {size} ({name}) waited for the others: {reason}") from error
+        raise LostRankError(f"rank {rank} of {size} ({name}) waited for the others: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
