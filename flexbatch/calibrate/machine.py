@@ -18,7 +18,7 @@ from flexbatch.validation.errors import ConfigurationError, LostRankError
 
 logger = logging.getLogger("flexbatch")
 
-IDLE_SECONDS = {"cpu": 10.0, "cuda": 20.0}
+IDLE_SECONDS = {"cpu": 10.0, "cuda": 30.0}
 """What a profile takes on an idle machine; it grows with the processes that share the cores."""
 PATIENCE_SECONDS = 20.0
 

@@ -27,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         "flexbatch profile",
         description="Measure this machine for the policy optimizer: links, kernels, host, disk, and what is between "
-        "its GPUs. Takes up to 20 s on an idle machine, and 10 s more where it has several GPUs. Every run measures by "
+        "its GPUs. Takes about 30 s on an idle machine, and 10 s more where it has several GPUs. Every run measures by "
         "itself at first use; this is for other machines' plans.",
         first={
             "--output": "JSON file to write",
