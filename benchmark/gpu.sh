@@ -20,7 +20,7 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 HW=$O/hardware.json
 CORES=$(env -u OMP_NUM_THREADS nproc)
-ONE_GPU=(tests:300 codes:90 ceilings:90 layers:80 resident:480 reservation:250 loading:140 drawn:340 users:300 experts:300 experts-whole:770 experts-parts:440 rows-16:300 rows-4:270 row-70b:110 paired:200)
+ONE_GPU=(tests:300 codes:90 ceilings:90 layers:80 resident:480 reservation:250 loading:140 drawn:340 users:300 experts:300 experts-whole:770 experts-parts:440 rows-16:300 rows-4:270 row-70b:110 paired:330)
 
 # A command's output goes to FOLDER/NAME.log and .err; it is ended by TERM, on which benchmarks write what they have.
 step() { # NAME SECONDS COMMAND...
@@ -166,14 +166,17 @@ opt-30b() {
     users "$1" "opt-30b 16/16 bit"
 }
 
-# Placed by hand, so that both do the same: offloaded jobs of this tree and of the one in the folder BEFORE, in turn. With 17
-# prompts, spread over four micro-batches, it is launching that takes the time. As the profile of one tree may be none of
-# the other's, both count with a shipped one.
+# Placed by hand, so that both do the same: offloaded jobs of this tree and of the one in the folder BEFORE, in turn. Short
+# passes first: OPT-125M's weights cross in 5 ms, and one micro-batch has 12 ticks to launch. As the profile of one tree
+# may be none of the other's, both count with a shipped one.
 paired() { # SECONDS
     [ -n "${BEFORE:-}" ] || { echo "paired: left out, BEFORE is not the folder of another tree"; return; }
-    step paired "$1" python3 -m benchmark.paired "$BEFORE" ${BEFORE_COMMIT:+--before-commit "$BEFORE_COMMIT"} \
-        --scenarios opt-30b-16-16 opt-30b-16-4 opt-30b-4-4 --model opt-1.3b --num-prompts 17 67 --seconds "$(($1 - 15))" \
-        --set 'cpu_memory="40GiB"' 'hardware="h200"' --output "$O/paired.json"
+    local runs=(python3 -m benchmark.paired "$BEFORE" ${BEFORE_COMMIT:+--before-commit "$BEFORE_COMMIT"}
+        --scenarios opt-30b-16-16 opt-30b-16-4 opt-30b-4-4) set=('cpu_memory="40GiB"' 'hardware="h200"')
+    step paired-short "$(($1 * 2 / 5))" "${runs[@]}" --model opt-125m --num-prompts 17 --seconds "$(($1 * 2 / 5 - 10))" \
+        --set "${set[@]}" num_gpu_batches=1 --output "$O/paired-short.json"
+    step paired "$(($1 * 3 / 5))" "${runs[@]}" --model opt-1.3b --num-prompts 67 --seconds "$(($1 * 3 / 5 - 10))" \
+        --set "${set[@]}" --output "$O/paired.json"
 }
 
 # Layers of a model in as large a share of memory, so that they load in seconds. Prompts of OPT-30B are so many that
