@@ -2,7 +2,7 @@
 # What this project measures on a machine with GPUs, in parts with a limit each. Results and logs lie in FOLDER as soon
 # as they are there: a run that is cut keeps what it has.
 #
-#   benchmark/gpu.sh FOLDER                                 every part of one GPU, about 75 minutes
+#   benchmark/gpu.sh FOLDER                                 every part of one GPU, 78 minutes at most
 #   benchmark/gpu.sh FOLDER resident drawn:240              these parts, the second for no more than 240 seconds
 #   CUDA_VISIBLE_DEVICES=0,1 benchmark/gpu.sh FOLDER mesh   two GPUs, up to 10 minutes
 #
@@ -132,7 +132,7 @@ experts-parts() {
 }
 
 # A published row, placed by hand and as the engine chooses, in one run: one SHARE-th of the layers, so that both load
-# and run in two minutes (whole, OPT-30B loads in 27 s and runs in 45 to 95, Llama-3-70B in 104 and 117).
+# and run in 66 to 79 s (whole, OPT-30B loads in 27 s and runs in 45 to 95, Llama-3-70B in 104 and 117).
 row() { # SCENARIO SHARE PROMPTS HOST_GIB SECONDS
     step "row-$1" "$5" python3 -m benchmark.suite --scenarios "$1" --chosen --share "$2" --num-prompts "$3" \
         --set "cpu_memory=\"$4GiB\"" "hardware=\"$HW\"" --output "$O/row-$1.json"
