@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from flexbatch.kernels.attention_tiles import TABLES, softmax_step
+from flexbatch.kernels.launched import launched
 
 
 @triton.jit
@@ -133,6 +134,7 @@ def _store(
 # Sizes of a batch change from pass to pass. Triton compiles an integer that is 1, or a multiple of 16, anew, and so
 # every number of splits as a constant (a second each, in the middle of a job); and a table that starts at a multiple of
 # 16 bytes or does not: four kernels of up to 5 s each.
+@launched
 @triton.jit(do_not_specialize=[*TABLES, "num_sequences", "num_tokens", "max_pages", "mask_words", "window"])
 def attention_kernel(
     query, rows, parameters, page_table, query_starts, context_lens, out, statistics, slopes, sinks, positions,
@@ -179,6 +181,7 @@ def attention_kernel(
                 )  # fmt: skip
 
 
+@launched
 @triton.jit(do_not_specialize=["num_rows"])
 def combine_kernel(
     partial,

@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 
 from flexbatch.kernels.code_tiles import ended, in_order_of_rows, weights_of_codes
+from flexbatch.kernels.launched import launched
 
 
+@launched
 @triton.jit
 def arrange_chunks_kernel(
     x, arranged, columns, x_stride, BITS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr
@@ -30,6 +32,7 @@ def arrange_chunks_kernel(
     tl.store(arranged + token * columns + element, values, mask=inside)
 
 
+@launched
 @triton.jit(do_not_specialize=["num_tokens"])
 def coded_gemm_kernel(
     arranged, words, parameters, bias, out, num_tokens, num_rows, columns, lift, BIASED: tl.constexpr,
@@ -69,6 +72,7 @@ def coded_gemm_kernel(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
 
 
+@launched
 @triton.jit
 def add_splits_kernel(
     partial, bias, out, size, num_rows, BIASED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr

@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 
 from flexbatch.kernels.code_tiles import elements_of_rows, of_numbers, rows_of_codes, scale_and_minimum
+from flexbatch.kernels.launched import launched
 
 
+@launched
 @triton.jit(do_not_specialize=["num_tokens", "num_arrivals"])
 def arrange_kernel(
     x, arranged, sums, arrivals, num_tokens, columns, x_stride, num_arrivals, BITS: tl.constexpr, GROUP: tl.constexpr
@@ -61,6 +63,7 @@ def _add_two(
     return _add_group(acc, second, next_pair, group + 1, x_at, sum_at, num_tokens, lift, dtype, BITS, GROUP)
 
 
+@launched
 @triton.jit(do_not_specialize=["num_tokens"])
 def coded_linear_kernel(
     arranged, sums, words, pairs, bias, partial, arrivals, out, num_tokens, num_rows, columns, lift,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from flexbatch.kernels.attention_tiles import TABLES
+from flexbatch.kernels.launched import launched
 
 
 @triton.jit
@@ -41,6 +42,7 @@ def _parameters(pair, dtype: tl.constexpr, BITS: tl.constexpr):
     return scale, minimum - scale * (1 << BITS)
 
 
+@launched
 @triton.jit(do_not_specialize=[*TABLES, "num_tokens", "max_pages"])
 def decode_kernel(
     query, words, page_table, query_starts, context_lens, out, statistics, slopes, sinks, num_tokens, query_stride,

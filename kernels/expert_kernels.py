@@ -15,9 +15,11 @@ import triton
 import triton.language as tl
 
 from flexbatch.kernels.code_tiles import ended
+from flexbatch.kernels.launched import launched
 from flexbatch.kernels.norm_rope import activated, clamped
 
 
+@launched
 @triton.jit(do_not_specialize=["num_tiles"])
 def tiles_kernel(
     ends, tiles, num_tiles, num_experts, BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
@@ -169,6 +171,7 @@ def _of_expert(
     return acc
 
 
+@launched
 @triton.jit(do_not_specialize=["num_tiles"])  # other numbers every pass: see attention_kernels
 def gate_up_kernel(
     x, inner, table, biases, order, tiles, num_tiles, num_experts, width, columns, gain, limit,
@@ -204,6 +207,7 @@ def gate_up_kernel(
         tl.store(at, value.to(inner.dtype.element_ty), mask=mask)
 
 
+@launched
 @triton.jit(do_not_specialize=["num_tiles"])
 def down_kernel(
     inner, out, table, biases, order, tiles, num_tiles, num_experts, size, columns, BITS: tl.constexpr,
@@ -231,6 +235,7 @@ def down_kernel(
         tl.store(out + target[None, :] * size + column[:, None], acc.to(out.dtype.element_ty), mask=mask)
 
 
+@launched
 @triton.jit
 def weighted_kernel(rows, shares, out, size, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
     """Grid (tokens, blocks): the sum over a token's choices, in their order, in float32."""

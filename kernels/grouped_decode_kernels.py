@@ -22,6 +22,7 @@ from flexbatch.kernels.code_tiles import (
     rows_of_codes,
     scale_and_minimum,
 )
+from flexbatch.kernels.launched import launched
 
 
 @triton.jit
@@ -146,6 +147,7 @@ def _attend(
     return m, tl.sum(total, 0), acc0 + tl.sum(base0, 0)[None, :], acc1 + tl.sum(base1, 0)[None, :]
 
 
+@launched
 @triton.jit(do_not_specialize=[*TABLES, "num_tokens", "max_pages"])
 def grouped_decode_kernel(
     query, words, page_table, query_starts, context_lens, out, statistics, sinks, num_tokens, query_stride, row_quads,

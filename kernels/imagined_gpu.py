@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from flexbatch.kernels.launched import MULTIPLE, LaunchedKernel
 from flexbatch.kernels.launchers_ahead import compile_launcher
 
 DEVICE = torch.device("cuda", 0)
-MULTIPLE = 16
-"""Of integers and addresses, which Triton compiles kernels for."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ def imagined_gpu(traits: GpuTraits) -> Iterator[dict[Launch, Launch]]:
     from triton.runtime.jit import JITFunction
 
     found: dict[Launch, Launch] = {}
-    run, properties = JITFunction.run, torch.cuda.get_device_properties
+    run, launch, properties = JITFunction.run, LaunchedKernel.launch, torch.cuda.get_device_properties
 
     def note(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
         launch = launch_of(kernel, arguments, named)
@@ -198,9 +197,14 @@ def imagined_gpu(traits: GpuTraits) -> Iterator[dict[Launch, Launch]]:
     told: Any = SimpleNamespace(multi_processor_count=traits.multiprocessors)
     driver.set_active(_Driver(traits))
     JITFunction.run = note
+    # Of a process that was forked from one with a GPU, kernels know programs.
+    LaunchedKernel.launch = lambda kernel, grid, *given, **named: (  # type: ignore[method-assign]
+        kernel.function[grid](*given, **named)
+    )
     torch.cuda.get_device_properties = lambda device=None: told
     try:
         with _OnGpu(), torch.inference_mode():
             yield found
     finally:
         JITFunction.run, torch.cuda.get_device_properties = run, properties
+        LaunchedKernel.launch = launch  # type: ignore[method-assign]

@@ -9,9 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexbatch.kernels.launched import launched
+
 BLOCK = 4096
 
 
+@launched
 @triton.jit(do_not_specialize=["first"])  # another one for every part of a vocabulary
 def _largest_kernel(logits, peaks, token_ids, first, columns, stride, BLOCK: tl.constexpr):
     """One row. Of equal logits every lane keeps its first, and the row the first of its lanes."""

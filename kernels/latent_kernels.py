@@ -15,6 +15,7 @@ import triton.language as tl
 
 from flexbatch.kernels.attention_kernels import _find_sequence
 from flexbatch.kernels.attention_tiles import TABLES
+from flexbatch.kernels.launched import launched
 
 
 @triton.jit
@@ -66,6 +67,7 @@ def _store(
 
 
 # Sizes of a batch change from pass to pass; Triton would compile each anew that is 1 or a multiple of 16.
+@launched
 @triton.jit(do_not_specialize=[*TABLES, "num_sequences", "num_tokens", "max_pages", "mask_words"])
 def latent_kernel(
     query, rows, parameters, page_table, query_starts, context_lens, out, statistics, tree_masks, num_sequences,

@@ -14,11 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexbatch.kernels.launched import launched
 from flexbatch.kernels.low_rank_reference import TILE_TOKENS
 
 BLOCK_RANK, BLOCK_INPUT, BLOCK_OUTPUT = 16, 128, 128
 
 
+@launched
 @triton.jit
 def _down_kernel(
     x, down, inner, segments, order, tiles, size, x_token, inner_row, PARTS: tl.constexpr, GATHER: tl.constexpr,
@@ -55,6 +57,7 @@ def _down_kernel(
         tl.store(target, result.to(inner.dtype.element_ty), mask=both)
 
 
+@launched
 @triton.jit
 def _up_kernel(
     out, inner, up, segments, scales, sections, order, tiles, out_token, inner_row, PARTS: tl.constexpr,
@@ -91,6 +94,7 @@ def _up_kernel(
         tl.store(target, (before + scale * result).to(out.dtype.element_ty), mask=both)
 
 
+@launched
 @triton.jit
 def _columns_kernel(
     out, x, rows, bias, segments, columns, order, tiles, size, out_token, x_token, HAS_BIAS: tl.constexpr,

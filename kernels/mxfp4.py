@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexbatch.kernels.launched import launched
 from flexbatch.kernels.mxfp4_reference import BLOCK
 
 TILE_BYTES = 2048
@@ -32,6 +33,7 @@ def _value(code, scale):
     return value * first * second
 
 
+@launched
 @triton.jit
 def _expand_kernel(codes, scales, out, num_bytes, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """Grid (tiles of code bytes). Rows are whole blocks, so that all of them are one long row."""

@@ -11,7 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexbatch.kernels.launched import launched
 
+
+@launched
 @triton.jit
 def _norm_kernel(
     x, residual, weight, bias, out, inner, x_outer, x_inner, residual_outer, residual_inner, size, eps, offset,
@@ -60,6 +63,7 @@ def _rotate_heads(
     tl.store(second, (b * cosine + a * sine).to(x.dtype.element_ty), mask=mask)
 
 
+@launched
 @triton.jit
 def _rotary_kernel(
     query, key, cos, sin, positions, query_token, key_token, table_stride, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
@@ -103,6 +107,7 @@ def clamped(gate, up, gain, limit):
     return (up + 1.0) * (gate * tl.sigmoid(gate * gain))
 
 
+@launched
 @triton.jit
 def _gated_kernel(gate_up, out, size, stride, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     """out = activation(gate) * up; the activation is rounded before the product, as separate operations would. Grid
@@ -116,6 +121,7 @@ def _gated_kernel(gate_up, out, size, stride, ACTIVATION: tl.constexpr, BLOCK: t
     tl.store(out + row * size + element, gate.to(raw.dtype) * up, mask=mask)
 
 
+@launched
 @triton.jit
 def _clamped_kernel(gate_up, out, size, stride, gain, limit, BLOCK: tl.constexpr):
     """`reference.clamped_gate`, in float32 until the store. Grid (rows, columns)."""

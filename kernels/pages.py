@@ -17,11 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexbatch.kernels.launched import launched
+
 NUM_PROGRAMS = 8
 TILE_BYTES = 16384
 NUM_WARPS = 4
 
 
+@launched
 @triton.jit(do_not_specialize=["num_rows"])  # another number every pass: see attention_kernels
 def _copy_kernel(
     source, destination, indices, num_rows, source_stride, destination_stride, GATHER: tl.constexpr,
@@ -98,6 +101,7 @@ PART_PROGRAMS = 32
 """Nothing else runs meanwhile: the products wait for what they copy."""
 
 
+@launched
 @triton.jit
 def _parts_kernel(source, target, parts, order, count, WORD: tl.constexpr, BLOCK: tl.constexpr):
     """Every program copies its share of each of the first ``count`` parts of ``order``. WORD: bytes."""

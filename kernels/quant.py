@@ -18,11 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from flexbatch.kernels import reference
+from flexbatch.kernels.launched import launched
 
 TILE_BYTES = 2048
 """Code bytes of a tile."""
 
 
+@launched
 @triton.jit(do_not_specialize=["num_vectors"])  # another number every pass: see attention_kernels
 def _quantize_kernel(
     x0, x1, codes, parameters, slots, num_vectors, size, x_token, code_token, parameter_token,
@@ -104,6 +106,7 @@ def _code(value, floor, step, LEVELS: tl.constexpr):
     return (code + 12582912.0).to(tl.int32, bitcast=True) & LEVELS
 
 
+@launched
 @triton.jit
 def _dequantize_kernel(
     codes, parameters, out, num_vectors, size, code_vector, parameter_vector, out_vector,
@@ -148,6 +151,7 @@ LAUNCHES = {8: QuantizeLaunch(2048), 4: QuantizeLaunch(1024)}
 1,470."""
 
 
+@launched
 @triton.jit
 def _store_kernel(key, value, rows, slots, key_token, value_token, row_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Keys and values of one token as they are. Grid (tokens,)."""

@@ -15,11 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from flexbatch.kernels import quant, reference
+from flexbatch.kernels.launched import launched
 from flexbatch.kernels.quant import _code
 
 TILE_ELEMENTS = 2048
 
 
+@launched
 @triton.jit(do_not_specialize=["num_groups"])
 def _fit_kernel(
     x, plain, shrinks, codes, parameters, num_groups, size, x_row, code_row, GROUPS, GROUP: tl.constexpr,

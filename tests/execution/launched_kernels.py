@@ -8,11 +8,13 @@ shapes, strides and offsets.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 from flexbatch import LLM, SamplingParams
 from flexbatch.kernels import native_coded, ops
 from flexbatch.kernels.imagined_gpu import DEVICE, GpuTraits, Launch, imagined_gpu
+from flexbatch.kernels.launched import LaunchedKernel
 from flexbatch.memory.weight_plan import PlacedTensor
 from flexbatch.models import experts, shapes
 from flexbatch.planner.loader import planned_kernels
@@ -149,10 +152,29 @@ def unannounced(model: str, jobs: list[list[int]], settings: dict[str, Any], lis
                 llm.generate(prompts, params)
             announced = planned_kernels(llm.engine_plan)
     launched = dict(listener.launched)
-    with imagined_gpu(TRAITS) as found:
+    with imagined_gpu(TRAITS) as found, noted() as not_kept:
         announced.launch(announced.what)
     assert launched, "nothing was launched"
-    return [f"{each.name} {each.forms} {each.options}" for each in launched if each not in found]
+    return [f"{each.name} {each.forms} {each.options}" for each in launched if each not in found] + sorted(not_kept)
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[set[str]]:
+    """Kernels that the body launches so that Triton looks for their program every time. Within `imagined_gpu`."""
+    launch, names, found = LaunchedKernel.launch, set[str](), set[str]()
+
+    def note(kernel: Any, grid: Any, *given: Any, **named: Any) -> None:
+        names.add(kernel.function.__name__)
+        if kernel.constants(len(given), named) is None:
+            found.add(f"{kernel.function.__name__}: not kept for {len(given)} arguments and {sorted(named)}")
+        launch(kernel, grid, *given, **named)
+
+    LaunchedKernel.launch = note  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        LaunchedKernel.launch = launch  # type: ignore[method-assign]
+    assert len(names) > 3, names
 
 
 def main(names: list[str]) -> None:

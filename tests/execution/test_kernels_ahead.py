@@ -59,7 +59,8 @@ def markers(folder):
 
 @pytest.mark.parametrize("names", [("grouped", "experts"), pytest.param(MORE, marks=pytest.mark.slow)])
 def test_passes_launch_nothing_that_was_not_announced(names):
-    """16, 8 and 4 bits; prompts in chunks, prompts beside tokens, long contexts of few, and token trees."""
+    """16, 8 and 4 bits; prompts in chunks, prompts beside tokens, long contexts of few, and token trees. And for all
+    that is announced, Triton looks for a program once."""
     command = [sys.executable, "-m", "tests.execution.launched_kernels", *names]
     told = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, stdout=subprocess.PIPE, check=True)
     assert json.loads(told.stdout) == {}

@@ -18,13 +18,13 @@ CASES = ((4, 256), (8, 256), (8, 64))
 
 def coded_gemm_form(bits: int, tokens: int) -> str:
     """`coded_gemm_kernel` before machine code."""
-    launch, names = choose_launch(tokens), coded_gemm_kernel.arg_names
+    launch, names = choose_launch(tokens), coded_gemm_kernel.function.arg_names
     constants = {"BIASED": False, "BITS": bits, "GROUP": 64, "CHUNK": 64, "BLOCK_R": launch.rows, "SPLITS": 1}
     constants |= {"BLOCK_T": launch.tokens, "STAGES": launch.stages, "COMPILED": True}
     pointers = {"arranged": "*bf16", "words": "*i32", "parameters": "*bf16", "bias": "*bf16", "out": "*bf16"}
     aligned = [*pointers, "num_rows", "columns", "lift"]
     source = ASTSource(
-        fn=coded_gemm_kernel,
+        fn=coded_gemm_kernel.function,
         signature={name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
