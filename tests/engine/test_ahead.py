@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexbatch import LLM, SamplingParams
+from flexbatch import LLM, SamplingParams, jobs
 from flexbatch.config import EngineConfig
 from flexbatch.execution.passes import Passes
 from flexbatch.execution.pipelined import passes_of
@@ -260,3 +260,20 @@ def test_a_job_is_not_held_up_by_collections_of_what_was_there_before_it(pair):
         gc.freeze()
     pair[0].generate(*job)
     assert gc.get_freeze_count()
+
+
+@pytest.mark.parametrize(
+    ("frozen", "called"), [(0, ["freeze", "unfreeze"]), (375, ["freeze", "unfreeze"]), (90_000, [])]
+)
+def test_what_an_interpreter_freezes_itself_is_no_frozen_heap(frozen, called, monkeypatch):
+    """Python 3.12 begins with 375 objects that are."""
+    calls: list[str] = []
+    stand_in = SimpleNamespace(
+        get_freeze_count=lambda: frozen,
+        freeze=lambda: calls.append("freeze"),
+        unfreeze=lambda: calls.append("unfreeze"),
+    )
+    monkeypatch.setattr(jobs, "gc", stand_in)
+    with jobs.frozen_heap():
+        assert calls == called[:1]
+    assert calls == called
