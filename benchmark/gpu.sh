@@ -2,7 +2,7 @@
 # What this project measures on a machine with GPUs, in parts with a limit each. Results and logs lie in FOLDER as soon
 # as they are there: a run that is cut keeps what it has.
 #
-#   benchmark/gpu.sh FOLDER                                 every part of one GPU, 78 minutes at most
+#   benchmark/gpu.sh FOLDER                                 every part of one GPU, 80 minutes at most
 #   benchmark/gpu.sh FOLDER resident drawn:240              these parts, the second for no more than 240 seconds
 #   CUDA_VISIBLE_DEVICES=0,1 benchmark/gpu.sh FOLDER mesh   two GPUs, up to 10 minutes
 #
@@ -20,7 +20,7 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 HW=$O/hardware.json
 CORES=$(env -u OMP_NUM_THREADS nproc)
-ONE_GPU=(tests:300 codes:90 ceilings:90 layers:80 resident:480 reservation:250 loading:140 drawn:340 users:300 experts:300 experts-whole:770 experts-parts:440 rows-16:300 rows-4:270 row-70b:110 paired:330)
+ONE_GPU=(tests:300 codes:90 ceilings:90 layers:80 resident:480 reservation:250 loading:140 drawn:440 users:300 experts:300 experts-whole:770 experts-parts:440 rows-16:300 rows-4:270 row-70b:110 paired:330)
 
 # A command's output goes to FOLDER/NAME.log and .err; it is ended by TERM, on which benchmarks write what they have.
 step() { # NAME SECONDS COMMAND...
@@ -87,9 +87,9 @@ loading() {
 }
 
 # The seed has never been used to fit anything. Plans and kernels first, in all cores, so that a setting takes its load,
-# a warm-up and its job: 26 of them about 10 s each on a host with 16 cores that does nothing else.
+# a warm-up and its job: 26 of them 70 s and then 13 s each on a host with 16 cores that does nothing else.
 drawn() {
-    local end=$((SECONDS + $1)) runs=(python3 -m benchmark.policy_runs "$O/drawn.jsonl" --hardware "$HW" --seed 8 --count 26)
+    local end=$((SECONDS + $1)) runs=(python3 -m benchmark.policy_runs "$O/drawn.jsonl" --hardware "$HW" --seed 9 --count 26)
     step drawn-plans 120 "${runs[@]}" --plan "$O/drawn-plans.json" --processes "$CORES"
     step drawn "$((end - SECONDS - 10))" "${runs[@]}" --plans "$O/drawn-plans.json" --seconds "$((end - SECONDS - 20))"
     step drawn-errors 20 python3 -m benchmark.pass_errors "$O/drawn.jsonl" --hardware "$HW"

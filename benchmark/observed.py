@@ -124,8 +124,8 @@ def fixed_by(policy: Policy) -> dict[str, Any]:
         "cache_bits": policy.cache_bits,
         "overlap": policy.overlap,
         "piece_tokens": policy.piece_tokens,
-        # Passes one by one: that is what the model of a pass predicts.
-        "async_scheduling": False,
+        # None: where all of a pass lies on one GPU, which is what plans count on.
+        "async_scheduling": None if policy.async_scheduling else False,
     }
 
 

@@ -4,7 +4,7 @@
 ``benchmark/results/policy_error.{md,json}`` and, with matplotlib, ``policy_error.png``. A run: ``model`` (a public
 shape) or ``shape`` (fields of ModelShape); ``percent`` (six numbers); ``gpu_batch_size``, ``num_gpu_batches``;
 optional ``weight_bits``, ``cache_bits``, ``cpu_attention``, ``prefill_chunk``, ``prefill_budget``, ``overlap``,
-``piece_tokens``;
+``piece_tokens``, ``async_scheduling`` (passes were composed one by one where it is false or not there);
 ``prompt_lens`` and ``output_lens`` (lists, one of each a sequence); ``gpu_memory``, ``cpu_memory`` in bytes;
 ``tokens_per_second`` (measured); optional ``resource_seconds`` (busy seconds of the average pass). Exit code 1 when
 the median error exceeds 10 % or the worst 25 %.
@@ -41,6 +41,7 @@ def plan_of(run: dict, hardware: Hardware) -> Plan:
     splits = [Split.from_percent(*run["percent"][i : i + 2]) for i in (0, 2, 4)]
     options = {name: run[name] for name in OPTIONAL if name in run}
     options["cpu_experts"] = run.get("cpu_experts", 0.0) / 100
+    options["async_scheduling"] = run.get("async_scheduling", False) is not False
     policy = Policy(*splits, run["gpu_batch_size"], run["num_gpu_batches"], **options)
     workload = Workload.from_lengths(run["prompt_lens"], run["output_lens"])
     # Budgets of a run are for its pools alone.

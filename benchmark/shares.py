@@ -73,12 +73,11 @@ def part_of(
 
 
 def chosen_for_all(config: EngineConfig, job: Job) -> tuple[Plan, dict[str, Any]]:
-    """The plan of all layers, which stderr tells, and the engine settings that a part runs by: passes are composed as
-    `LLM` would."""
+    """The plan of all layers, which stderr tells, and the engine settings that a part runs by."""
     from benchmark.observed import fixed_by
     from flexbatch import LLM
 
     plan = LLM.plan(config, job)["plan"]
     predicted = f"{plan.predicted_tokens_per_second:.1f} tok/s, limited by {plan.limiting_row}"
     print(f"{config.model}: all layers {predicted}", file=sys.stderr, flush=True)
-    return plan, {**fixed_by(plan.policy), "async_scheduling": config.async_scheduling}
+    return plan, fixed_by(plan.policy)

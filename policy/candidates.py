@@ -65,8 +65,9 @@ class Sizes:
     def least_seconds(self) -> float:
         """The GPU's work depends on the placement only through CPU attention: with all of it, no placement takes
         less."""
-        seconds = together(self.least_launched, least_compute(self.model), self.model.least_in_view)
-        return float(np.sum(self.counts * (self.model.host_seconds + seconds)))
+        hidden = self.model.host_seconds if self.model.may_go_ahead else 0.0
+        seconds = together(hidden + self.least_launched, least_compute(self.model), self.model.least_in_view)
+        return float(np.sum(self.counts * (self.model.host_seconds - hidden + seconds)))
 
     @cached_property
     def least_of_host(self) -> tuple[float, float]:
@@ -77,7 +78,9 @@ class Sizes:
     def least_beside(self, busy: float) -> float:
         """Seconds of all passes where resources are busy for no less than ``busy`` in all of them."""
         host, launched = self.least_of_host
-        return host + float(together(np.asarray(launched), np.asarray(busy), self.model.least_in_view))
+        hidden = host if self.model.may_go_ahead else 0.0
+        beside = together(np.asarray(hidden + launched), np.asarray(busy), self.model.least_in_view)
+        return host - hidden + float(beside)
 
 
 @dataclass

@@ -67,6 +67,7 @@ def templates(workload: Workload, constraints: Constraints) -> list[Policy]:
         1,
         prefill_chunk=chunk_of(workload, constraints),
         overlap=constraints.overlap,
+        async_scheduling=constraints.async_scheduling,
         piece_tokens=constraints.piece_tokens,
     )
     return [

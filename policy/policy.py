@@ -60,6 +60,8 @@ class Policy:
     prefill_chunk: int = 512
     """Prompt tokens that one sequence brings to one pass, at most."""
     overlap: bool = True
+    async_scheduling: bool = True
+    """Whether passes that lie on one GPU whole are composed and launched while the one before runs."""
     prefill_budget: int = 0
     """Prompt tokens that one micro-batch brings to one pass, at most; 0: every sequence may bring its chunk."""
     piece_tokens: int = 0
@@ -117,6 +119,7 @@ class Constraints:
     """Bits the user allows: quality is the user's choice."""
     cache_bits: tuple[int, ...] = (16,)
     overlap: bool = True
+    async_scheduling: bool = True
     piece_tokens: int = 0
     gpu_memory: int | None = None
     cpu_memory: int | None = None

@@ -67,6 +67,7 @@ def baseline_policy(
         prefill_chunk=config.prefill_chunk
         or min(MAX_PREFILL_CHUNK, -(-job.longest_prompt // PAGE_TOKENS) * PAGE_TOKENS),
         overlap=config.overlap,
+        async_scheduling=constraints.async_scheduling,
         piece_tokens=config.piece_tokens,
         prefill_budget=config.prefill_budget or 0,
     )

@@ -107,14 +107,42 @@ def test_no_overlap_costs_the_sum():
 
 
 def test_launch_cost_counts_every_tick():
-    policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 8, 3)
+    policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 8, 3, async_scheduling=False)
+    ahead = dataclasses.replace(policy, async_scheduling=True)
     load, shape = PassLoad.decode(24, 500), public_shape("opt-6.7b")
     base = float(PassModel(shape, small(), policy, load).pass_seconds(point_of(policy)))
     for each in (1e-9, 1e-5, 1e-3, 1.0):
-        with_launch = PassModel(shape, small(launch_seconds=each, pass_seconds=0.5), policy, load)
+        host = small(launch_seconds=each, pass_seconds=0.5)
         ticks = 33 * 3 * each
         expected = 0.5 + max(base, ticks) + IN_VIEW * min(base, ticks)
-        assert float(with_launch.pass_seconds(point_of(policy))) == pytest.approx(expected)
+        assert float(PassModel(shape, host, policy, load).pass_seconds(point_of(policy))) == pytest.approx(expected)
+        hidden = max(base, 0.5 + ticks) + STREAMED_IN_VIEW * min(base, 0.5 + ticks)
+        assert float(PassModel(shape, host, ahead, load).pass_seconds(point_of(ahead))) == pytest.approx(hidden)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "changes"),
+    [
+        (True, {}),
+        (False, {"async_scheduling": False}),
+        (False, {"overlap": False}),
+        (False, {"weights": Split(0.9, 0.1)}),
+        (False, {"cache": Split(0.9, 0.1)}),
+        (False, {"activations": Split(0, 1)}),
+    ],
+)
+@pytest.mark.parametrize(
+    "others", [{}, {"device": "cpu"}, {"tensor_ranks": 2, "tell_seconds": 1e-6}], ids=["one gpu", "cpu", "two gpus"]
+)
+def test_composing_is_hidden_where_a_pass_lies_on_one_gpu(hidden, changes, others):
+    """As `execution.pipelined.passes_of` runs them."""
+    whole = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 8, 2)
+    policy, load, shape = dataclasses.replace(whole, **changes), PassLoad.prefill(16, 200), public_shape("opt-6.7b")
+    busy, composed = (
+        float(PassModel(shape, small(pass_seconds=each, **others), policy, load).pass_seconds(point_of(policy)))
+        for each in (0.0, 1e-4)
+    )
+    assert composed - busy == pytest.approx(1e-4 * (STREAMED_IN_VIEW if hidden and not others else 1.0))
 
 
 @pytest.mark.parametrize("weights", [Split(1, 0), Split(0, 1)], ids=["resident", "streamed"])
@@ -123,7 +151,7 @@ def test_launch_cost_counts_every_tick():
 def test_launching_is_hidden_where_the_host_waits_for_nothing(weights, overlap, device):
     """More where weights stream and the host waits for nothing; not at all without a GPU, where the same cores compute,
     and without overlap."""
-    policy = Policy(weights, Split(1, 0), Split(1, 0), 8, 2, overlap=overlap)
+    policy = Policy(weights, Split(1, 0), Split(1, 0), 8, 2, overlap=overlap, async_scheduling=False)
     load, shape = PassLoad.prefill(16, 200), public_shape("opt-6.7b")
     hardware = dataclasses.replace(small(), device=device)
     busy = float(PassModel(shape, hardware, policy, load).pass_seconds(point_of(policy)))
@@ -349,7 +377,7 @@ def test_a_sequence_costs_the_host_once_more_when_its_prompt_is_read():
 
 
 def test_every_sequence_costs_the_host():
-    policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 8, 3)
+    policy = Policy(Split(1, 0), Split(1, 0), Split(1, 0), 8, 3, async_scheduling=False)
     load, shape = PassLoad.decode(24, 500) + PassLoad.prefill(2, 100), public_shape("opt-6.7b")
     base = float(PassModel(shape, small(), policy, load).pass_seconds(point_of(policy)))
     assert float(
