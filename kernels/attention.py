@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from flexbatch.kernels.attention_reference import AttentionOptions
 from flexbatch.kernels.code_tiles import LIFT
 from flexbatch.kernels.decode_kernels import decode_kernel
 from flexbatch.kernels.grouped_decode_kernels import grouped_decode_kernel
+from flexbatch.kernels.whole_numbers import next_power_of_2
 
 SMALL_ROWS = 16  # the least height of a tensor core tile; what one decoded token needs when the group is no larger
 MAX_SPLITS = 64
@@ -105,7 +105,7 @@ def paged_attention(
     chosen = AttentionOptions(**options)
     num_tokens, num_heads, head_dim = query.shape
     heads_per_group = num_heads // chosen.num_kv_heads
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
+    out = torch.empty(*query.shape, dtype=query.dtype, device=query.device) if out is None else out
     assert out.is_contiguous(), f"the result must be dense, got strides {out.stride()}"
     if num_tokens == 0:
         return out
@@ -118,11 +118,12 @@ def paged_attention(
     direct = single and words_of(rows, query.dtype, head_dim, chosen)
     grouped = direct and heads_per_group > 1 and grouped_fits(heads_per_group, head_dim, chosen)
     direct = direct and heads_per_group == 1
-    if launch is None:
-        tiled = choose_launch(query.dtype, head_dim, chosen.bits, max_rows, longest)
-        launch = DECODE if direct else GROUPED if grouped else tiled
+    if launch is None and (direct or grouped):
+        launch = DECODE if direct else GROUPED
+    elif launch is None:
+        launch = choose_launch(query.dtype, head_dim, chosen.bits, max_rows, longest)
     direct, grouped = direct and launch.block_m == 1, grouped and launch.block_m == 1
-    one_tile, sequences = max_rows <= launch.block_m or grouped, len(page_table)
+    one_tile, sequences = max_rows <= launch.block_m or grouped, page_table.shape[0]
     tiles = sequences if one_tile else num_tokens * heads_per_group // launch.block_m + sequences
     programs = chosen.num_kv_heads * tiles
     depth = GROUPED_DEPTH if grouped else 4
@@ -152,10 +153,10 @@ def combine_splits(results: Tensor, statistics: Tensor, out: Tensor) -> None:
     """The result of all splits, from `results_of_splits`."""
     if results is out:
         return
-    splits, (num_tokens, num_heads, size) = len(results), out.shape
+    splits, (num_tokens, num_heads, size) = results.shape[0], out.shape
     combine_kernel[(num_tokens * num_heads,)](
-        results, statistics, out, num_tokens * num_heads, SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits),
-        HEAD_DIM=size, BLOCK_D=triton.next_power_of_2(size), num_warps=2,
+        results, statistics, out, num_tokens * num_heads, SPLITS=splits, BLOCK_S=next_power_of_2(splits),
+        HEAD_DIM=size, BLOCK_D=next_power_of_2(size), num_warps=2,
     )  # fmt: skip
 
 
@@ -168,7 +169,7 @@ def _launch_decode(
     decode_kernel[grid](
         query, rows.view(torch.int32), page_table, query_starts, context_lens, target, statistics,
         *(query_starts if x is None else x for x in (options.alibi_slopes, options.sinks)),  # not followed then
-        len(query), query.stride(0), rows.stride(0) // 16, page_table.stride(0), options.scale,
+        query.shape[0], query.stride(0), rows.stride(0) // 16, page_table.stride(0), options.scale,
         SPLIT=grid[1] > 1, ALIBI=options.alibi_slopes is not None, SINKS=options.sinks is not None,
         HEADS=options.num_kv_heads, HEAD_DIM=head_dim, PAGE_TOKENS=options.page_tokens, BITS=options.bits,
         BLOCK_G=max(1, head_dim // group), BLOCK_W=min(group, head_dim) * options.bits // 32, BLOCK_N=launch.block_n,
@@ -185,7 +186,7 @@ def _launch_grouped(
     grouped_decode_kernel[grid](
         query, rows.view(torch.int32), page_table, query_starts, context_lens, target, statistics,
         query_starts if options.sinks is None else options.sinks,  # not followed then
-        len(query), query.stride(0), rows.stride(0) // 16, page_table.stride(0), options.scale, LIFT,
+        query.shape[0], query.stride(0), rows.stride(0) // 16, page_table.stride(0), options.scale, LIFT,
         SPLIT=grid[1] > 1, SINKS=options.sinks is not None,
         product=tl.bfloat16 if query.is_cuda else tl.float32,  # the interpreter has no products of bfloat16
         HEADS=options.num_kv_heads, SHARED=shared, BLOCK_H=8 if shared <= 8 else 16, HEAD_DIM=head_dim,
@@ -201,9 +202,9 @@ def _launch_tiles(
     one_tile: bool,
 ) -> None:  # fmt: skip
     """`attention_kernels`: any query tokens, in tiles of ``launch.block_m`` rows."""
-    (num_tokens, num_heads, head_dim), sequences = query.shape, len(page_table)
+    (num_tokens, num_heads, head_dim), sequences = query.shape, page_table.shape[0]
     kv_heads, page_tokens, masks = options.num_kv_heads, options.page_tokens, options.tree_masks
-    parameters, block_g, block_b = rows, 1, triton.next_power_of_2(max(head_dim, 16))
+    parameters, block_g, block_b = rows, 1, next_power_of_2(max(head_dim, 16))
     if options.bits != 16:
         parameters, block_g, block_b = quantized_view(rows, query.dtype, head_dim, options)
     small = min(SMALL_ROWS, launch.block_m)
@@ -247,7 +248,7 @@ def quantized_view(
 ) -> tuple[Tensor, int, int]:
     """Rows as their parameters' dtype, and the padded numbers of groups of a head and of code bytes of a group.
     Raises ValueError."""
-    bits, group = options.bits, min(options.group, triton.next_power_of_2(head_dim))
+    bits, group = options.bits, min(options.group, next_power_of_2(head_dim))
     code_bytes = 2 * options.num_kv_heads * reference.code_bytes(head_dim, bits)
     if group & (group - 1) or rows.shape[1] % dtype.itemsize or code_bytes % dtype.itemsize:
         raise ValueError(
@@ -256,7 +257,7 @@ def quantized_view(
             f"rows of {rows.shape[1]} bytes, heads of {head_dim} elements at {bits} bits: choose another group or "
             "16 bits"
         )
-    block_g, block_b = triton.next_power_of_2(reference.num_groups(head_dim, group)), group * bits // 8
+    block_g, block_b = next_power_of_2(reference.num_groups(head_dim, group)), group * bits // 8
     while block_g * block_b < 16:  # the least depth of a tensor core tile
         block_g *= 2
     return rows.view(dtype), block_g, block_b

@@ -7,13 +7,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from flexbatch.kernels import coded_linear_kernels as kernels
 from flexbatch.kernels.attention import multiprocessors_of
 from flexbatch.kernels.code_tiles import LIFT
 from flexbatch.kernels.coded_matrix import CodedMatrix
+from flexbatch.kernels.whole_numbers import ceil_div
 
 MOST_TOKENS = 16
 """For which it is faster than `coded_gemm`: the matrices of a layer of Llama-3-8B with 4 bits took an H100 234 us for
@@ -33,9 +33,13 @@ class CodedLaunch:
     depth: int = 4
 
 
+FEW, SOME = CodedLaunch(), CodedLaunch(64, 16, warps=2, depth=6)
+"""For up to 8 tokens, and for more. Of those that were tried (`benchmark.kernel_tuning`), by the matrices of OPT-6.7B
+and Llama-3-8B."""
+
+
 def choose_launch(tokens: int) -> CodedLaunch:
-    """Of those that were tried (`benchmark.kernel_tuning`), by the matrices of OPT-6.7B and Llama-3-8B."""
-    return CodedLaunch() if tokens <= 8 else CodedLaunch(64, 16, warps=2, depth=6)
+    return FEW if tokens <= 8 else SOME
 
 
 def choose_splits(
@@ -55,13 +59,13 @@ def coded_linear(
     splits: int = 0,
 ) -> Tensor:
     """`CodedMatrix.linear` of x [tokens, columns]. ``launch``, ``splits``: by the shapes unless given."""
-    (tokens, columns), rows, groups = x.shape, len(matrix.codes), matrix.parameters.shape[1]
+    (tokens, columns), (rows, groups, _) = x.shape, matrix.parameters.shape
     out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     if not tokens:
         return out
     assert x.stride(1) == 1 and matrix.codes.is_contiguous() and matrix.parameters.is_contiguous()
     launch = launch or choose_launch(tokens)
-    blocks = triton.cdiv(rows, launch.rows) * triton.cdiv(tokens, launch.tokens)
+    blocks = ceil_div(rows, launch.rows) * ceil_div(tokens, launch.tokens)
     per_step = math.gcd(groups, launch.per_step)
     splits = splits or choose_splits(blocks, groups // per_step, multiprocessors_of(x.device), launch.depth)
     arranged = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
@@ -72,8 +76,8 @@ def coded_linear(
         x, arranged, sums, arrivals, tokens, columns, x.stride(0), blocks, BITS=matrix.bits, GROUP=matrix.group,
         num_warps=1,
     )  # fmt: skip
-    kernels.coded_linear_kernel[triton.cdiv(rows, launch.rows), splits, triton.cdiv(tokens, launch.tokens)](
-        arranged, sums, matrix.codes.view(torch.int32), matrix.parameters.view(torch.int32).view(rows, groups),
+    kernels.coded_linear_kernel[ceil_div(rows, launch.rows), splits, ceil_div(tokens, launch.tokens)](
+        arranged, sums, matrix.words, matrix.parameters.view(torch.int32).view(rows, groups),
         arranged if bias is None else bias,  # not followed then
         partial, arrivals, out, tokens, rows, columns, LIFT, BIASED=bias is not None, BITS=matrix.bits,
         GROUP=matrix.group, BLOCK_R=launch.rows, BLOCK_T=launch.tokens, PER_STEP=per_step, SPLITS=splits,

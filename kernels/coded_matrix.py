@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,6 +23,11 @@ class CodedMatrix:
     parameters: Tensor
     bits: int
     group: int
+
+    @cached_property
+    def words(self) -> Tensor:
+        """The codes as 32-bit words, which kernels on a GPU read."""
+        return self.codes.view(torch.int32)
 
     @property
     def columns(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flexbatch.kernels import expert_kernels
 from flexbatch.kernels.expert_codes import ExpertStacks, GatedActivation
+from flexbatch.kernels.whole_numbers import ceil_div, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ def expert_mlp(
     if not chosen.numel():
         return out
     routed, top_k = routed_rows(x, chosen, gate_up, down, gate, biases, launch), chosen.shape[1]
-    block = min(1024, triton.next_power_of_2(x.shape[1]))
-    expert_kernels.weighted_kernel[len(x), triton.cdiv(x.shape[1], block)](
+    block = min(1024, next_power_of_2(x.shape[1]))
+    expert_kernels.weighted_kernel[len(x), ceil_div(x.shape[1], block)](
         routed, shares.contiguous(), out, x.shape[1], CHOICES=top_k, BLOCK=block
     )
     return out
@@ -136,8 +137,8 @@ def tiles_of(experts: Tensor, num_experts: int, tokens: int) -> tuple[Tensor, Te
     ends = torch.searchsorted(ordered, numbers, right=True)
     most = len(experts) // tokens + min(len(experts), num_experts)
     tiles = torch.empty(most, 3, dtype=torch.int32, device=experts.device)
-    expert_kernels.tiles_kernel[(triton.cdiv(most, BLOCK_TILES),)](
-        ends, tiles, most, num_experts, BLOCK_TOKENS=tokens, BLOCK_EXPERTS=triton.next_power_of_2(num_experts),
+    expert_kernels.tiles_kernel[(ceil_div(most, BLOCK_TILES),)](
+        ends, tiles, most, num_experts, BLOCK_TOKENS=tokens, BLOCK_EXPERTS=next_power_of_2(num_experts),
         BLOCK_TILES=BLOCK_TILES,
     )  # fmt: skip
     return order, tiles
@@ -157,7 +158,7 @@ def gate_up_rows(
     both, columns = stacks.shape
     assert x.shape[1] == columns and x.is_contiguous(), (x.shape, columns)
     inner = x.new_empty(len(order), both // 2)
-    programs = len(tiles) * triton.cdiv(both // 2, launch.rows // 2)
+    programs = len(tiles) * ceil_div(both // 2, launch.rows // 2)
     expert_kernels.gate_up_kernel[(programs,)](
         halves(x) if stacks.in_halves else x, inner, stacks.addresses, biases, order, tiles, len(tiles),
         stacks.num_experts, both // 2, columns, gate.gain, gate.limit, REPEATED=len(order) // len(x),
@@ -173,7 +174,7 @@ def down_rows(
     """Rows of ``inner``, sorted by expert, times the matrices of their experts: [R, H] in the order from before."""
     size, columns = stacks.shape
     out = inner.new_empty(len(order), size)
-    programs = len(tiles) * triton.cdiv(size, launch.rows)
+    programs = len(tiles) * ceil_div(size, launch.rows)
     expert_kernels.down_kernel[(programs,)](
         inner, out, stacks.addresses, biases, order, tiles, len(tiles), stacks.num_experts, size, columns,
         **_options(stacks, biases, launch, inner),

@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from flexbatch.kernels import latent_reference, quant, reference
 from flexbatch.kernels.attention import choose_splits, combine_splits, multiprocessors_of, results_of_splits
 from flexbatch.kernels.latent_kernels import latent_kernel
 from flexbatch.kernels.latent_reference import LatentOptions
+from flexbatch.kernels.whole_numbers import next_power_of_2
 
 TILE_ROWS = 16
 """Query rows of a tile: with 512 elements of a result each they take half of a multiprocessor's registers."""
@@ -73,8 +73,8 @@ def latent_attention(
         0 if masks is None else masks.stride(0), chosen.scale * 1.4426950408889634,
         HEADS=num_heads, WIDTH=width, VALUES=values, PAGE_TOKENS=chosen.page_tokens, BITS=chosen.bits,
         GROUP=chosen.group, SPLIT=splits > 1, TREE=masks is not None, BLOCK_M=TILE_ROWS,
-        BLOCK_N=WIDE_TILE_KEYS if wide else TILE_KEYS, BLOCK_V=max(16, triton.next_power_of_2(values)),
-        BLOCK_R=max(16, triton.next_power_of_2(width - values)), num_warps=4, num_stages=1 if wide else 2,
+        BLOCK_N=WIDE_TILE_KEYS if wide else TILE_KEYS, BLOCK_V=max(16, next_power_of_2(values)),
+        BLOCK_R=max(16, next_power_of_2(width - values)), num_warps=4, num_stages=1 if wide else 2,
     )  # fmt: skip
     combine_splits(target, statistics, out)
     return out

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flexbatch.kernels.launched import launched
 from flexbatch.kernels.low_rank_reference import TILE_TOKENS
+from flexbatch.kernels.whole_numbers import ceil_div
 
 BLOCK_RANK, BLOCK_INPUT, BLOCK_OUTPUT = 16, 128, 128
 
@@ -144,11 +145,11 @@ def low_rank_update(
     if not len(order) or not len(tiles):
         return
     inner = torch.empty(len(order), max_rank, dtype=down.dtype, device=x.device)
-    _down_kernel[len(tiles), triton.cdiv(max_rank, BLOCK_RANK)](
+    _down_kernel[len(tiles), ceil_div(max_rank, BLOCK_RANK)](
         x, down, inner, segments, order, tiles, down.shape[1], x.stride(0), max_rank,
         PARTS=parts, GATHER=gather, BLOCK_T=TILE_TOKENS, BLOCK_R=BLOCK_RANK, BLOCK_K=BLOCK_INPUT,
     )  # fmt: skip
-    _up_kernel[len(tiles), triton.cdiv(out.shape[1], BLOCK_OUTPUT), parts](
+    _up_kernel[len(tiles), ceil_div(out.shape[1], BLOCK_OUTPUT), parts](
         out, inner, up, segments, scales, sections, order, tiles, out.stride(0), max_rank,
         PARTS=parts, BLOCK_T=TILE_TOKENS, BLOCK_R=BLOCK_RANK, BLOCK_N=BLOCK_OUTPUT,
     )  # fmt: skip
@@ -168,7 +169,7 @@ def replace_columns(
     """`low_rank_reference.replace_columns`."""
     if not len(order) or not len(tiles):
         return
-    _columns_kernel[len(tiles), triton.cdiv(max_rows, BLOCK_OUTPUT)](
+    _columns_kernel[len(tiles), ceil_div(max_rows, BLOCK_OUTPUT)](
         out, x, rows, rows if bias is None else bias, segments, columns, order, tiles, rows.shape[1], out.stride(0),
         x.stride(0), HAS_BIAS=bias is not None, BLOCK_T=TILE_TOKENS, BLOCK_R=BLOCK_OUTPUT, BLOCK_K=BLOCK_INPUT,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flexbatch.kernels.launched import launched
 from flexbatch.kernels.mxfp4_reference import BLOCK
+from flexbatch.kernels.whole_numbers import ceil_div
 
 TILE_BYTES = 2048
 """Code bytes of a program."""
@@ -52,7 +53,7 @@ def expand(codes: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None
     out = torch.empty(shape, dtype=dtype, device=codes.device) if out is None else out
     assert codes.is_contiguous() and scales.is_contiguous() and out.is_contiguous(), "MXFP4 is expanded in one piece"
     if codes.numel():
-        _expand_kernel[(triton.cdiv(codes.numel(), TILE_BYTES),)](
+        _expand_kernel[(ceil_div(codes.numel(), TILE_BYTES),)](
             codes, scales, out, codes.numel(), BLOCK=BLOCK, TILE=TILE_BYTES
         )
     return out

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexbatch.kernels.launched import launched
+from flexbatch.kernels.whole_numbers import ceil_div, next_power_of_2
 
 
 @launched
@@ -153,11 +154,11 @@ def _norm(
     offset: float,
     wide: bool,
 ) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
     inner, x_outer, x_inner = _outer_inner(x)
     _, residual_outer, residual_inner = _outer_inner(x if residual is None else residual)
     size = x.shape[-1]
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     if x.numel():
         _norm_kernel[(x.numel() // size,)](
             x, x if residual is None else residual, x if weight is None else weight, x if bias is None else bias, out,
@@ -208,8 +209,8 @@ def rotary(
         _rotary_kernel[(num_tokens,)](
             query, key, cos, sin, positions, query.stride(0), key.stride(0), cos.stride(0),
             HEADS=num_heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, HALF=rotary_dim // 2, INTERLEAVED=interleaved,
-            BLOCK_H=triton.next_power_of_2(num_heads), BLOCK_KV=triton.next_power_of_2(kv_heads),
-            BLOCK_P=triton.next_power_of_2(rotary_dim // 2),
+            BLOCK_H=next_power_of_2(num_heads), BLOCK_KV=next_power_of_2(kv_heads),
+            BLOCK_P=next_power_of_2(rotary_dim // 2),
         )  # fmt: skip
 
 
@@ -217,9 +218,9 @@ def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
     """`reference.gated_activation`."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, size, dtype=gate_up.dtype, device=gate_up.device)
-    block = min(2048, triton.next_power_of_2(size))
+    block = min(2048, next_power_of_2(size))
     if rows:
-        _gated_kernel[(rows, triton.cdiv(size, block))](
+        _gated_kernel[(rows, ceil_div(size, block))](
             gate_up, out, size, gate_up.stride(0), ACTIVATION=activation, BLOCK=block
         )
     return out
@@ -229,9 +230,7 @@ def clamped_gate(gate_up: Tensor, gain: float, limit: float) -> Tensor:
     """`reference.clamped_gate`."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, size, dtype=gate_up.dtype, device=gate_up.device)
-    block = min(2048, triton.next_power_of_2(size))
+    block = min(2048, next_power_of_2(size))
     if rows:
-        _clamped_kernel[(rows, triton.cdiv(size, block))](
-            gate_up, out, size, gate_up.stride(0), gain, limit, BLOCK=block
-        )
+        _clamped_kernel[(rows, ceil_div(size, block))](gate_up, out, size, gate_up.stride(0), gain, limit, BLOCK=block)
     return out

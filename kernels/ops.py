@@ -133,7 +133,7 @@ def linear(x: Tensor, matrix: Tensor | coded_matrix.CodedMatrix, bias: Tensor | 
     if x.is_cuda:
         from flexbatch.kernels import coded_gemm, coded_linear
 
-        few = len(x) <= coded_linear.MOST_TOKENS
+        few = x.shape[0] <= coded_linear.MOST_TOKENS
         return (coded_linear.coded_linear if few else coded_gemm.coded_gemm)(x, matrix, bias)
     form = matrix.bits, matrix.group, matrix.columns, x.element_size(), "cpu"
     if _compiled(x.dtype) and coded_matrix.multiplied(*form):

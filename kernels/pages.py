@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexbatch.kernels.launched import launched
+from flexbatch.kernels.whole_numbers import next_power_of_2
 
 NUM_PROGRAMS = 8
 TILE_BYTES = 16384
@@ -44,18 +45,23 @@ def _copy_kernel(
         tl.store(written, tl.load(read, mask=mask, eviction_policy="evict_first"), mask=mask)
 
 
-def _as_words(x: Tensor, width: int) -> Tensor:
-    """Rows of ``x`` as integers of ``width`` bytes."""
-    flat = x.view(x.shape[0], -1)
-    return flat.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[width])
+WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+"""By bytes."""
 
 
-def _word_bytes(*tensors: Tensor) -> int:
+def _rows(x: Tensor) -> Tensor:
+    """``x`` as [rows, elements of a row]."""
+    rows = x if x.dim() == 2 else x.view(x.shape[0], -1)
+    assert rows.stride(1) == 1 or rows.shape[1] == 1, f"a row must be contiguous, got strides {x.stride()}"
+    return rows
+
+
+def _word_bytes(source: Tensor, destination: Tensor) -> int:
     """The widest integer that divides every row, its offset and the distance of rows. Loads of 16 bytes are two of
     8."""
     bits = 8
-    for x in tensors:
-        bits |= x.data_ptr() | x.stride(0) * x.element_size() | x[:1].numel() * x.element_size()
+    for x in (source, destination):
+        bits |= x.data_ptr() | (x.stride(0) | x.shape[1]) * x.element_size()
     return bits & -bits
 
 
@@ -68,17 +74,18 @@ def _copy(
     tile_bytes: int = TILE_BYTES,
     num_warps: int = NUM_WARPS,
 ) -> None:
-    assert source[:1].is_contiguous() and destination[:1].is_contiguous(), "a row must be contiguous"
-    if len(indices) == 0:
+    count = indices.shape[0]
+    if count == 0:
         return
+    source, destination = _rows(source), _rows(destination)
     width = _word_bytes(source, destination)
-    source, destination = _as_words(source, width), _as_words(destination, width)
+    source, destination = source.view(WORDS[width]), destination.view(WORDS[width])
     words = source.shape[1]
     assert words == destination.shape[1], f"rows of {words * width} and {destination.shape[1] * width} bytes"
-    block_words = min(triton.next_power_of_2(words), tile_bytes // width)
+    block_words = min(next_power_of_2(words), tile_bytes // width)
     block_rows = tile_bytes // width // block_words
     _copy_kernel[(num_programs,)](
-        source, destination, indices, len(indices), source.stride(0), destination.stride(0),
+        source, destination, indices, count, source.stride(0), destination.stride(0),
         GATHER=gather, WORDS=words, BLOCK_ROWS=block_rows, BLOCK_WORDS=block_words, num_warps=num_warps,
     )  # fmt: skip
 
@@ -122,8 +129,7 @@ def copy_parts(source: Tensor, target: Tensor, parts: Tensor, wanted: Tensor, wo
     order, count = mine.argsort(descending=True, stable=True), mine.sum(dtype=torch.int32)
     address = source.data_ptr() | target.data_ptr()
     word = min(word, address & -address)
-    kind = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[word]
-    source, target = (x[: x.numel() // word * word].view(kind) for x in (source, target))
+    source, target = (x[: x.numel() // word * word].view(WORDS[word]) for x in (source, target))
     _parts_kernel[(PART_PROGRAMS,)](
         source, target, parts, order, count, WORD=word, BLOCK=TILE_BYTES // word, num_warps=NUM_WARPS
     )

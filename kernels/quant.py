@@ -10,6 +10,7 @@ elements or bytes of a group].
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from flexbatch.kernels import reference
 from flexbatch.kernels.launched import launched
+from flexbatch.kernels.whole_numbers import ceil_div, next_power_of_2
 
 TILE_BYTES = 2048
 """Code bytes of a tile."""
@@ -170,14 +172,15 @@ def _whole(size: int, bits: int, group: int, block_b: int) -> bool:
     return size % group == 0 and block_b * 8 // bits == group
 
 
+@functools.cache
 def _tile(size: int, bits: int, group: int, tile_bytes: int = TILE_BYTES) -> tuple[int, int, int]:
     """Vectors, groups and code bytes per group of a tile of about ``tile_bytes``. Raises ValueError."""
     if bits == 4 and group % 2:
         raise ValueError(
             f"4-bit codes on the GPU need groups of an even number of elements, got {group}: two codes share a byte"
         )
-    block_b = triton.next_power_of_2(-(-min(group, size) * bits // 8))
-    block_g = min(triton.next_power_of_2(reference.num_groups(size, group)), max(1, tile_bytes // block_b))
+    block_b = next_power_of_2(-(-min(group, size) * bits // 8))
+    block_g = min(next_power_of_2(reference.num_groups(size, group)), max(1, tile_bytes // block_b))
     return max(1, tile_bytes // (block_b * block_g)), block_g, block_b
 
 
@@ -192,7 +195,7 @@ def quantize(x: Tensor, bits: int, group: int, launch: QuantizeLaunch | None = N
     parameters = torch.empty(vectors, groups, 2, dtype=x.dtype, device=x.device)
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     block_v, block_g, block_b = _tile(size, bits, group, launch.tile_bytes)
-    _quantize_kernel[(triton.cdiv(vectors, block_v), triton.cdiv(groups, block_g), 1)](
+    _quantize_kernel[(ceil_div(vectors, block_v), ceil_div(groups, block_g), 1)](
         flat, flat, codes, parameters, codes, vectors, size, flat.stride(0), code_bytes, 2 * groups, 0, 0, 0,
         HEADS=1, HEAD_CODES=0, HEAD_PARAMETERS=0, SLOTS=False, BITS=bits, GROUP=group,
         BLOCK_V=block_v, BLOCK_G=block_g, BLOCK_B=block_b, WHOLE=_whole(size, bits, group, block_b),
@@ -210,7 +213,7 @@ def dequantize(
     codes, parameters = codes.reshape(-1, codes.shape[-1]), parameters.reshape(-1, *parameters.shape[-2:])
     flat, vectors = out.view(-1, size), len(codes)
     block_v, block_g, block_b = _tile(size, bits, group)
-    _dequantize_kernel[(triton.cdiv(vectors, block_v), triton.cdiv(reference.num_groups(size, group), block_g))](
+    _dequantize_kernel[(ceil_div(vectors, block_v), ceil_div(reference.num_groups(size, group), block_g))](
         codes, parameters, flat, vectors, size, codes.stride(0), parameters.stride(0), flat.stride(0),
         BITS=bits, GROUP=group, BLOCK_V=block_v, BLOCK_G=block_g, BLOCK_B=block_b, enable_fp_fusion=False,
     )  # fmt: skip
@@ -227,7 +230,7 @@ def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: i
     if num_tokens == 0:
         return
     if bits == 16:
-        size, block = heads * head_dim, triton.next_power_of_2(heads * head_dim)
+        size, block = heads * head_dim, next_power_of_2(heads * head_dim)
         assert rows.stride()[1:] == (size, head_dim, 1), f"token rows must be dense, got strides {rows.stride()}"
         _store_kernel[(num_tokens,)](
             key, value, rows, slots, key.stride(0), value.stride(0), rows.stride(0),
@@ -243,7 +246,7 @@ def append_rows(rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, bits: i
         )
     block_v, block_g, block_b = _tile(head_dim, bits, group)
     assert block_g >= groups, f"{groups} groups of a head do not fit one tile"
-    _quantize_kernel[(triton.cdiv(num_tokens * heads, block_v), 1, 2)](
+    _quantize_kernel[(ceil_div(num_tokens * heads, block_v), 1, 2)](
         key, value, rows, rows.view(key.dtype), slots, num_tokens * heads, head_dim,
         key.stride(0), rows.stride(0), rows.stride(0) // width,
         heads * codes, 2 * heads * codes // width, heads * groups * 2,

@@ -17,6 +17,7 @@ from torch import Tensor
 from flexbatch.kernels import quant, reference
 from flexbatch.kernels.launched import launched
 from flexbatch.kernels.quant import _code
+from flexbatch.kernels.whole_numbers import ceil_div, next_power_of_2
 
 TILE_ELEMENTS = 2048
 
@@ -85,10 +86,10 @@ def fit(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     _, plain = quant.quantize(x, bits, group)
     codes = torch.empty(rows, -(-size * bits // 8), dtype=torch.uint8, device=x.device)
     parameters = torch.empty_like(plain)
-    elements = triton.next_power_of_2(group)
+    elements = next_power_of_2(group)
     block = max(1, TILE_ELEMENTS // elements)
     shrinks = torch.tensor(reference.FIT_SHRINKS, device=x.device)
-    _fit_kernel[(triton.cdiv(rows * groups, block),)](
+    _fit_kernel[(ceil_div(rows * groups, block),)](
         x, plain, shrinks, codes, parameters, rows * groups, size, x.stride(0), codes.stride(0), groups,
         GROUP=group, ELEMENTS=elements, BLOCK=block, BITS=bits, SHRINKS=len(reference.FIT_SHRINKS),
         STEPS=reference.FIT_STEPS,

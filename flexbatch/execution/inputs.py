@@ -135,7 +135,7 @@ class MicroBatchInputs:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        return self.token_ids.shape[0]
 
     @property
     def decodes(self) -> bool:

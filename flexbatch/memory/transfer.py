@@ -57,7 +57,7 @@ class EventHandle:
         self.event, self.device = event, device
 
     def wait(self) -> None:
-        current_stream(self.device).wait_event(self.event)
+        self.event.wait(current_stream(self.device))
 
     def synchronize(self) -> None:
         self.event.synchronize()
@@ -258,9 +258,11 @@ class TransferQueues:
         waits for must not wait behind them: a page table, an attention output, or what has come from the disk. So a
         kernel reads it.
         """
-        row_bytes = source[0].numel() * source.element_size() if len(source) else 0
-        if self.device.type == "cuda" and row_bytes and row_bytes % ROW_BYTES == 0 and len(source) <= len(self.row_ids):
-            ops.gather_pages(source, self.row_ids[: len(source)], target)
+        count = source.shape[0]
+        row_bytes = source.nbytes // count if count else 0
+        by_kernel = self.device.type == "cuda" and row_bytes and row_bytes % ROW_BYTES == 0
+        if by_kernel and count <= self.row_ids.shape[0]:
+            ops.gather_pages(source, self.row_ids[:count], target)
         else:
             target.copy_(source, non_blocking=True)
 
