@@ -139,6 +139,8 @@ def derived(card: Card, host: Host, measured: Hardware) -> Hardware:
         gpu_bandwidth=measured.gpu_bandwidth * memory,
         attention_decode=measured.attention_decode * memory,
         attention_prefill=measured.attention_prefill * matrix,
+        prompt_expand_8=measured.prompt_expand_8 * matrix,
+        prompt_expand_4=measured.prompt_expand_4 * matrix,
         attention_expand=measured.attention_expand * memory,
         expand=measured.expand * memory,
         cpu_attention=attention,

@@ -1,5 +1,5 @@
 """Seconds of attention on a GPU, by the kernel that a cache and its heads have: the profile measures heads of 128
-elements that nothing shares, single tokens over 16 and 4 bits and prompts over 16."""
+elements that nothing shares, single tokens over 16 and 4 bits and prompts over 16, 8 and 4."""
 
 from __future__ import annotations
 
@@ -53,14 +53,28 @@ def decode_seconds(
 
 
 def prompt_seconds(
-    shape: ModelShape, hardware: Hardware, cache_bits: int, pairs: np.ndarray, tokens: np.ndarray
+    shape: ModelShape, hardware: Hardware, cache_bits: int, pairs: np.ndarray, tokens: np.ndarray, launches: int = 1
 ) -> np.ndarray:
-    """Of a layer whose prompt tokens see so many keys, each its own: products, and where the cache is quantized
-    expanding it for every tile of query rows, whose last tile of keys is half empty."""
+    """Of a layer whose prompt tokens see so many keys, each its own, in so many launches: their beginnings, products,
+    and where the cache is quantized expanding it for every tile of query rows, whose last tile of keys is half
+    empty."""
     flops = 4.0 * shape.num_heads * shape.head_dim * pairs
-    seconds = flops / hardware.attention_prefill * padding(shape, hardware)
+    products = flops / hardware.attention_prefill * padding(shape, hardware)
+    begun = launches * (np.asarray(tokens) > 0)
     if cache_bits == 16 or hardware.device != "cuda" or shape.cache_sides == 1:
-        return np.asarray(seconds)
-    read = (pairs + TILE_KEYS / 2 * tokens) * shape.num_heads / shape.num_kv_heads / TILE_ROWS * shape.token_bytes(16)
-    tiles = TILES_OVER_CODES * padding(shape, hardware)
-    return np.asarray(seconds + read / hardware.quantized_attention * tiles)
+        return np.asarray(products + begun * hardware.prompt_start_seconds)
+    measured = hardware.prompt_expand_8 if cache_bits == 8 else hardware.prompt_expand_4
+    rate = measured or hardware.quantized_attention / TILES_OVER_CODES
+    start = hardware.prompt_expand_8_start_seconds if cache_bits == 8 else hardware.prompt_expand_4_start_seconds
+    read = expanded_for_prompts(shape, pairs, tokens) * padding(shape, hardware)
+    return np.asarray(products + begun * start + read / rate)
+
+
+def expanded_for_prompts(shape: ModelShape, pairs: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Bytes, counted at 16 bits."""
+    return tile_keys(pairs, tokens) * shape.num_heads / shape.num_kv_heads * shape.token_bytes(16)
+
+
+def tile_keys(pairs: float | np.ndarray, tokens: float | np.ndarray) -> np.ndarray:
+    """Keys that tiles of query rows load together, of prompt tokens whose heads share none and see so many."""
+    return np.asarray((pairs + TILE_KEYS / 2 * tokens) / TILE_ROWS)

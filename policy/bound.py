@@ -25,6 +25,7 @@ from flexbatch.policy.lp import LinearProgram, add_shares, column, fixed_fractio
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import PROMPT_FIELDS, Lengths, PassLoad, steady_load
 from flexbatch.policy.policy import TIERS, Constraints, Policy, Split
+from flexbatch.policy.stage import FIRST_PAGES
 from flexbatch.policy.units import GIB
 from flexbatch.policy.workload import Workload
 
@@ -126,6 +127,10 @@ def ideal_machine(hardware: Hardware, weight_bits: int) -> Hardware:
         "expand_seconds",
         "expand_start_seconds",
         "request_seconds",
+        "prompt_token_seconds",
+        "prompt_start_seconds",
+        "prompt_expand_8_start_seconds",
+        "prompt_expand_4_start_seconds",
         "sequence_seconds",
         "away_sequence_seconds",
         "cpu_attention_seconds",
@@ -143,7 +148,7 @@ def ideal_machine(hardware: Hardware, weight_bits: int) -> Hardware:
 
 def rows_of(model: PassModel) -> dict[str, np.ndarray]:
     """Seconds of a pass by what takes them, over all layers."""
-    stages = model.stages
+    stages = [stage for stage in model.stages if stage.name != FIRST_PAGES]
     return {name: total(stage.count * stage.seconds[name] for stage in stages) for name in stages[0].seconds}
 
 

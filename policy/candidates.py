@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from flexbatch.policy.affine import affine, evaluate, total
-from flexbatch.policy.cost import PassModel, together
+from flexbatch.policy.beside import together
+from flexbatch.policy.cost import PassModel
 from flexbatch.policy.layer_window import LayerWindow
 from flexbatch.policy.lp import Solution, StageTimes
 from flexbatch.policy.plan import Plan

@@ -19,6 +19,7 @@ import functools
 import numpy as np
 
 from flexbatch.policy.affine import COLUMNS, KINDS, RESIDENT, evaluate, slowest, total
+from flexbatch.policy.beside import IN_VIEW, STREAMED_IN_VIEW, WAITING_IN_VIEW, together
 from flexbatch.policy.collectives import head_launch_seconds, sum_seconds, sums_of_pass, telling_seconds
 from flexbatch.policy.decode_graphs import LAUNCHES_OF_EXPERTS, recorded_sequences, runs_graphs
 from flexbatch.policy.expansion import in_codes
@@ -29,7 +30,9 @@ from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.piece_graphs import piece_buckets, tokens_of
 from flexbatch.policy.policy import Policy
-from flexbatch.policy.stages import SERIAL, PassStages, RecordedLoad, Stage
+from flexbatch.policy.recorded_load import RecordedLoad, apart
+from flexbatch.policy.stage import Stage
+from flexbatch.policy.stages import SERIAL, PassStages
 
 RESOURCES = (
     *("h2d", "d2h", "disk_read", "disk_write", "gpu_compute", "gpu_memory"),
@@ -51,18 +54,6 @@ JOINT: dict[str, tuple[str, ...]] = {
 }
 """Rows where resources slow each other or take turns, and these resources."""
 ROWS = RESOURCES + tuple(JOINT)
-
-
-IN_VIEW, STREAMED_IN_VIEW = 0.25, 0.1
-"""The share of the shorter of launching and of what is launched that shows beside the longer one: where everything is
-on the GPU or the host waits on its way, for the CPU's attention and experts or the disk; and where it waits for nothing
-before a pass is launched, nor for the pass before. The first is fitted to 3,900 passes of 30 jobs on two H200 machines,
-composed one by one: with all of it in view (launching on top) jobs were 8 and 12 % off, with this 4."""
-
-
-def together(launching: np.ndarray, busy: np.ndarray, in_view: float | np.ndarray) -> np.ndarray:
-    """Seconds of launching and of what is launched, one beside the other."""
-    return np.maximum(launching, busy) + in_view * np.minimum(launching, busy)
 
 
 class PassModel:
@@ -102,6 +93,7 @@ class PassModel:
         recorded = RecordedLoad(
             tokens=np.where(self.in_graphs, sequences, pieced),
             attended=np.where(self.in_graphs, sequences, self.load.decode_sequences),
+            pieces=self.in_pieces,
         )
         return PassStages(self.shape, self.hardware, self.policy, self.load, self.hits, recorded).stages()
 
@@ -116,16 +108,20 @@ class PassModel:
     @property
     def host_seconds(self) -> np.ndarray:
         """Composing a pass, telling other ranks of it, sampling, committing; and what a sequence costs once, in the
-        pass that completes its prompt."""
+        pass that completes its prompt, and for each token of that."""
         hardware, finished = self.hardware, np.asarray(self.load.finished_prompts)
         each = hardware.sequence_seconds * (self.load.decode_sequences + finished)
+        read = hardware.prompt_token_seconds * np.asarray(self.load.prompt_tokens)
         once = hardware.pass_seconds + telling_seconds(self.shape, hardware)
-        return once + each + hardware.request_seconds * finished
+        return once + each + hardware.request_seconds * finished + read
 
     def composed(self, point: np.ndarray) -> np.ndarray:
-        """What the host does once in each pass at a placement, which nothing hides unless it `goes_ahead`."""
+        """What the host does once in each pass at a placement, which nothing hides unless it `goes_ahead`. Of pieces
+        the first is launched while the GPU has nothing to do, unless the pass before still runs."""
         away = np.asarray(self.load.decode_sequences) * (1 - point[COLUMNS["cache_gpu"]])
-        return self.host_seconds + away * self.hardware.away_sequence_seconds
+        alone = self.on_gpu(point) and not self.may_go_ahead
+        first = self.in_pieces * self.hardware.piece_seconds if alone else 0.0
+        return self.host_seconds + away * self.hardware.away_sequence_seconds + first
 
     @property
     def tick_seconds(self) -> np.ndarray:
@@ -173,10 +169,18 @@ class PassModel:
         few = self.tokens <= max(buckets, default=0)
         return self.graphs & (self.hardware.piece_seconds > 0) & few & ~self.in_graphs
 
+    def apart_launch_seconds(self, share: float) -> np.ndarray:
+        """Per tick, where so large a share of the cache is on the GPU: attention for prompts is launched by itself."""
+        decoding = np.asarray(self.load.decode_sequences) * share
+        return apart(decoding, np.asarray(self.load.prompt_tokens), self.batches) * self.hardware.launched_seconds(
+            "apart"
+        )
+
     @property
-    def piece_launch_seconds(self) -> float:
+    def piece_launch_seconds(self) -> np.ndarray:
         """Of a pass in pieces."""
-        return (self.shape.num_layers + 1) * self.hardware.piece_seconds
+        layers = self.shape.num_layers
+        return (layers + 1) * self.hardware.piece_seconds + layers * self.apart_launch_seconds(1.0)
 
     def launched(self, point: np.ndarray) -> np.ndarray:
         """Seconds of launching in each pass at a placement, composing it included, whatever hides it."""
@@ -195,7 +199,8 @@ class PassModel:
     def _ticks(self, point: np.ndarray) -> np.ndarray:
         """Seconds of launching the ticks of each pass at a placement."""
         if self.on_gpu(point):
-            other = np.where(self.in_pieces, self.piece_launch_seconds, self.tick_seconds)
+            plain = self.tick_seconds + self.shape.num_layers * self.batches * self.apart_launch_seconds(1.0)
+            other = np.where(self.in_pieces, self.piece_launch_seconds, plain)
             head = head_launch_seconds(self.shape, self.hardware, np.asarray(self.load.decode_sequences))
             return np.where(self.in_graphs, head, other)  # the layers by the GPU
         each = np.asarray(self._extra_launch_seconds(point))
@@ -203,24 +208,29 @@ class PassModel:
 
     def in_view(self, point: np.ndarray) -> np.ndarray:
         """The share of the shorter of launching and of what is launched that the longer one does not hide: all of it
-        where nothing overlaps."""
+        where nothing overlaps, and nothing of pieces behind the first."""
         if self.hardware.device != "cuda" or not self.policy.overlap:
             return np.asarray(1.0)
-        waits = ("cpu_attention", "cpu_experts", "weights_disk", "cache_disk")
         if self.goes_ahead(point):
             return np.asarray(STREAMED_IN_VIEW)
-        if self.on_gpu(point) or any(point[COLUMNS[name]] > RESIDENT for name in waits):
-            return np.asarray(IN_VIEW)
+        if self.on_gpu(point):
+            return np.where(self.in_pieces, 0.0, IN_VIEW)
+        waits = ("cpu_attention", "cpu_experts", "weights_disk", "cache_disk")
+        if any(point[COLUMNS[name]] > RESIDENT for name in waits):
+            return np.asarray(WAITING_IN_VIEW)
         return np.asarray(STREAMED_IN_VIEW)
 
     @property
     def least_in_view(self) -> float:
         """At any placement."""
+        if np.any(self.in_pieces) and not self.may_go_ahead:
+            return 0.0
         return STREAMED_IN_VIEW if self.hardware.device == "cuda" and self.policy.overlap else 1.0
 
     def _extra_launch_seconds(self, point: np.ndarray) -> np.ndarray:
         """Per tick: what a placement with streamed weights, hidden states that leave the GPU, or cache that is attended
-        from staging, has the host launch besides; where a part of the cache is on the GPU, attention a second time."""
+        from staging or by the CPU, has the host launch besides; where a part of the cache is on the GPU, attention a
+        second time. One micro-batch alone waits for the CPU, and a row of its own has what that takes."""
         weights_gpu, cache_gpu, activations_gpu, cpu_attention = (
             point[COLUMNS[name]] for name in ("weights_gpu", "cache_gpu", "activations_gpu", "cpu_attention")
         )
@@ -232,7 +242,10 @@ class PassModel:
         seconds = self.hardware.launched_seconds
         moved = (("fetch", weights_gpu), ("activations", activations_gpu))
         away = sum(seconds(what) for what, on_gpu in moved if 1 - on_gpu > RESIDENT)
-        return np.where(staged, calls * seconds("staging"), 0.0) + away
+        sent = cpu_attention > RESIDENT and self.batches > 1 and self.policy.overlap
+        attended = sent * (np.asarray(self.load.decode_sequences) > 0) * seconds("attended")
+        near = self.apart_launch_seconds(cache_gpu) if cache_gpu > RESIDENT else 0.0
+        return np.where(staged, calls * seconds("staging"), 0.0) + away + attended + near
 
     def busy_seconds(self, point: np.ndarray) -> np.ndarray:
         """Of each pass at a placement, the slowest row of every stage."""

@@ -45,7 +45,7 @@ class Hardware:
     attention_decode: float
     """Bytes of cache a second that attention reads for single query tokens."""
     attention_prefill: float
-    """FLOP/s of attention for prompt chunks."""
+    """FLOP/s of attention for prompt chunks, beside ``prompt_start_seconds``."""
     expand: float
     """Expansion of quantized weights: bytes read plus written a second."""
     cpu_attention: Curve
@@ -73,6 +73,8 @@ class Hardware:
     out one after another (graphs of OPT-1.3B, 4 bits, on an H100: 0.014 to 0.027 ms a layer)."""
     request_seconds: float = 0.0
     """Per sequence, once: it is admitted, gets its pages, and gives them back at its end."""
+    prompt_token_seconds: float = 0.0
+    """Per token of a prompt: it is looked for among shared pages, sent, and counted."""
     staging_seconds: float = 0.0
     """Per tick that attends cache from another tier on the GPU: gathering, appending and draining are launched. 0: by
     their kernels."""
@@ -81,7 +83,7 @@ class Hardware:
     pass_seconds: float = 0.0
     """Per pass: composing it, sampling, committing."""
     sequence_seconds: float = 0.0
-    """Per pass and sequence: its share of composing, sampling and committing."""
+    """Per pass and sequence: its share of composing, sampling and committing, and of taking a page now and then."""
     away_sequence_seconds: float = 0.0
     """The same besides, of a sequence whose cache is not on the GPU: those that are there are kept in arrays."""
     cpu_attention_seconds: float = 0.0
@@ -99,6 +101,15 @@ class Hardware:
     sequences of OPT-1.3B took 8.1 ms a pass at any context of 135 to 190 tokens."""
     attention_expand: float = 0.0
     """Bytes a second, counted at 16 bits, of quantized cache that attention expands; 0: twice `attention_decode`."""
+    prompt_start_seconds: float = 0.0
+    """Of a launch of attention for prompts on the GPU: its first tiles load, its last ones run out."""
+    prompt_expand_8: float = 0.0
+    prompt_expand_4: float = 0.0
+    """Bytes a second, counted at 16 bits, that tiles of prompts expand of a cache of 8 and 4 bits, beside their
+    products; 0: as `quantized_attention` and `TILES_OVER_CODES` say."""
+    prompt_expand_8_start_seconds: float = 0.0
+    prompt_expand_4_start_seconds: float = 0.0
+    """``prompt_start_seconds`` over codes."""
     cpu_attention_8: Curve | None = None
     """``cpu_attention`` of 8-bit cache, counted at 16 bits; None: as fast as 16 bits."""
     cpu_attention_4: Curve | None = None

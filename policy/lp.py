@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from flexbatch.policy.affine import COLUMNS, KINDS, VARIABLES
-from flexbatch.policy.cost import PassModel, Stage
+from flexbatch.policy.cost import PassModel
 from flexbatch.policy.policy import TIERS, Constraints
+from flexbatch.policy.stage import Stage
 from flexbatch.policy.units import GIB
 
 Row = Mapping[int, float] | np.ndarray

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,30 +17,11 @@ from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.policy import Policy
 from flexbatch.policy.products import Demand, products, routed_products
+from flexbatch.policy.recorded_load import RecordedLoad, apart, pieced_seconds
+from flexbatch.policy.stage import Stage, first_pages
 
 SERIAL = ("h2d", "d2h", "disk_read", "disk_write", "gpu_compute", "cpu_attention", "cpu_experts")
 """What adds up when nothing overlaps; the memories are used by these, not beside them."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One kind of stage of a pass: how often, seconds of each of ``ROWS`` and bytes (FLOPs for gpu_compute) of each
-    resource, all affine."""
-
-    name: str
-    count: int
-    seconds: dict[str, np.ndarray]
-    work: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class RecordedLoad:
-    """What passes that are graphs compute, of each."""
-
-    tokens: np.ndarray
-    """Those that fill them up included."""
-    attended: np.ndarray
-    """Sequences that are attended, likewise: an empty place attends what the first sequence does."""
 
 
 class PassStages:
@@ -62,8 +42,11 @@ class PassStages:
         self.batches = policy.num_gpu_batches
         self.decode_tokens = np.asarray(load.decode_sequences)
         self.tokens = self.decode_tokens + load.prompt_tokens
-        recorded = recorded or RecordedLoad(self.tokens, self.decode_tokens)
+        recorded = recorded or RecordedLoad(self.tokens, self.decode_tokens, np.zeros_like(self.tokens))
         self.padded, self.attended = recorded.tokens, recorded.attended
+        self.pieced = pieced_seconds(
+            hardware, recorded.pieces, apart(self.decode_tokens, np.asarray(load.prompt_tokens), self.batches)
+        )
         self.decode_context = self.seen(load.decode_context, load.decode_sequences)
         """Of the mean layer, as all of the next three."""
         self.prompt_context = self.seen(load.prompt_context, np.ceil(np.asarray(load.prompt_tokens) / policy.chunk))
@@ -86,7 +69,9 @@ class PassStages:
             ("last layer", "layer", "head" if has_head else "layer", 1),
             ("head", "head", "layer", int(has_head)),
         ]
-        return [self._stage(name, compute, fetch, count) for name, compute, fetch, count in kinds if count]
+        found = [self._stage(name, compute, fetch, count) for name, compute, fetch, count in kinds if count]
+        beside = "gather beside gpu_compute"
+        return found + [first_pages(each, beside) for each in found[:1] if beside in each.seconds]
 
     def _stage(self, name: str, compute: str, fetch: str, count: int) -> Stage:
         shape, bits = self.shape, self.policy.weight_bits
@@ -205,9 +190,9 @@ class PassStages:
             decode_seconds(shape, hardware, bits, keys, tiled),
             decode_flops / hardware.attention_prefill,
         )
-        prompts = prompt_seconds(shape, hardware, bits, self.prompt_pairs, np.asarray(load.prompt_tokens))
+        prompts = prompt_seconds(shape, hardware, bits, self.prompt_pairs, np.asarray(load.prompt_tokens), self.batches)
         seconds = seconds + elementwise / hardware.gpu_bandwidth + prompts + decode
-        seconds = seconds + self.batches * hardware.graph_seconds
+        seconds = seconds + self.batches * hardware.graph_seconds + self.pieced
         if hardware.tensor_ranks > 1:
             seconds = seconds + sum_seconds(hardware, self.tokens, shape.hidden_bytes, self.batches)
         flops = flops + prompt_flops + decode_flops

@@ -17,14 +17,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from flexbatch.calibrate.composing import composing_seconds, with_composing
 from flexbatch.calibrate.fits import non_negative
 from flexbatch.calibrate.graphs import graph_seconds, piece_seconds
 from flexbatch.calibrate.passes import (
     MIB,
     ON_CPU,
     ON_GPU,
-    SHORT_ANSWER,
-    WAVES,
     SmallJob,
     decode_seconds_of,
     job_runner,
@@ -183,18 +182,6 @@ class HostPasses:
         return (self.seconds[name, MANY] - self.seconds[name, FEW]) / (MANY - FEW)
 
 
-def request_seconds(device: torch.device, pass_seconds: float) -> float:
-    """Returns what a sequence costs beside its passes, of ``pass_seconds`` each: in a job of the sizes of "few", of
-    which every block lasts two passes; the first, in which kernels are loaded, does not count."""
-    policy = resident(8)
-    job, found = SmallJob(WAVES * policy.block_size, new_tokens=SHORT_ANSWER), []
-    with job_runner(small_arch(FEW, head_dim(device)), policy, device, Tracer(), job) as runner:
-        for _ in range(ROUNDS):
-            later = [seconds for seconds, _ in turns_of(runner, policy, Tracer(), job)][SHORT_ANSWER:]
-            found.append((sum(later) - len(later) * pass_seconds) / ((WAVES - 1) * policy.block_size))
-    return max(0.0, min(found))
-
-
 def python_rates(passes: HostPasses, policies: dict[str, Policy]) -> dict[str, float]:
     """``pass_seconds``, ``sequence_seconds`` and ``launch_seconds`` by non-negative least squares over ``policies``;
     the layers of a graph cost the host nothing, and the GPU what these small ones take."""
@@ -218,7 +205,8 @@ def host_rates(device: torch.device, phases: Phases | None = None) -> dict[str, 
     many sequences whose cache is elsewhere. What else a tick may launch `policy.launches` counts: measured as what
     passes that do it take longer, it was 0 to 1 ms on hosts that change by a factor of two from one second to the next.
     ``exchange_seconds`` and ``synchronize_seconds``: from how passes of one micro-batch grow with the layers.
-    ``request_seconds``: from a job in which all is coming and going.
+    ``request_seconds``, ``prompt_token_seconds``, and what a page adds to ``sequence_seconds``: from passes that are
+    composed and not run.
     ``cpu_attention_seconds`` and, with a GPU, ``cpu_attention_during_h2d``, ``h2d_during_cpu_attention`` and ALONE.
     """
     gpu, phases = device.type == "cuda", phases or Phases()
@@ -236,10 +224,11 @@ def host_rates(device: torch.device, phases: Phases | None = None) -> dict[str, 
     try:
         with phases.of("passes of small models"):
             passes = HostPasses(baseline | others, device, away)
-            coming_and_going = request_seconds(device, passes.seconds["few", FEW])
+        with phases.of("what comes and goes"):
+            composing = composing_seconds(device)
     finally:
         torch.set_num_threads(threads)
-    rates = {"graph_seconds": 0.0, "piece_seconds": 0.0, "request_seconds": coming_and_going}
+    rates = {"graph_seconds": 0.0, "piece_seconds": 0.0}
     if gpu:
         with phases.of("layers in graphs and in pieces"):
             rates |= {"graph_seconds": graph_seconds(device), "piece_seconds": piece_seconds(device)}
@@ -253,6 +242,7 @@ def host_rates(device: torch.device, phases: Phases | None = None) -> dict[str, 
         "away_sequence_seconds": each - rates["sequence_seconds"],
     }
     rates |= {name: max(0.0, seconds) for name, seconds in differences.items()}
+    rates = with_composing(rates, composing)
     if not gpu:
         return rates | {"cpu_attention_seconds": attention_seconds(device)}
     calls = AttentionCalls.for_memory(host_memory_bytes())

@@ -36,6 +36,11 @@ logger = logging.getLogger("flexbatch")
 
 TOKENS = {"cuda": (1, 16, 48, 128, 256, 512, 1024, 2048, 4096), "cpu": (1, 4, 16, 64, 256, 512)}
 GROUPS = (1, 4, 8)
+SUSTAINED_FROM, FIRST_SUSTAINED, SUSTAINED = 512, 0.5, 0.15
+"""Tokens from which on products keep a GPU at its power limit, and for how many seconds they do before and while they
+are measured, the most tokens first. Of 0.04 s an H200 gave 789 TFLOP/s; jobs whose passes are products got 690 to 700,
+and so does the card for a second of them at 700 W: passes of StarCoder, Falcon-7B and Llama-3-8B with prompts were
+planned 15 to 20 % too short. Compilers are waited for longer than this takes."""
 
 Request = tuple[int, float]
 """Bytes and seconds."""
@@ -137,12 +142,15 @@ def _products(values: dict, errors: dict[str, float], dev: torch.device, dtype: 
     gpu = dev.type == "cuda"
     rows, columns = (8192, 8192) if gpu else (2048, 2048)
     weight = torch.randn(rows, columns, device=dev, dtype=dtype)
-    rates = []
-    for tokens in TOKENS[dev.type]:
+    rates, sustained = [], FIRST_SUSTAINED
+    for tokens in reversed(TOKENS[dev.type]):
         x = torch.randn(tokens, columns, device=dev, dtype=dtype)
         product = partial(torch.nn.functional.linear, x, weight)
-        rates.append(2 * tokens * rows * columns / (recorded_seconds(product, dev) if gpu else timer(product)))
-    values["gemm"], errors["gemm"] = fit_curve(TOKENS[dev.type], rates)
+        sustained = sustained if tokens >= SUSTAINED_FROM else 0.0
+        seconds = recorded_seconds(product, dev, sustained) if gpu else timer(product)
+        rates.append(2 * tokens * rows * columns / seconds)
+        sustained = SUSTAINED
+    values["gemm"], errors["gemm"] = fit_curve(TOKENS[dev.type], rates[::-1])
     source, target = (torch.empty((512 if gpu else 64) * MIB, dtype=torch.uint8, device=dev).fill_(1) for _ in range(2))
     values["gpu_bandwidth"] = 2 * source.numel() / timer(lambda: target.copy_(source))
     return weight

@@ -39,8 +39,6 @@ MIB = 2**20
 PROMPT_TOKENS = 4
 WARM_UP, PASSES = 2, 6
 """Decode passes that do not count, and that do, the last of them not: it ends the job."""
-SHORT_ANSWER, WAVES = 2, 8
-"""Tokens of the answers, and blocks, of a job that is all coming and going."""
 ON_GPU, ON_CPU = Split(1, 0), Split(0, 1)
 
 
@@ -114,6 +112,7 @@ class SmallJob:
     num_requests: int
     prompt_tokens: int = PROMPT_TOKENS
     new_tokens: int = 1 + WARM_UP + PASSES
+    seed: int = 0
 
     @property
     def lengths(self) -> Job:
@@ -122,9 +121,9 @@ class SmallJob:
 
     @property
     def requests(self) -> list[Request]:
-        """Of another prompt length others: a cache that has seen these has no part of those."""
+        """Of another prompt length or seed others: a cache that has seen these has no part of those."""
         params = SamplingParams(max_tokens=self.new_tokens, temperature=0, ignore_eos=True)
-        generator = random.Random(self.prompt_tokens)
+        generator = random.Random(f"{self.prompt_tokens} {self.seed}")
         drawn = (generator.choices(range(3, 64), k=self.prompt_tokens) for _ in range(self.num_requests))
         return [Request(index, prompt, params) for index, prompt in enumerate(drawn)]
 

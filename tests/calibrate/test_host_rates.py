@@ -35,11 +35,10 @@ def let_passes_take(monkeypatch: pytest.MonkeyPatch, seconds: Any, turns: Any = 
 
     monkeypatch.setattr(host, "decode_passes", timed)
     if turns is not None:
-        for module in (host, graphs):
-            monkeypatch.setattr(module, "job_runner", runner)
-            monkeypatch.setattr(
-                module, "turns_of", lambda runner, policy, tracer, job: turns(runner.arch.num_layers, policy, job)
-            )
+        monkeypatch.setattr(graphs, "job_runner", runner)
+        monkeypatch.setattr(
+            graphs, "turns_of", lambda runner, policy, tracer, job: turns(runner.arch.num_layers, policy, job)
+        )
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -53,22 +52,18 @@ def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch)
         each = 1e-5 if policy.cache.gpu else 5e-5
         return 2e-3 + each * policy.block_size + 3e-4 * ticks + more * num_layers
 
-    def turns(num_layers: int, policy: Policy, job: passes.SmallJob) -> list:
-        """Blocks of two passes; the first loads kernels."""
-        one = seconds(num_layers, policy, CPU)
-        later = job.num_requests // policy.block_size - 1
-        return [(9.0, 9.0)] * 2 + later * [(one + 3e-5 * policy.block_size, one), (one, one)]
-
     attention = {0: host.AttentionInPasses(6e-4, 1e11, 5e10), 1: host.AttentionInPasses(5e-4, 1.2e11, math.inf)}
-    let_passes_take(monkeypatch, seconds, turns)
+    let_passes_take(monkeypatch, seconds)
+    composing = {"request": 2e-5, "prompt_token": 3e-7, "page": 1.6e-5}
+    monkeypatch.setattr(host, "composing_seconds", lambda device: composing)
     monkeypatch.setattr(host, "attention_seconds", lambda device: 4e-4)
     monkeypatch.setattr(host, "graph_seconds", lambda device: 4e-5)
     monkeypatch.setattr(host, "piece_seconds", lambda device: 7e-5)
     monkeypatch.setattr(host, "attention_in_passes", lambda device, weights, calls: attention[weights.gpu])
     found = host.host_rates(torch.device(device))
     wanted = {
-        "pass_seconds": 2e-3,
-        "sequence_seconds": 1e-5,
+        "pass_seconds": 2e-3 * 1.14,
+        "sequence_seconds": 1e-5 + 1.6e-5 / 16,
         "away_sequence_seconds": 4e-5,
         "launch_seconds": 3e-4,
         "graph_seconds": 4e-5 if device == "cuda" else 0.0,
@@ -76,6 +71,7 @@ def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch)
         "exchange_seconds": 5e-4,
         "synchronize_seconds": 7e-4,
         "request_seconds": 3e-5,
+        "prompt_token_seconds": 3e-7,
         "cpu_attention_seconds": 6e-4 if device == "cuda" else 4e-4,
         **(
             {"cpu_attention_during_h2d": 1e11, "h2d_during_cpu_attention": 5e10, host.ALONE: 1.2e11}
@@ -104,6 +100,8 @@ def test_what_is_recorded_takes_the_device_as_long_as_it_does() -> None:
     target = torch.empty_like(source)
     rate = 2 * source.nbytes / replays.recorded_seconds(lambda: target.copy_(source), device)
     assert 1e11 < rate < 2e13
+    sustained = 2 * source.nbytes / replays.recorded_seconds(lambda: target.copy_(source), device, 0.05)
+    assert rate / 3 < sustained < 2 * rate
     with torch.inference_mode():
         assert 1e-6 < graphs.graph_seconds(device) < 3e-4
 
@@ -169,6 +167,7 @@ def test_costs_of_this_machine() -> None:
         "exchange_seconds",
         "synchronize_seconds",
         "request_seconds",
+        "prompt_token_seconds",
     }
     assert found.keys() == {*names, "graph_seconds", "piece_seconds", "cpu_attention_seconds"}
     assert all(0 <= seconds < math.inf for seconds in found.values()) and found["cpu_attention_seconds"] > 0
@@ -207,7 +206,7 @@ def test_costs_of_a_noisy_machine(noise: int, monkeypatch: pytest.MonkeyPatch) -
         work = 1e-3 + 2e-5 * policy.block_size + 1e-4 * policy.num_gpu_batches * (num_layers + 1)
         return work * chance.choice((1, 1, 2, 50 * chance.random() + 1))
 
-    let_passes_take(monkeypatch, seconds, lambda *_: [(chance.random(), chance.random()) for _ in range(16)])
+    let_passes_take(monkeypatch, seconds)
     monkeypatch.setattr(host, "attention_seconds", lambda device: chance.random())
     found = host.host_rates(CPU)
     assert all(0 <= value < math.inf for value in found.values())
@@ -221,8 +220,9 @@ def test_costs_of_a_quiet_machine_are_found(monkeypatch: pytest.MonkeyPatch) -> 
 
     let_passes_take(monkeypatch, seconds)
     monkeypatch.setattr(host, "attention_seconds", lambda device: 1e-4)
+    monkeypatch.setattr(host, "composing_seconds", lambda device: {"request": 0.0, "prompt_token": 0.0, "page": 0.0})
     found = host.host_rates(CPU)
-    assert (found["pass_seconds"], found["sequence_seconds"]) == (pytest.approx(1e-3), pytest.approx(2e-5))
+    assert (found["pass_seconds"], found["sequence_seconds"]) == (pytest.approx(1.14e-3), pytest.approx(2e-5))
     assert found["launch_seconds"] == pytest.approx(1e-4) and found["exchange_seconds"] == pytest.approx(0, abs=1e-9)
 
 
@@ -241,3 +241,9 @@ def test_attention_is_measured_with_what_memory_there_is() -> None:
     sequences = [host.AttentionCalls.for_memory(gib << 30).sequences for gib in (4, 6, 8, 16, 128)]
     assert sequences == sorted(sequences) and sequences[0] == 2 and sequences[-1] == host.ATTENDED_SEQUENCES
     assert 2 < sequences[2] < sequences[-1]
+
+
+def test_what_is_sustained_is_the_second_half() -> None:
+    """Of a card that slows down; one run is its own second half."""
+    assert replays.second_half([1.0, 1.0, 2.0, 4.0]) == 3.0
+    assert replays.second_half([1.0, 2.0, 3.0]) == 2.5 and replays.second_half([7.0]) == 7.0

@@ -96,3 +96,28 @@ def test_empty_places_of_a_graph_attend_what_its_first_sequence_does():
         assert short == pytest.approx(full)
         two = dataclasses.replace(policy, gpu_batch_size=32, num_gpu_batches=2)
         assert gpu_seconds(two, PassLoad.decode(33, 400)) < gpu_seconds(two, PassLoad.decode(64, 400)), "no graphs"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_prompts_over_codes_take_what_they_were_measured_at(bits):
+    """Beside their products: a beginning for each launch, and what tiles expand; as before where nobody measured."""
+    before, pairs, tokens = load_hardware("h200"), np.asarray(64_000.0), np.asarray(1000.0)
+    shape = shape_of(32, 8, 128)
+    expanded = (64_000 + 32 * 1000) / 64 * 4 * shape.token_bytes(16)
+    rates = {"prompt_expand_8": 2e12, "prompt_expand_4": 1e12}
+    starts = {
+        "prompt_start_seconds": 9e-3,
+        "prompt_expand_8_start_seconds": 3e-5,
+        "prompt_expand_4_start_seconds": 6e-5,
+    }
+    measured = dataclasses.replace(before, **rates, **starts)
+    products = 4.0 * 32 * 128 * 64_000 / before.attention_prefill
+    start, rate = (3e-5, 2e12) if bits == 8 else (6e-5, 1e12)
+    found = float(prompt_seconds(shape, measured, bits, pairs, tokens, 2))
+    assert found == pytest.approx(products + 2 * start + expanded / rate)
+    assert float(prompt_seconds(shape, measured, bits, 0 * pairs, 0 * tokens, 2)) == 0
+    assert float(prompt_seconds(shape, before, bits, pairs, tokens, 2)) == pytest.approx(
+        products + expanded / before.quantized_attention * TILES_OVER_CODES
+    )
+    assert float(prompt_seconds(shape, measured, 16, pairs, tokens, 2)) == pytest.approx(products + 18e-3)
+    assert float(prompt_seconds(shape, measured, 16, 0 * pairs, 0 * tokens, 2)) == 0

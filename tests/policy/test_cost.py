@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from flexbatch.policy.affine import point_of
-from flexbatch.policy.cost import IN_VIEW, STREAMED_IN_VIEW, PassModel
+from flexbatch.policy.beside import IN_VIEW, STREAMED_IN_VIEW, WAITING_IN_VIEW
+from flexbatch.policy.cost import PassModel
 from flexbatch.policy.curve import Curve
 from flexbatch.policy.decode_graphs import LAUNCHES_OF_EXPERTS
 from flexbatch.policy.expansion import CODED_TILES, coded_seconds
@@ -39,6 +40,7 @@ def free_launch(name: str) -> Hardware:
         "expand_seconds",
         "expand_start_seconds",
         "request_seconds",
+        "prompt_token_seconds",
         "fetch_seconds",
         "link_seconds",
         "disk_read_seconds",
@@ -167,7 +169,9 @@ def test_pages_are_gathered_when_the_gpu_has_nothing_to_compute():
     policy, shape = Policy(Split(1, 0), Split(0, 1), Split(1, 0), 16, 2), public_shape("llama-3.2-1b")
     load = PassLoad.decode(32, 400) + PassLoad.prefill(8, 512)
     rows = PassModel(shape, small(), policy, load).resource_seconds(point_of(policy))
-    assert rows["gather beside gpu_compute"] == pytest.approx(rows["gpu_compute"] + rows["h2d"])
+    # Those of the first layer come before there is anything beside them.
+    gathered = rows["h2d"] * (1 + 1 / shape.num_layers)
+    assert rows["gather beside gpu_compute"] == pytest.approx(rows["gpu_compute"] + gathered)
     pass_seconds = PassModel(shape, small(), policy, load).pass_seconds(point_of(policy))
     assert float(pass_seconds) > 0.99 * (rows["gpu_compute"] + rows["h2d"])
 
@@ -199,7 +203,7 @@ def test_what_is_staged_or_fetched_is_launched_too(weights, cache, share, load, 
     shown, none = (
         float(PassModel(shape, hardware, two, load).pass_seconds(point_of(two))) for hardware in (slow, small())
     )
-    launched, share = 32 * 2 * each, IN_VIEW if two.cpu_attention and cache.cpu else STREAMED_IN_VIEW
+    launched, share = 32 * 2 * each, WAITING_IN_VIEW if two.cpu_attention and cache.cpu else STREAMED_IN_VIEW
     share = IN_VIEW if weights.gpu == cache.gpu == 1 else share
     assert shown == pytest.approx(max(none, launched) + share * min(none, launched))
 
@@ -374,6 +378,15 @@ def test_a_sequence_costs_the_host_once_more_when_its_prompt_is_read():
     for load, finished in ((PassLoad.decode(8, 100), 0), (PassLoad.prefill(5, 64), 5)):
         host = PassModel(shape, small(request_seconds=0.5), policy, load).host_seconds
         assert float(host) == 0.5 * finished
+
+
+def test_every_token_of_a_prompt_costs_the_host():
+    """Of those that a pass reads, whether or not it completes them."""
+    policy = Policy(Split(0, 1), Split(1, 0), Split(1, 0), 8, 3)
+    shape = public_shape("opt-6.7b")
+    for load, tokens in ((PassLoad.decode(8, 100), 0), (PassLoad.prefill(5, 64, 64, finished=False), 320)):
+        host = PassModel(shape, small(prompt_token_seconds=0.25), policy, load).host_seconds
+        assert float(host) == 0.25 * tokens
 
 
 def test_every_sequence_costs_the_host():

@@ -139,6 +139,7 @@ def test_layers_without_experts_have_their_own_bytes() -> None:
         ("dense layer", 3),
         ("last layer", 1),
         ("head", 1),
+        ("first pages", 1),
     ]
     expected = 13 * shape.block_bytes(16) + 3 * shape.dense_bytes(16) + 2 * shape.head_elements
     assert work_of(model, off)["h2d"] == pytest.approx(expected, rel=0.001)
