@@ -208,7 +208,9 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 def _cache(rows: Tensor, num_kv_heads: int, head_dim: int, bits: int, group: int, dtype: torch.dtype) -> Cache:
-    assert rows[:1].is_contiguous(), f"a token row must be contiguous, got strides {rows.stride()}"
+    assert rows.is_contiguous() or rows[:1].is_contiguous(), (
+        f"a token row must be contiguous, got strides {rows.stride()}"
+    )
     row_bytes, needed = (
         rows.stride(0) * rows.element_size(),
         token_bytes(num_kv_heads, head_dim, bits, group, dtype.itemsize),
@@ -270,10 +272,8 @@ def append_rows(
     assert loaded is not None, "no compiled kernels on this machine"
     num_tokens, num_kv_heads, head_dim = key.shape
     cache = _cache(rows, num_kv_heads, head_dim, bits, group, key.dtype)
-    key, value, slots = (
-        x if x.stride()[1:] == (head_dim, 1) else x.contiguous()
-        for x in (key, value, slots.unsqueeze(-1).unsqueeze(-1))
-    )
+    key, value = (x if x.stride()[1:] == (head_dim, 1) else x.contiguous() for x in (key, value))
+    slots = slots.contiguous()
     loaded.flexbatch_append_rows(
         ctypes.byref(cache),
         slots.data_ptr(),

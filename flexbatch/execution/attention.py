@@ -72,10 +72,10 @@ class CacheAttention:
         self, pending: PendingTick, group: AttentionGroup, query: Tensor, key: Tensor, value: Tensor
     ) -> None:
         """Attention of sequences on the gpu tier."""
-        layer, part = pending.tick.layer, slice(group.start, group.end)
+        layer = pending.tick.layer
         rows = self.cache.rows("gpu", layer)
-        self.append(rows, group.slots, key[part], value[part])
-        self.attend(pending.attention[part], layer, query[part], rows, group)
+        self.append(rows, group.slots, group.of(key), group.of(value))
+        self.attend(group.of(pending.attention), layer, group.of(query), rows, group)
 
     def append(self, rows: Tensor, slots: Tensor, key: Tensor, value: Tensor, threads: int = 0) -> None:
         """Store the token rows of new query tokens. threads: of CPU attention, the same here and in `attend`: OpenMP
@@ -97,8 +97,7 @@ class CacheAttention:
     ) -> None:
         """Attention of one group over token rows that already hold its own keys and values."""
         for part in group.parts if query.is_cuda and self.arch.latent is None else (group,):
-            mine = slice(part.start - group.start, part.end - group.start)
-            self.attend_part(out[mine], layer, query[mine], rows, part, threads)
+            self.attend_part(part.of(out, group.start), layer, part.of(query, group.start), rows, part, threads)
 
     def attend_part(
         self, out: Tensor, layer: int, query: Tensor, rows: Tensor, group: AttentionGroup, threads: int
@@ -146,16 +145,15 @@ class CacheAttention:
     ) -> None:
         """Attention over staging that holds what was gathered; the new token rows are stored beside it."""
         layer, group = pending.tick.layer, staged.attention
-        part = slice(group.start, group.end)
         rows = self.cache.staging_rows(buffer)
-        self.append(rows, group.slots, key[part], value[part])
+        self.append(rows, group.slots, group.of(key), group.of(value))
         new_rows = rows.index_select(0, group.slots)
         written = self.queues.mark()
         if staged.num_cpu_tokens:
             self.cache.drain_cpu(layer, new_rows[: staged.num_cpu_tokens], staged.cpu_slots, written)
         if staged.disk_pages:
             self.cache.drain_disk(layer, new_rows[staged.num_cpu_tokens :], staged.disk_pages, written)
-        self.attend(pending.attention[part], layer, query[part], rows, group)
+        self.attend(group.of(pending.attention), layer, group.of(query), rows, group)
         self.cache.release_staging(buffer, self.queues.mark())
 
     def start_cpu_attention(
@@ -163,8 +161,8 @@ class CacheAttention:
     ) -> None:
         """Send queries, keys and values of the CPU's share down, and let the CPU append and attend where the cache
         lies."""
-        layer, part, layout = pending.tick.layer, slice(group.start, group.end), self.cache.layout
-        host_query, host_key, host_value, output = self.host_buffers.acquire(query[part], key[part], value[part])
+        layer, mine = pending.tick.layer, (group.of(query), group.of(key), group.of(value))
+        host_query, host_key, host_value, output = self.host_buffers.acquire(*mine)
         arrived = self.queues.mark()
         rows = self.cache.rows("cpu", layer)
         drained = self.cache.drained[layer]
@@ -174,7 +172,7 @@ class CacheAttention:
             self.append(rows, group.slots, host_key, host_value, self.cpu_threads)
             self.attend(output, layer, host_query, rows, group, self.cpu_threads)
 
-        num_bytes = int(group.context_lens.sum()) * layout.token_bytes
+        num_bytes = group.num_context_tokens * self.cache.layout.token_bytes
         pending.cpu_done = self.queues.cpu_attention.submit(
             attend, arrived, f"cache {layer}.{pending.tick.micro_batch}", num_bytes
         )

@@ -36,6 +36,16 @@ class AttentionGroup:
     num_decoding: int = 0
     """Sequences of one token each that come first, where they came as arrays."""
 
+    def of(self, tokens: Tensor, first: int = 0) -> Tensor:
+        """The group's part of a tensor of tokens, which begins with the ``first`` of the micro-batch."""
+        start, end = self.start - first, self.end - first
+        return tokens if start == 0 and end == tokens.shape[0] else tokens[start:end]
+
+    @cached_property
+    def num_context_tokens(self) -> int:
+        """Of all sequences. Waits for a device that has their lengths."""
+        return int(self.context_lens.sum())
+
     @property
     def parts(self) -> tuple[AttentionGroup, ...]:
         """What attention is launched for on a GPU: sequences that decode and prompts apart, where there are both.

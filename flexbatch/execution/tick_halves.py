@@ -130,9 +130,7 @@ class TickHalves:
         if pending.cpu_output is not None:
             assert pending.inputs.cpu is not None
             pending.cpu_done.wait()
-            self.queues.copy_to_device(
-                pending.cpu_output, pending.attention[pending.inputs.cpu.start : pending.inputs.cpu.end]
-            )
+            self.queues.copy_to_device(pending.cpu_output, pending.inputs.cpu.of(pending.attention))
             self.host_buffers.release(pending.cpu_output, self.queues.mark())
         tokens, adapters = pending.inputs.num_tokens, pending.inputs.adapters
         with self.tracer.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):

@@ -50,6 +50,12 @@ class CacheStorage:
         self.staging = (
             [tiers.gpu.allocate(f"cache staging {i}", staging_bytes) for i in range(2)] if staging_bytes else []
         )
+        self.pages = {tier: [self.pages_of(tier, layer) for layer in range(layout.num_layers)] for tier in self.storage}
+        """uint8 [pages, page_bytes] of every layer. Views are made once: every tick asks for some."""
+        self.token_rows: dict[tuple[str, int], Tensor] = {}
+        """Made as they are asked for: of a tier without pages nobody asks, and there are none."""
+        self.staging_pages = [buffer.view(-1, layout.page_bytes) for buffer in self.staging]
+        self.staging_token_rows = [layout.row_view(buffer) for buffer in self.staging]
         self.staging_free: list[Handle] = [READY, READY]
         self.disk: DiskCache | None = None
         self.disk_staging: list[Tensor] = []
@@ -65,16 +71,19 @@ class CacheStorage:
 
     def rows(self, tier: str, layer: int) -> Tensor:
         """Token rows of one layer on the gpu or cpu tier."""
-        return self.layout.row_view(self.layer_pages(tier, layer).view(-1))
+        rows = self.token_rows.get((tier, layer))
+        if rows is None:
+            rows = self.token_rows[tier, layer] = self.layout.row_view(self.pages[tier][layer].view(-1))
+        return rows
 
-    def layer_pages(self, tier: str, layer: int) -> Tensor:
-        """uint8 [pages, page_bytes] of one layer on the gpu or cpu tier."""
+    def pages_of(self, tier: str, layer: int) -> Tensor:
+        """In the storage of a tier, what `pages` has of a layer."""
         before = self.windowed[:layer].count(self.windowed[layer])
         return self.storage[tier][self.windowed[layer]][before].view(-1, self.layout.page_bytes)
 
     def staging_rows(self, buffer: int) -> Tensor:
         """Token rows of a staging buffer."""
-        return self.layout.row_view(self.staging[buffer])
+        return self.staging_token_rows[buffer]
 
     def begin_pass(self, inputs_sent: Handle) -> None:
         """Let this pass's gathers wait for what the last pass drained, and for the page ids that ``inputs_sent``
@@ -93,11 +102,11 @@ class CacheStorage:
             self.staging_free[buffer].wait()
             return READY
         after = together(self.staging_free[buffer], self.drained[layer], self.inputs_sent)
-        pages = self.staging[buffer].view(-1, self.layout.page_bytes)
+        pages = self.staging_pages[buffer]
         handles: list[Handle] = []
-        num_cpu = len(work.cpu_pages)
+        num_cpu = work.cpu_pages.shape[0]
         if num_cpu:
-            source = self.layer_pages("cpu", layer)
+            source = self.pages["cpu"][layer]
             num_bytes = num_cpu * self.layout.page_bytes
             gather = partial(ops.gather_pages, source, work.cpu_pages, pages[:num_cpu])
             handles.append(self.queues.pages.submit(gather, after, f"cache {layer}", num_bytes))
@@ -170,9 +179,10 @@ class CacheStorage:
         self.disk_copied = [READY, READY]
         if self.disk is not None:
             self.disk.close()
-        self.storage.clear()
-        self.staging.clear()
-        self.disk_staging.clear()
+        for tensors in (self.storage, self.pages, self.token_rows):
+            tensors.clear()
+        for buffers in (self.staging, self.staging_pages, self.staging_token_rows, self.disk_staging):
+            buffers.clear()
         for pool in (self.tiers.gpu, self.tiers.cpu):
             for what in [name for name in pool.used_bytes if name.startswith("cache")]:
                 pool.free(what)

@@ -44,6 +44,8 @@ class HostBuffers:
             if self.copies and max_tokens
             else []
         )
+        self.parts: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        """Of each buffer, what it was cut into last: all layers of a pass want it cut alike."""
         self.free_after: list[Handle] = [READY] * NUM_BUFFERS
         self.owners: dict[int, int] = {}
         self.next = 0
@@ -53,25 +55,32 @@ class HostBuffers:
         the current stream; and an output."""
         if not self.copies:
             return query, key, value, torch.empty_like(query)
-        assert len(query) <= self.max_tokens, (
-            f"{len(query)} query tokens for CPU attention, buffers hold {self.max_tokens}"
+        num_tokens = query.shape[0]
+        assert num_tokens <= self.max_tokens, (
+            f"{num_tokens} query tokens for CPU attention, buffers hold {self.max_tokens}"
         )
         index, self.next = self.next, (self.next + 1) % NUM_BUFFERS
         # By buffer, not by address: where the output lies in a buffer depends on the number of tokens.
         assert index not in self.owners.values(), "a host buffer is taken before it was given back"
         self.free_after[index].synchronize()
-        cursor, parts = 0, []
-        for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads, self.num_heads):
-            size = len(query) * heads * self.head_dim * self.dtype.itemsize
-            parts.append(
-                self.buffers[index][cursor : cursor + size].view(self.dtype).view(len(query), heads, self.head_dim)
-            )
-            cursor += size
+        parts = self.parts.get(index)
+        if parts is None or parts[0].shape[0] != num_tokens:
+            parts = self.parts[index] = self.cut(index, num_tokens)
         for target, source in zip(parts, (query, key, value), strict=False):
             target.copy_(source, non_blocking=True)
-        output = parts[3]
-        self.owners[output.data_ptr()] = index
-        return parts[0], parts[1], parts[2], output
+        self.owners[parts[3].data_ptr()] = index
+        return parts
+
+    def cut(self, index: int, num_tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A buffer as query, key, value and output of so many tokens."""
+        heads = self.num_heads, self.num_kv_heads, self.num_kv_heads, self.num_heads
+        sizes = [num_tokens * count * self.head_dim for count in heads]
+        elements = self.buffers[index][: sum(sizes) * self.dtype.itemsize].view(self.dtype)
+        query, key, value, output = (
+            part.view(num_tokens, count, self.head_dim)
+            for part, count in zip(elements.split_with_sizes(sizes), heads, strict=True)
+        )
+        return query, key, value, output
 
     def release(self, output: Tensor, done: Handle) -> None:
         """End the ownership of the buffer of ``output``, which everything before ``done`` has read."""
@@ -87,6 +96,7 @@ class HostBuffers:
         for handle in self.free_after:
             handle.synchronize()
         self.owners.clear()
+        self.parts.clear()
         self.uploads.close()
         self.buffers.clear()
         for i in range(NUM_BUFFERS):

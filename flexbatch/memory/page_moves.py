@@ -138,7 +138,7 @@ def read(cache: KVCache, table: PageTable, layer: int) -> Tensor:
     layout, location = cache.layout, table.held_pages.of(cache.windowed[layer])
     count = layout.num_pages(table.num_tokens) - location.first
     if table.tier != "disk":
-        data = cache.layer_pages(table.tier, layer)
+        data = cache.pages[table.tier][layer]
         return data[torch.tensor(location.pages[:count], dtype=torch.int64, device=data.device)]
     assert cache.disk is not None
     pages = torch.empty(count, layout.page_bytes, dtype=torch.uint8)
@@ -153,7 +153,7 @@ def write(cache: KVCache, table: PageTable, layer: int, pages: Tensor, num_token
     """Fill the pages of a sequence of so many tokens in one layer."""
     location, layout = table.held_pages.of(cache.windowed[layer]), cache.layout
     if table.tier != "disk":
-        data = cache.layer_pages(table.tier, layer)
+        data = cache.pages[table.tier][layer]
         indices = torch.tensor(location.pages[: len(pages)], dtype=torch.int64, device=data.device)
         data[indices] = pages.to(data.device)
         return

@@ -230,7 +230,7 @@ class Gather:
 
     @property
     def num_pages(self) -> int:
-        return len(self.cpu_pages) + self.num_disk_pages
+        return self.cpu_pages.shape[0] + self.num_disk_pages
 
 
 @dataclass

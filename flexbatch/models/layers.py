@@ -82,7 +82,8 @@ def pre_attention(
         query, key = latent.project(arch, weights, normed, rope.of(arch, layer), positions, linear)
         return query, key, key
     fused = _linear(weights, "qkv", normed, layer, adapters)
-    query, key, value = (part.unflatten(-1, (-1, arch.head_dim)) for part in fused.split(arch.qkv_sections, dim=-1))
+    heads = fused.view(fused.shape[0], -1, arch.head_dim)
+    query, key, value = heads.split_with_sizes((arch.num_heads, arch.num_kv_heads, arch.num_kv_heads), 1)
     if arch.wide_qk_norm and ranks is not None:
         query, key = _wide_norms(arch, weights, query, key, ranks)
     elif arch.wide_qk_norm:
