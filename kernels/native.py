@@ -207,6 +207,10 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _dense(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return x if x is None or (x.dtype == dtype and x.is_contiguous()) else x.to(dtype).contiguous()
+
+
 def _cache(rows: Tensor, num_kv_heads: int, head_dim: int, bits: int, group: int, dtype: torch.dtype) -> Cache:
     assert rows.is_contiguous() or rows[:1].is_contiguous(), (
         f"a token row must be contiguous, got strides {rows.stride()}"
@@ -241,11 +245,10 @@ def paged_attention(
     assert chosen.tree_masks is None or chosen.positions is not None, "a tree needs the depth of every query token"
     num_heads, head_dim = query.shape[1:]
     integers = [
-        None if x is None else x.to(torch.int32).contiguous()
-        for x in (page_table, query_starts, context_lens, chosen.tree_masks, chosen.positions)
+        _dense(x, torch.int32) for x in (page_table, query_starts, context_lens, chosen.tree_masks, chosen.positions)
     ]
     query = query.contiguous()
-    per_head = [None if x is None else x.float().contiguous() for x in (chosen.alibi_slopes, chosen.sinks)]
+    per_head = [_dense(x, torch.float32) for x in (chosen.alibi_slopes, chosen.sinks)]
     result = torch.empty_like(query) if out is None else out
     assert result.is_contiguous() and result.dtype == query.dtype and result.shape == query.shape, (
         "out must be dense and like the query"

@@ -10,6 +10,8 @@ minimum) in the compute dtype.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,6 +33,7 @@ def code_bytes(size: int, bits: int) -> int:
     return -(-size * bits // 8)
 
 
+@functools.cache
 def token_bytes(num_kv_heads: int, head_dim: int, bits: int, group: int, element_bytes: int, sides: int = 2) -> int:
     """Bytes of one token row. 16 bits stands for the compute dtype, whatever its width. sides: keys and values, or 1:
     keys that are the values as well."""
@@ -221,7 +224,7 @@ def layer_norm(
     is normalized."""
     if residual is not None:
         x = residual.add_(x)
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def rotary(

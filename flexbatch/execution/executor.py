@@ -148,7 +148,7 @@ class Executor:
                 while deferred and self.needed(tick, *deferred, *computing):
                     # Before the host waits for the CPU's experts, so that it has the next ones to compute.
                     self.finish(deferred.pop(0), computing, count)
-                if self.needed(tick, *computing):
+                if computing and self.needed(tick, *computing):
                     self.complete(computing, count)
                 self.fetch_cache(inputs, tick.fetch_inputs, gathers)
                 if behind := bool(deferred):

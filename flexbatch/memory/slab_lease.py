@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 from torch import Tensor
@@ -33,6 +34,11 @@ class SlabLease:
     slices_fetched: int = 0
     waits_for_disk: bool = False
     """Whether its part from the disk has not been copied from staging to the slab yet."""
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Of the ranges."""
+        return sum(last - first for first, last in self.ranges)
 
 
 Place = tuple[int, int]

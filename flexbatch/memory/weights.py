@@ -94,30 +94,27 @@ class WeightStore:
     def fetch(self, layer: int, index: int, count: int, after: Handle = READY) -> None:
         """Put the ``index``-th of ``count`` slices of a layer's streamed weights on the link, once ``after`` is done;
         slice 0 leases a slab and starts the disk read."""
-        if not self.plan.streamed_bytes(layer):
-            return
         lease = self.leases.get(layer)
         if lease is None:
+            if not self.plan.streamed_bytes(layer):
+                return
             assert index == 0, f"layer {layer} is fetched from slice {index} on"
             lease = self.lease(layer)
         if index < lease.slices_fetched:
             return
         lease.slices_fetched = index + 1
-        slab, free, disk_bytes = (
-            self.slabs[lease.slab],
-            self.free_after[lease.slab],
-            self.plan.layer_bytes(layer, "disk"),
-        )
+        disk_bytes = self.plan.layer_bytes(layer, "disk")
         if index == 0 and disk_bytes:
             if self.read_ahead is None:
-                job = partial(self.read_disk, layer, slab[:disk_bytes])
+                job = partial(self.read_disk, layer, self.slabs[lease.slab][:disk_bytes])
+                free = self.free_after[lease.slab]
                 lease.handles.append(self.queues.disk_read.submit(job, free, f"weights {layer}", disk_bytes))
             else:
                 self.read_ahead.expect(layer)
                 lease.waits_for_disk = True
         if self.read_ahead is not None and lease.waits_for_disk and self.read_ahead.arrived(layer):
             self.forward(layer, lease)
-        start, end = slices(sum(last - first for first, last in lease.ranges), index, count)
+        start, end = slices(lease.num_bytes, index, count)
         if end > start:
             self.send(layer, lease, cut(lease.ranges, start, end), f"weights {layer}.{index}", after)
 
