@@ -442,6 +442,29 @@ def test_one_micro_batch_cannot_hide_cpu_attention():
     assert "one micro-batch" not in seconds[two]
 
 
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("weights", [Split(1, 0), Split(0.25, 0.5, 0.25)])
+def test_one_micro_batch_launches_nothing_beside_cpu_attention(bits, weights):
+    """Of passes in which sequences decode, and where some of it is attended there."""
+    shape, host = public_shape("opt-30b"), small(launch_seconds=1.0)
+    policy = Policy(weights, Split(0, 1), Split(1, 0), 32, 1, cpu_attention=0.5, weight_bits=bits)
+    tick = (
+        1.0
+        + (0.0 if bits == 16 else host.launched_seconds("coded"))
+        + (1 - weights.gpu) * host.launched_seconds("fetch")
+    )
+
+    def in_turn(policy: Policy, load: PassLoad) -> float:
+        hardware = (small(), host)
+        models = (PassModel(shape, each, policy, load) for each in hardware)
+        none, launched = (each.resource_seconds(point_of(policy))["one micro-batch"] for each in models)
+        return float(launched - none)
+
+    assert in_turn(policy, PassLoad.decode(32, 500)) == pytest.approx(48 * tick)
+    assert in_turn(policy, PassLoad.prefill(32, 128)) == 0
+    assert in_turn(dataclasses.replace(policy, cpu_attention=0.0), PassLoad.decode(32, 500)) == 0
+
+
 def test_contention_meets_the_measured_pair():
     """At the measured pair of rates both rows take exactly the measured time."""
     hardware = load_hardware("h200")
