@@ -24,6 +24,7 @@ from flexbatch.policy.collectives import head_launch_seconds, sum_seconds, sums_
 from flexbatch.policy.decode_graphs import LAUNCHES_OF_EXPERTS, recorded_sequences, runs_graphs
 from flexbatch.policy.expansion import in_codes
 from flexbatch.policy.hardware import Hardware
+from flexbatch.policy.host_work import prompt_token_seconds
 from flexbatch.policy.launches import KERNELS_OF_TICK
 from flexbatch.policy.limits import MAX_GRAPH_SEQUENCES
 from flexbatch.policy.model_shape import ModelShape
@@ -111,7 +112,7 @@ class PassModel:
         pass that completes its prompt, and for each token of that."""
         hardware, finished = self.hardware, np.asarray(self.load.finished_prompts)
         each = hardware.sequence_seconds * (self.load.decode_sequences + finished)
-        read = hardware.prompt_token_seconds * np.asarray(self.load.prompt_tokens)
+        read = prompt_token_seconds(hardware) * np.asarray(self.load.prompt_tokens)
         once = hardware.pass_seconds + telling_seconds(self.shape, hardware)
         return once + each + hardware.request_seconds * finished + read
 

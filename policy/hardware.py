@@ -74,7 +74,7 @@ class Hardware:
     request_seconds: float = 0.0
     """Per sequence, once: it is admitted, gets its pages, and gives them back at its end."""
     prompt_token_seconds: float = 0.0
-    """Per token of a prompt: it is looked for among shared pages, sent, and counted."""
+    """Per token of a prompt: it is looked for among shared pages, sent, and counted. 0: by its share in a pass."""
     staging_seconds: float = 0.0
     """Per tick that attends cache from another tier on the GPU: gathering, appending and draining are launched. 0: by
     their kernels."""

@@ -14,6 +14,7 @@ from flexbatch.policy.curve import Curve
 from flexbatch.policy.decode_graphs import LAUNCHES_OF_EXPERTS
 from flexbatch.policy.expansion import CODED_TILES, coded_seconds
 from flexbatch.policy.hardware import Hardware, load_hardware
+from flexbatch.policy.host_work import PROMPT_TOKEN_SHARE
 from flexbatch.policy.launches import COUNTED, CPU_COUNTED, KERNELS_OF_TICK
 from flexbatch.policy.limits import CODED_PASS_TOKENS, CODED_TOKENS
 from flexbatch.policy.model_shape import ModelShape
@@ -40,12 +41,12 @@ def free_launch(name: str) -> Hardware:
         "expand_seconds",
         "expand_start_seconds",
         "request_seconds",
-        "prompt_token_seconds",
         "fetch_seconds",
         "link_seconds",
         "disk_read_seconds",
     )
-    return dataclasses.replace(alone, **dict.fromkeys(fixed, 0.0), link_both=1e15, host_bandwidth=1e15)
+    free = dataclasses.replace(alone, **dict.fromkeys(fixed, 0.0), link_both=1e15, host_bandwidth=1e15)
+    return dataclasses.replace(free, prompt_token_seconds=1e-18)  # 0: by its share in a pass
 
 
 def small(**changes) -> Hardware:
@@ -377,7 +378,7 @@ def test_a_sequence_costs_the_host_once_more_when_its_prompt_is_read():
     shape = public_shape("opt-6.7b")
     for load, finished in ((PassLoad.decode(8, 100), 0), (PassLoad.prefill(5, 64), 5)):
         host = PassModel(shape, small(request_seconds=0.5), policy, load).host_seconds
-        assert float(host) == 0.5 * finished
+        assert float(host) == pytest.approx(0.5 * finished, abs=1e-12)
 
 
 def test_every_token_of_a_prompt_costs_the_host():
@@ -386,7 +387,9 @@ def test_every_token_of_a_prompt_costs_the_host():
     shape = public_shape("opt-6.7b")
     for load, tokens in ((PassLoad.decode(8, 100), 0), (PassLoad.prefill(5, 64, 64, finished=False), 320)):
         host = PassModel(shape, small(prompt_token_seconds=0.25), policy, load).host_seconds
-        assert float(host) == 0.25 * tokens
+        assert float(host) == pytest.approx(0.25 * tokens)
+        before = PassModel(shape, small(pass_seconds=2.0, prompt_token_seconds=0.0), policy, load).host_seconds
+        assert float(before) == pytest.approx(2.0 * (1 + PROMPT_TOKEN_SHARE * tokens)), "by its share"
 
 
 def test_every_sequence_costs_the_host():
