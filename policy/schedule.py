@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -43,6 +44,12 @@ def zigzag(num_layers: int, num_micro_batches: int) -> Iterator[Tick]:
                 drain=previous,
             )
             previous = (layer, k)
+
+
+@functools.lru_cache(maxsize=4)
+def ticks_of(num_layers: int, num_micro_batches: int) -> tuple[Tick, ...]:
+    """Those of `zigzag`, made once for passes that are alike."""
+    return tuple(zigzag(num_layers, num_micro_batches))
 
 
 def after_next(tick: Tick, num_micro_batches: int) -> tuple[int, int]:

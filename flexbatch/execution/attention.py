@@ -96,8 +96,11 @@ class CacheAttention:
         threads: int = 0,
     ) -> None:
         """Attention of one group over token rows that already hold its own keys and values."""
-        for part in group.parts if query.is_cuda and self.arch.latent is None else (group,):
+        halves = group.halves if query.is_cuda and self.arch.latent is None else ()
+        for part in halves:
             self.attend_part(part.of(out, group.start), layer, part.of(query, group.start), rows, part, threads)
+        if not halves:
+            self.attend_part(out, layer, query, rows, group, threads)
 
     def attend_part(
         self, out: Tensor, layer: int, query: Tensor, rows: Tensor, group: AttentionGroup, threads: int

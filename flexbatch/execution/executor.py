@@ -32,7 +32,7 @@ from flexbatch.models.routing import RoutingCounts
 from flexbatch.parallel.rank_links import RankLinks
 from flexbatch.policy.decode_graphs import MAX_GRAPHS
 from flexbatch.policy.limits import LOGITS_CHUNK_BYTES
-from flexbatch.policy.schedule import Tick, after_next, zigzag
+from flexbatch.policy.schedule import Tick, after_next, ticks_of
 
 
 class Executor:
@@ -143,7 +143,7 @@ class Executor:
         self.fetch_cache(inputs, (0, 0), gathers)
         deferred, most_deferred = list[PendingTick](), self.halves.most_deferred(inputs)
         computing: list[PendingTick] = []  # with the CPU's experts: one micro-batch, while the next one is begun
-        for tick in zigzag(num_layers, count):
+        for tick in ticks_of(num_layers, count):
             with self.tracer.span("tick", f"layer {tick.layer} micro-batch {tick.micro_batch}"):
                 while deferred and self.needed(tick, *deferred, *computing):
                     # Before the host waits for the CPU's experts, so that it has the next ones to compute.

@@ -46,16 +46,13 @@ class AttentionGroup:
         """Of all sequences. Waits for a device that has their lengths."""
         return int(self.context_lens.sum())
 
-    @property
-    def parts(self) -> tuple[AttentionGroup, ...]:
-        """What attention is launched for on a GPU: sequences that decode and prompts apart, where there are both.
-        Tiles that are high enough for prompts leave one token most of the chip's registers, and its keys are read at a
-        fraction of the memory's rate; quantized ones have kernels of their own."""
-        return self._halves or (self,)
-
     @cached_property
-    def _halves(self) -> tuple[AttentionGroup, ...]:
-        """Empty where it is not divided: a group that held itself kept 1 MiB of the GPU's memory until the collector
+    def halves(self) -> tuple[AttentionGroup, ...]:
+        """What attention is launched for on a GPU instead: sequences that decode and prompts apart, where there are
+        both. Tiles that are high enough for prompts leave one token most of the chip's registers, and its keys are read
+        at a fraction of the memory's rate; quantized ones have kernels of their own.
+
+        Empty where it is not divided: a group that held itself kept 1 MiB of the GPU's memory until the collector
         came, in every pass."""
         count, rest = self.num_decoding, len(self.context_lens) - self.num_decoding
         if count < DECODING_APART or not rest or self.tree_masks is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -126,22 +127,18 @@ class TickHalves:
 
     def finish(self, pending: PendingTick, count: int) -> bool:
         """Output projection and MLP; returns whether this is all, or the CPU's experts have only been started."""
-        tick = pending.tick
+        tick, inputs = pending.tick, pending.inputs
         if pending.cpu_output is not None:
-            assert pending.inputs.cpu is not None
+            assert inputs.cpu is not None
             pending.cpu_done.wait()
-            self.queues.copy_to_device(pending.cpu_output, pending.inputs.cpu.of(pending.attention))
+            self.queues.copy_to_device(pending.cpu_output, inputs.cpu.of(pending.attention))
             self.host_buffers.release(pending.cpu_output, self.queues.mark())
-        tokens, adapters = pending.inputs.num_tokens, pending.inputs.adapters
         with self.tracer.compute_span(f"mlp {tick.layer}.{tick.micro_batch}"):
-            weights = self.weights.weights(tick.layer, "post", tokens)
-            stacks, given = self.weights.experts(tick.layer), (weights, pending.hidden, pending.attention, adapters)
-            fetch_hit = partial(self.weights.fetch_hit, tick.layer)
-            context = self.routing, self.ranks, stacks, self.elsewhere(tick.layer)
+            weights = self.weights.weights(tick.layer, "post", inputs.num_tokens)
+            given, context = (weights, pending.hidden, pending.attention, inputs.adapters), self.context(tick.layer)
             inner = pending.watch is None and tick.layer < self.arch.num_layers - 1
-            pending.halves = layers.post_attention(
-                self.arch, tick.layer, *given, *context, fetch_hit, inner and self.ends.activations.resident
-            )
+            apart = inner and self.ends.activations.resident
+            pending.halves = layers.post_attention(self.arch, tick.layer, *given, **context, apart=apart)
             try:
                 next(pending.halves)
             except StopIteration as end:
@@ -167,6 +164,18 @@ class TickHalves:
             self.ends.take(tick.layer, tick.micro_batch, pending.inputs, hidden)
         if tick.micro_batch == count - 1:
             self.weights.release(tick.layer, self.queues.mark())
+
+    def context(self, layer: int) -> dict[str, Any]:
+        """What `layers.post_attention` is told of ranks, and of a layer's experts."""
+        if self.arch.experts is None:
+            return {"ranks": self.ranks}
+        return {
+            "ranks": self.ranks,
+            "routing": self.routing,
+            "stacks": self.weights.experts(layer),
+            "elsewhere": self.elsewhere(layer),
+            "fetch_hit": partial(self.weights.fetch_hit, layer),
+        }
 
     def elsewhere(self, layer: int) -> Elsewhere | None:
         """How rows get to the experts that are not in the layer's slab; None where all are."""

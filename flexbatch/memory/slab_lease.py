@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import pairwise
 
 from torch import Tensor
@@ -35,7 +34,7 @@ class SlabLease:
     waits_for_disk: bool = False
     """Whether its part from the disk has not been copied from staging to the slab yet."""
 
-    @cached_property
+    @property
     def num_bytes(self) -> int:
         """Of the ranges."""
         return sum(last - first for first, last in self.ranges)

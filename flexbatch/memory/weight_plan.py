@@ -134,7 +134,7 @@ class WeightPlan:
     def streamed_bytes(self, layer: int) -> int:
         """Returns the bytes that cross the link for one layer of one pass: the disk part comes first in the working
         slab, then the cpu part."""
-        return self.layer_bytes(layer, "disk") + self.layer_bytes(layer, "cpu")
+        return self.slab_lengths["disk"][layer] + self.slab_lengths["cpu"][layer]
 
     @cached_property
     def slab_bytes(self) -> int:

@@ -244,11 +244,12 @@ def test_attention_of_the_parts_is_that_of_the_group(decoding: int, prompts: tup
         positions=options.pop("positions", None),
         num_decoding=decoding,
     )
-    assert (len(group.parts) == 2) == (decoding >= DECODING_APART and bool(prompts) and not tree)
+    parts = group.halves or (group,)
+    assert (len(parts) == 2) == (decoding >= DECODING_APART and bool(prompts) and not tree)
     given = {"tree_masks": group.tree_masks, "positions": group.positions, **options}
     wanted = attention_reference.paged_attention(query, rows, table, starts, contexts, **given)
     out, last = torch.zeros_like(wanted), group.start
-    for part in group.parts:
+    for part in parts:
         assert part.start == last and part.max_query_len >= int((part.query_starts.diff()).max())
         assert int(part.query_starts[-1]) == part.end - part.start == len(part.slots)
         mine, last = slice(part.start - group.start, part.end - group.start), part.end
@@ -257,5 +258,5 @@ def test_attention_of_the_parts_is_that_of_the_group(decoding: int, prompts: tup
     assert last == group.end and torch.equal(out, wanted)
     held = weakref.ref(group)
     with without_collector():
-        del group, part, given
+        del group, part, parts, given
         assert held() is None  # with it go tensors of the device
