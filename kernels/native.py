@@ -203,14 +203,6 @@ def declared(loaded: ctypes.CDLL, signatures: Signatures) -> ctypes.CDLL:
     return loaded
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _dense(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return x if x is None or (x.dtype == dtype and x.is_contiguous()) else x.to(dtype).contiguous()
-
-
 def _cache(rows: Tensor, num_kv_heads: int, head_dim: int, bits: int, group: int, dtype: torch.dtype) -> Cache:
     assert rows.is_contiguous() or rows[:1].is_contiguous(), (
         f"a token row must be contiguous, got strides {rows.stride()}"
@@ -244,18 +236,20 @@ def paged_attention(
     chosen = AttentionOptions(**options)
     assert chosen.tree_masks is None or chosen.positions is not None, "a tree needs the depth of every query token"
     num_heads, head_dim = query.shape[1:]
-    integers = [
-        _dense(x, torch.int32) for x in (page_table, query_starts, context_lens, chosen.tree_masks, chosen.positions)
+    integers = page_table, query_starts, context_lens, chosen.tree_masks, chosen.positions
+    dense = [
+        x if x is None or (x.dtype == dtype and x.is_contiguous()) else x.to(dtype).contiguous()
+        for tensors, dtype in ((integers, torch.int32), ((chosen.alibi_slopes, chosen.sinks), torch.float32))
+        for x in tensors
     ]
     query = query.contiguous()
-    per_head = [_dense(x, torch.float32) for x in (chosen.alibi_slopes, chosen.sinks)]
     result = torch.empty_like(query) if out is None else out
     assert result.is_contiguous() and result.dtype == query.dtype and result.shape == query.shape, (
         "out must be dense and like the query"
     )
     attention = _Attention(
         _cache(rows, chosen.num_kv_heads, head_dim, chosen.bits, chosen.group, query.dtype),
-        query.data_ptr(), result.data_ptr(), *(_pointer(x) for x in (*integers, *per_head)),
+        query.data_ptr(), result.data_ptr(), *[None if x is None else x.data_ptr() for x in dense],
         page_table.shape[0], page_table.shape[1], num_heads, chosen.page_tokens,
         0 if chosen.tree_masks is None else chosen.tree_masks.shape[1],
         -chosen.window if chosen.chunked else chosen.window, threads or torch.get_num_threads(), chosen.scale,
