@@ -53,17 +53,26 @@ class DiskFile:
         ``path`` stands in messages then. Raises OffloadError, also where ``path`` is a symbolic link or no file.
         """
         self.path = path
-        self.buffered = open_readable(path) if num_bytes is None else open_scratch(path, num_bytes)
-        self.direct = open_direct(self.buffered, os.O_RDONLY if num_bytes is None else os.O_RDWR)
+        descriptor = open_readable(path) if num_bytes is None else open_scratch(path, num_bytes)
+        self.take(descriptor, os.O_RDONLY if num_bytes is None else os.O_RDWR)
 
     @classmethod
     def over(cls, path: Path, descriptor: int) -> DiskFile:
         """To write to a file that is open, whatever name it has so far; ``path`` stands in messages. The descriptor
         stays its owner's."""
         file = cls.__new__(cls)
-        file.path, file.buffered = path, os.dup(descriptor)
-        file.direct = open_direct(file.buffered, os.O_WRONLY)
+        file.path = path
+        file.take(os.dup(descriptor), os.O_WRONLY)
         return file
+
+    def take(self, descriptor: int, flags: int) -> None:
+        """Own the descriptor, and one for unbuffered transfers; neither, where something comes in between (Ctrl-C)."""
+        self.buffered = self.direct = descriptor
+        try:
+            self.direct = open_direct(descriptor, flags)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def num_bytes(self) -> int:

@@ -175,6 +175,28 @@ def test_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path] and path.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.parametrize("opened", ["scratch", "to read", "to write"])
+def test_an_opening_that_is_interrupted_leaves_nothing_open(
+    opened: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its two descriptors."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(64))
+
+    def interrupted(descriptor: int, flags: int) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flexbatch.memory.files.open_direct", interrupted)
+    with path.open("rb+") as owner:
+        before = os.listdir("/proc/self/fd")
+        with pytest.raises(KeyboardInterrupt):
+            DiskFile.over(path, owner.fileno()) if opened == "to write" else DiskFile(
+                path, 64 if opened == "scratch" else None
+            )
+        assert os.listdir("/proc/self/fd") == before
+        assert os.fstat(owner.fileno()).st_size == 64, "what is somebody else's stays open"
+
+
 def test_scratch_files_have_no_name(tmp_path: Path) -> None:
     """A killed run leaves nothing, and nobody can open them."""
     files = [DiskFile(tmp_path / "cache", 2 * ALIGNMENT) for _ in range(3)]
