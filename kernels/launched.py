@@ -2,9 +2,9 @@
 
 For every launch Triton works out anew which of its compiled programs the arguments need, sorts constants from options
 and looks for changed globals, and its launches are a third of the time of passes that wait for the host (OPT-125M with
-4 bits, 12 ticks a pass, 18 kernels a tick). A program that was found once is found again by what its choice depends on, and launched by
-Triton's own `CompiledKernel`. A kernel of four arguments then takes an H200's host 11.3 us and not 12.8 in a row of
-others (Triton 3.6), a product in codes without the driver 6.5 and not 11.2 (3.9).
+4 bits, 12 ticks a pass, 18 kernels a tick). A program that was found once is found again by what its choice depends
+on, and launched by Triton's own `CompiledKernel`. A kernel of four arguments then takes an H200's host 11.3 us and not
+12.8 in a row of others (Triton 3.6), a product in codes without the driver 6.5 and not 11.2 (3.9).
 
                              kernel[grid](x, n, BLOCK=64, num_warps=4)
                                               |
