@@ -13,8 +13,9 @@ Few prompts are spread over all micro-batches of a scenario, and every tick has 
 are 100 ticks a pass. They took 180 and 203 ms on an H200's host that needs 1.2 ms a tick; a plan by that host's profile
 has 176, and 67 with one micro-batch. To measure links and processors take as many prompts as a block has. To measure
 what the host does in short passes take a model whose weights hardly count and one micro-batch: --model opt-125m --set
-num_gpu_batches=1 has 12 ticks a pass and weights that cross in 5 ms. Its passes with 17 prompts took 16 to 32 ms on a
-host of 0.5 ms a tick.
+num_gpu_batches=1 has 12 ticks a pass and weights that cross in 5 ms. Its passes with 17 prompts took 16 to 32 ms on
+hosts of 0.44 and 0.53 ms a tick, and 68 to 103 in the second pair with CPU attention, whichever the tree: two pairs say
+little.
 
 Each scenario has its share of --seconds; what is measured is written at once.
 """
