@@ -212,10 +212,8 @@ class PassModel:
         where nothing overlaps, and nothing of pieces behind the first."""
         if self.hardware.device != "cuda" or not self.policy.overlap:
             return np.asarray(1.0)
-        if self.goes_ahead(point):
-            return np.asarray(STREAMED_IN_VIEW)
         if self.on_gpu(point):
-            return np.where(self.in_pieces, 0.0, IN_VIEW)
+            return np.where(self.in_pieces, 0.0, STREAMED_IN_VIEW if self.may_go_ahead else IN_VIEW)
         waits = ("cpu_attention", "cpu_experts", "weights_disk", "cache_disk")
         if any(point[COLUMNS[name]] > RESIDENT for name in waits):
             return np.asarray(WAITING_IN_VIEW)
@@ -224,7 +222,7 @@ class PassModel:
     @property
     def least_in_view(self) -> float:
         """At any placement."""
-        if np.any(self.in_pieces) and not self.may_go_ahead:
+        if np.any(self.in_pieces):
             return 0.0
         return STREAMED_IN_VIEW if self.hardware.device == "cuda" and self.policy.overlap else 1.0
 

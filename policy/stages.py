@@ -7,7 +7,7 @@ import functools
 import numpy as np
 
 from flexbatch.policy.affine import affine, total
-from flexbatch.policy.attention_seconds import decode_seconds, prompt_seconds
+from flexbatch.policy.attention_seconds import KEYS_OF_SEQUENCE, decode_seconds, prompt_seconds
 from flexbatch.policy.collectives import logits_seconds, send_rate, sum_seconds
 from flexbatch.policy.expansion import expanded_bytes, in_codes
 from flexbatch.policy.expert_traffic import NO_EXPERTS, hit_fetch_seconds, routed_traffic, spared_bytes
@@ -105,6 +105,11 @@ class PassStages:
         return Stage(name, count, seconds, self._work(traffic, gpu_flops, gpu_bytes))
 
     @property
+    def _begun_keys(self) -> np.ndarray:
+        """Those that the CPU would attend in the time in which it begins with the sequences of a layer."""
+        return np.asarray(KEYS_OF_SEQUENCE[self.policy.cache_bits] * self.decode_tokens)
+
+    @property
     def _launch_seconds(self) -> np.ndarray:
         """Of a tick, whose weights are on the GPU."""
         more = {True: self.hardware.launched_seconds("coded"), False: self.hardware.launched_seconds("expand")}
@@ -133,7 +138,7 @@ class PassStages:
             "disk_read": affine(cache_disk=decode + prompt, activations_disk=activations),
             "disk_write": affine(cache_disk=fresh, activations_disk=activations),
             "cpu_attention": affine(cpu_attention=self.row_bytes * self.decode_context),
-            "attended_16": affine(cpu_attention=self.row_bytes_16 * self.decode_context),
+            "attended_16": affine(cpu_attention=self.row_bytes_16 * (self.decode_context + self._begun_keys)),
             # Counts, not bytes. On disk every sequence is a request; in proportion to the disk's share, so that they
             # stay linear.
             "calls": affine(attending),

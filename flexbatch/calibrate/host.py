@@ -35,6 +35,7 @@ from flexbatch.calibrate.passes import (
 from flexbatch.calibrate.phases import Phases
 from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.models.specs import weight_specs
+from flexbatch.policy.attention_seconds import KEYS_OF_SEQUENCE
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.trace import RecordingTracer, Span, Tracer
 
@@ -147,7 +148,9 @@ def attention_in_passes(device: torch.device, weights: Split, calls: AttentionCa
     if slope <= 0:
         # On a busy machine the shorter calls may take longer.
         return AttentionInPasses(0.0, sizes[1] / seconds[1], link_rate)
-    return AttentionInPasses(max(0.0, seconds[0] - slope * sizes[0]), 1 / slope, link_rate)
+    # What sequences take besides plans count by itself.
+    begun = KEYS_OF_SEQUENCE[policy.cache_bits] * (sizes[1] - sizes[0]) / (calls.contexts[1] - calls.contexts[0])
+    return AttentionInPasses(max(0.0, seconds[0] - slope * (sizes[0] + begun)), 1 / slope, link_rate)
 
 
 def rate_beside(copies: list[Span], others: list[Span]) -> float:

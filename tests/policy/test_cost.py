@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from flexbatch.policy.affine import point_of
+from flexbatch.policy.attention_seconds import KEYS_OF_SEQUENCE
 from flexbatch.policy.beside import IN_VIEW, STREAMED_IN_VIEW, WAITING_IN_VIEW
 from flexbatch.policy.cost import PassModel
 from flexbatch.policy.curve import Curve
@@ -227,7 +228,7 @@ def test_quantized_rows_are_expanded_at_their_own_rate():
         PassLoad.decode(16, 500),
     )
     seconds = model.resource_seconds(point_of(policy))["cpu_attention"]
-    assert float(seconds) == pytest.approx(32 * 16 * 500 * 2 * 4096 * 2 / 5e10)
+    assert float(seconds) == pytest.approx(32 * 16 * (500 + KEYS_OF_SEQUENCE[8]) * 2 * 4096 * 2 / 5e10)
 
 
 def test_half_of_a_last_tile_is_empty():
@@ -443,6 +444,24 @@ def test_one_micro_batch_cannot_hide_cpu_attention():
     seconds = {p: PassModel(shape, small(), p, load).resource_seconds(point_of(p)) for p in (one, two)}
     assert seconds[one]["one micro-batch"] == pytest.approx(seconds[one]["cpu_attention"] + seconds[one]["gpu_compute"])
     assert "one micro-batch" not in seconds[two]
+
+
+@pytest.mark.parametrize(("bits", "keys"), [(16, 16), (8, 24), (4, 24)])
+def test_a_sequence_takes_the_cpu_as_long_as_some_keys(bits, keys):
+    """Beside its own, so that many short ones take longer than a few long ones of as many keys."""
+    shape, policy = public_shape("opt-30b"), Policy(Split(1, 0), Split(0, 1), Split(1, 0), 64, 2, cpu_attention=1.0)
+    policy = dataclasses.replace(policy, cache_bits=bits)
+
+    def seconds(sequences: int, context: int) -> float:
+        model = PassModel(shape, small(), policy, PassLoad.decode(sequences, context))
+        return float(model.resource_seconds(point_of(policy))["cpu_attention"])
+
+    each = (seconds(8, 2000) - seconds(8, 1000)) / 8000
+    assert seconds(80, 100) - seconds(8, 1000) == pytest.approx(72 * keys * each)
+    bytes_attended = PassModel(shape, small(), policy, PassLoad.decode(80, 100)).resource_work(point_of(policy))
+    assert bytes_attended["cpu_attention"] == pytest.approx(48 * 8000 * shape.token_bytes(bits)), (
+        "none of them are read"
+    )
 
 
 @pytest.mark.parametrize("bits", [16, 4])
