@@ -48,6 +48,12 @@ def form_of(argument: Any) -> object:
     return type(argument)
 
 
+def is_told(argument: Any) -> bool:
+    """Whether `form_of` has all that the choice of a program depends on. Of a tuple, of a subclass of integers or of
+    what stands for a tensor it has not: a program for multiples of 16 would be launched with 17."""
+    return argument is None or isinstance(argument, Tensor) or type(argument) in (int, float, bool)
+
+
 class LaunchedKernel:
     """A kernel and its programs. Constants and options are given by name; a constant has one type in all calls."""
 
@@ -73,7 +79,7 @@ class LaunchedKernel:
             program[three](*arguments, *constants, stream=active.get_current_stream(device))
             return
         program, last = self.function[grid](*arguments, **named), self.constants(len(arguments), named)
-        if program is not None and last is not None:
+        if program is not None and last is not None and all(map(is_told, arguments)):
             self.programs[key] = program, last
 
     def constants(self, count: int, named: dict[str, Any]) -> tuple[Any, ...] | None:

@@ -15,7 +15,15 @@ import triton.language as tl
 from flexbatch.kernels.imagined_gpu import GpuTraits, _Driver
 from flexbatch.kernels.launched import LaunchedKernel, launched
 
+
+class Size(int):
+    """As members of an enumeration are integers and of a type of their own."""
+
+
 INTEGERS = (*(0, 1, 2, 15, 16, 17, 32, -1, -16), *(2**31 - 1, 2**31, 2**31 + 16, -(2**31), -(2**31) - 1, 2**62, 2**63))
+UNTOLD = (Size(1), Size(16), Size(17), (16, 2), (17, 2), tl.constexpr(16), tl.constexpr(17))
+UNTOLD += tuple(triton.reinterpret(torch.empty(64, dtype=torch.half), dtype) for dtype in (tl.int16, tl.bfloat16))
+"""Whose type does not tell what Triton compiles a kernel for."""
 DTYPES = (torch.float16, torch.bfloat16, torch.int32, torch.uint8)
 
 
@@ -83,6 +91,12 @@ def main() -> None:
     before = len(kernel.programs)
     for size in range(20):
         kernel[(1,)](*arguments[:3], scale=0.5, flag=None, size=size, BLOCK=16, KIND="a")
+    with_sizes = len({told[3][3] for told in launches[-20:]})
+    right = 0
+    for each in UNTOLD * 2:
+        for launch in (kernel.function, kernel):
+            launch[(1,)](*arguments[:3], each, 0.5, None, BLOCK=16, KIND="a")
+        right += launches[-2][0] == launches[-1][0]
     print(
         json.dumps(
             {
@@ -91,7 +105,8 @@ def main() -> None:
                 "programs": len({key for key, *_ in launches}),
                 "known": before,
                 "kept_by_name": len(kernel.programs) - before,
-                "with_sizes": len({told[3][3] for told in launches[-20:]}),
+                "untold": [right, 2 * len(UNTOLD)],
+                "with_sizes": with_sizes,
             }
         )
     )

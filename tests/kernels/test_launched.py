@@ -26,3 +26,8 @@ def test_every_launch_is_that_of_triton(told):
 
 def test_what_is_no_constant_is_not_kept_under_its_name(told):
     assert told["kept_by_name"] == 0 and told["with_sizes"] == 20
+
+
+def test_what_a_type_does_not_tell_is_not_kept_under_it(told):
+    right, launches = told["untold"]
+    assert right == launches == 18
