@@ -46,31 +46,24 @@ class DiskFile:
     Offsets, lengths and buffers are multiples of ALIGNMENT for direct transfers; others go through the page cache.
     """
 
-    def __init__(self, path: Path, num_bytes: int | None = None) -> None:
-        """Open ``path`` for reading, or with ``num_bytes`` make a file of that size in its folder, to read and write.
+    def __init__(self, path: Path, num_bytes: int | None = None, descriptor: int | None = None) -> None:
+        """Open ``path`` for reading; or with ``num_bytes`` make a file of that size in its folder, to read and write;
+        or write to the file of a ``descriptor``, which stays its owner's, whatever name that has so far.
 
-        The latter never has a name, so that no other process or thread can meet it and a killed run leaves nothing;
-        ``path`` stands in messages then. Raises OffloadError, also where ``path`` is a symbolic link or no file.
+        A file that is made never has a name, so that no other process or thread can meet it and a killed run leaves
+        nothing; ``path`` stands in messages then. Raises OffloadError, also where ``path`` is a symbolic link or no
+        file.
         """
-        self.path = path
-        descriptor = open_readable(path) if num_bytes is None else open_scratch(path, num_bytes)
-        self.take(descriptor, os.O_RDONLY if num_bytes is None else os.O_RDWR)
-
-    @classmethod
-    def over(cls, path: Path, descriptor: int) -> DiskFile:
-        """To write to a file that is open, whatever name it has so far; ``path`` stands in messages. The descriptor
-        stays its owner's."""
-        file = cls.__new__(cls)
-        file.path = path
-        file.take(os.dup(descriptor), os.O_WRONLY)
-        return file
-
-    def take(self, descriptor: int, flags: int) -> None:
-        """Own the descriptor, and one for unbuffered transfers; neither, where something comes in between (Ctrl-C)."""
-        self.buffered = self.direct = descriptor
+        self.path, self.buffered, self.direct = path, -1, -1
         try:
-            self.direct = open_direct(descriptor, flags)
-        except BaseException:
+            if descriptor is not None:
+                self.buffered, flags = os.dup(descriptor), os.O_WRONLY
+            elif num_bytes is not None:
+                self.buffered, flags = open_scratch(path, num_bytes), os.O_RDWR
+            else:
+                self.buffered, flags = open_readable(path), os.O_RDONLY
+            self.direct = open_direct(self.buffered, flags)
+        except BaseException:  # Ctrl-C, too, may come before the second one
             self.close()
             raise
 
@@ -224,7 +217,7 @@ def write_atomically(
         with replacing(path, 0o600) as file:
             # A disk that is full says so before anything is written.
             os.posix_fallocate(file.fileno(), 0, max(size, 1))
-            target, offset = DiskFile.over(path, file.fileno()), 0
+            target, offset = DiskFile(path, descriptor=file.fileno()), 0
             requests: list[tuple[Tensor, int]] = []
             with contextlib.closing(target):
                 for piece in pieces:

@@ -190,9 +190,8 @@ def test_an_opening_that_is_interrupted_leaves_nothing_open(
     with path.open("rb+") as owner:
         before = os.listdir("/proc/self/fd")
         with pytest.raises(KeyboardInterrupt):
-            DiskFile.over(path, owner.fileno()) if opened == "to write" else DiskFile(
-                path, 64 if opened == "scratch" else None
-            )
+            settings = {"scratch": {"num_bytes": 64}, "to read": {}, "to write": {"descriptor": owner.fileno()}}
+            DiskFile(path, **settings[opened])
         assert os.listdir("/proc/self/fd") == before
         assert os.fstat(owner.fileno()).st_size == 64, "what is somebody else's stays open"
 
