@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import inspect
 import os
 import sys
 import threading
@@ -56,8 +57,10 @@ class Failing:
         name = frame.f_code.co_filename
         # Undoing is not made to fail: Python calls no trace function any more once one has raised.
         is_counted = name.startswith(self.files) and not name.endswith("host_memory.py")
-        # Python also enters a generator to end it, and what is raised there it tells nobody.
-        if event == "call" and is_counted and frame.f_code.co_name not in ("close", "<genexpr>"):
+        # Python also enters a generator to go on with it, and to end it: what is raised there skips what it undoes
+        # (before 3.11), or nobody is told.
+        is_generator = frame.f_code.co_flags & inspect.CO_GENERATOR
+        if event == "call" and is_counted and not is_generator and frame.f_code.co_name != "close":
             self.calls += 1
             if self.calls == self.k:
                 raise ERRORS[self.k % len(ERRORS)]()
