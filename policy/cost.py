@@ -22,7 +22,7 @@ from flexbatch.policy.affine import COLUMNS, KINDS, RESIDENT, evaluate, slowest,
 from flexbatch.policy.beside import IN_VIEW, STREAMED_IN_VIEW, WAITING_IN_VIEW, together
 from flexbatch.policy.collectives import head_launch_seconds, sum_seconds, sums_of_pass, telling_seconds
 from flexbatch.policy.decode_graphs import LAUNCHES_OF_EXPERTS, recorded_sequences, runs_graphs
-from flexbatch.policy.expansion import in_codes
+from flexbatch.policy.expansion import quantized_launch_seconds
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.host_work import prompt_token_seconds
 from flexbatch.policy.launches import KERNELS_OF_TICK
@@ -134,11 +134,7 @@ class PassModel:
         routed = layers - self.shape.dense_layers if self.shape.experts else 0
         ticks = (layers + 1 + routed * LAUNCHES_OF_EXPERTS / KERNELS_OF_TICK) * self.batches
         plain = ticks * hardware.launch_seconds + sums
-        if self.policy.weight_bits == 16:
-            return np.asarray(plain)
-        coded = self.batches * hardware.launched_seconds("coded")
-        few = in_codes(hardware, self.policy, self.tokens)
-        return plain + layers * np.where(few, coded, hardware.launched_seconds("expand"))
+        return np.asarray(plain + layers * quantized_launch_seconds(hardware, self.policy, self.tokens))
 
     @property
     def launch_seconds(self) -> np.ndarray:

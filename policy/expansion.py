@@ -36,6 +36,15 @@ def in_codes(hardware: Hardware, policy: Policy, tokens: np.ndarray) -> np.ndarr
     return few & (policy.weight_bits != 16)
 
 
+def quantized_launch_seconds(hardware: Hardware, policy: Policy, tokens: np.ndarray) -> np.ndarray:
+    """Of a layer: launching the expansion of its weights once, or with every tick products with their codes. Nothing of
+    16 bits."""
+    if policy.weight_bits == 16:
+        return np.zeros(np.shape(tokens))
+    coded = policy.num_gpu_batches * hardware.launched_seconds("coded")
+    return np.where(in_codes(hardware, policy, tokens), coded, hardware.launched_seconds("expand"))
+
+
 def coded_seconds(
     hardware: Hardware, bits: int, elements: float, stored_bytes: float, tokens: np.ndarray
 ) -> np.ndarray:

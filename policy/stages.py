@@ -9,7 +9,7 @@ import numpy as np
 from flexbatch.policy.affine import affine, total
 from flexbatch.policy.attention_seconds import KEYS_OF_SEQUENCE, decode_seconds, prompt_seconds
 from flexbatch.policy.collectives import logits_seconds, send_rate, sum_seconds
-from flexbatch.policy.expansion import expanded_bytes, in_codes
+from flexbatch.policy.expansion import expanded_bytes, quantized_launch_seconds
 from flexbatch.policy.expert_traffic import NO_EXPERTS, hit_fetch_seconds, routed_traffic, spared_bytes
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import DECODING_APART, DISK_THREADS, PAGE_TOKENS
@@ -108,14 +108,6 @@ class PassStages:
     def _begun_keys(self) -> np.ndarray:
         """Those that the CPU would attend in the time in which it begins with the sequences of a layer."""
         return np.asarray(KEYS_OF_SEQUENCE[self.policy.cache_bits] * self.decode_tokens)
-
-    @property
-    def _launch_seconds(self) -> np.ndarray:
-        """Of a tick, whose weights are on the GPU."""
-        more = {True: self.hardware.launched_seconds("coded"), False: self.hardware.launched_seconds("expand")}
-        few = in_codes(self.hardware, self.policy, self.tokens)
-        quantized = np.where(few, more[True], more[False]) * (self.policy.weight_bits != 16)
-        return np.asarray(self.hardware.launch_seconds + quantized)
 
     @functools.cached_property
     def _layer_traffic(self) -> dict[str, np.ndarray]:
@@ -290,7 +282,8 @@ class PassStages:
             # take the sum. Of Llama-3-8B with 8 bits 53 ms of it, 35 of launching and 12 of the GPU were 101 to 107 ms.
             calls = traffic["calls"][..., 0]
             fetch = calls * hardware.launched_seconds("fetch")
-            each = calls * (hardware.exchange_seconds + self._launch_seconds)
+            launch = hardware.launch_seconds + quantized_launch_seconds(hardware, policy, self.tokens)
+            each = calls * (hardware.exchange_seconds + launch)
             in_turn = affine(each, weights_cpu=fetch, weights_disk=fetch)
             seconds["one micro-batch"] = on_cores + gpu_seconds + in_turn
         if hardware.device == "cpu":
