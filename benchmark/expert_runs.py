@@ -49,7 +49,7 @@ from flexbatch.execution.executor import Executor
 from flexbatch.execution.passes import Passes
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.tick_halves import TickHalves
-from flexbatch.memory.transfer import FutureHandle
+from flexbatch.memory.handles import FutureHandle
 from flexbatch.planner.usage import UsageTracer
 from flexbatch.policy.pass_load import PassLoad
 from flexbatch.policy.shapes import SHAPES

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from flexbatch.execution.inputs import AttentionGroup, MicroBatchInputs, StagedGroup
 from flexbatch.kernels import ops
+from flexbatch.memory.handles import READY, Handle
 from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import KVCache
-from flexbatch.memory.transfer import READY, Handle, TransferQueues
+from flexbatch.memory.transfer import TransferQueues
 from flexbatch.models.arch import Arch
 from flexbatch.models.layers import LayerHalves
 from flexbatch.models.specs import sink_role
@@ -151,19 +152,19 @@ class CacheAttention:
         rows = self.cache.staging_rows(buffer)
         self.append(rows, group.slots, group.of(key), group.of(value))
         new_rows = rows.index_select(0, group.slots)
-        written = self.queues.mark()
         if staged.num_cpu_tokens:
-            self.cache.drain_cpu(layer, new_rows[: staged.num_cpu_tokens], staged.cpu_slots, written)
+            self.cache.drain_cpu(layer, new_rows[: staged.num_cpu_tokens], staged.cpu_slots)
         if staged.disk_pages:
-            self.cache.drain_disk(layer, new_rows[staged.num_cpu_tokens :], staged.disk_pages, written)
+            to_disk, written = new_rows[staged.num_cpu_tokens :], self.queues.mark()
+            self.cache.drain_disk(layer, to_disk, staged.disk_pages, written)
         self.attend(group.of(pending.attention), layer, group.of(query), rows, group)
         self.cache.release_staging(buffer, self.queues.mark())
 
     def start_cpu_attention(
-        self, pending: PendingTick, group: AttentionGroup, query: Tensor, key: Tensor, value: Tensor
+        self, pending: PendingTick, group: AttentionGroup, query: Tensor, key: Tensor, value: Tensor, in_turn: bool
     ) -> None:
         """Send queries, keys and values of the CPU's share down, and let the CPU append and attend where the cache
-        lies."""
+        lies. in_turn: as soon as somebody waits for it, because nothing is computed beside it."""
         layer, mine = pending.tick.layer, (group.of(query), group.of(key), group.of(value))
         host_query, host_key, host_value, output = self.host_buffers.acquire(*mine)
         arrived = self.queues.mark()
@@ -176,7 +177,7 @@ class CacheAttention:
             self.attend(output, layer, host_query, rows, group, self.cpu_threads)
 
         num_bytes = group.num_context_tokens * self.cache.layout.token_bytes
-        pending.cpu_done = self.queues.cpu_attention.submit(
-            attend, arrived, f"cache {layer}.{pending.tick.micro_batch}", num_bytes
-        )
+        queue = self.queues.cpu_attention
+        hand_over = queue.postpone if in_turn else queue.submit
+        pending.cpu_done = hand_over(attend, arrived, f"cache {layer}.{pending.tick.micro_batch}", num_bytes)
         pending.cpu_output = output

@@ -21,10 +21,11 @@ from flexbatch.execution.routed_rows import RoutedRows
 from flexbatch.execution.set_up import DECODE_GRAPHS, PIECE_GRAPHS, SetUp
 from flexbatch.execution.tick_halves import TickHalves
 from flexbatch.memory.activations import ActivationStore
+from flexbatch.memory.handles import READY, Handle
 from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.rotary import Rotary
-from flexbatch.memory.transfer import READY, Handle, TransferQueues
+from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch
 from flexbatch.models.lora.applied import AdapterTables

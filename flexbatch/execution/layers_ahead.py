@@ -3,7 +3,7 @@ there are working slabs for."""
 
 from __future__ import annotations
 
-from flexbatch.memory.transfer import READY, Handle
+from flexbatch.memory.handles import READY, Handle
 from flexbatch.memory.weights import WeightStore
 from flexbatch.policy.schedule import Tick
 

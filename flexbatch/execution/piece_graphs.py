@@ -28,7 +28,7 @@ from flexbatch.execution.graphs import Record, Recorded
 from flexbatch.execution.inputs import MicroBatchInputs
 from flexbatch.execution.static_adapters import GroupAdapters, fill_adapters, static_adapters
 from flexbatch.execution.tick_halves import TickHalves
-from flexbatch.memory.transfer import READY
+from flexbatch.memory.handles import READY
 from flexbatch.policy.decode_graphs import RECORDING_PASSES
 from flexbatch.policy.schedule import Tick
 

@@ -16,9 +16,10 @@ from flexbatch.execution.embedding import embed
 from flexbatch.execution.inputs import AttentionGroup
 from flexbatch.kernels import ops
 from flexbatch.kernels.imagined_gpu import DEVICE
+from flexbatch.memory.handles import READY
 from flexbatch.memory.pages import CacheLayout
 from flexbatch.memory.tiers import Pool
-from flexbatch.memory.transfer import READY, ROW_BYTES
+from flexbatch.memory.transfer import ROW_BYTES
 from flexbatch.memory.weight_plan import PlacedTensor, WeightPlan
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models import layers

@@ -9,7 +9,7 @@ from torch import Tensor
 from flexbatch.execution.head import Head
 from flexbatch.execution.inputs import MicroBatchInputs
 from flexbatch.execution.tick_halves import TickHalves
-from flexbatch.memory.transfer import READY
+from flexbatch.memory.handles import READY
 from flexbatch.policy.schedule import Tick
 
 

@@ -11,8 +11,9 @@ from flexbatch.kernels import ops
 from flexbatch.kernels.native_experts import ExpertTable
 from flexbatch.memory.cpu_experts import LeftOut
 from flexbatch.memory.files import align
+from flexbatch.memory.handles import READY, Handle
 from flexbatch.memory.tiers import Pool
-from flexbatch.memory.transfer import READY, ROW_BYTES, Handle, TransferQueues
+from flexbatch.memory.transfer import ROW_BYTES, TransferQueues
 from flexbatch.models.expert_arch import Experts
 from flexbatch.models.experts import RowsElsewhere
 from flexbatch.policy.limits import EXPERT_INDEX, NUM_EXPERT_BUFFERS, cpu_expert_tokens, expert_buffer_bytes

@@ -13,9 +13,10 @@ from flexbatch.execution.attention import CacheAttention, PendingTick, Watch
 from flexbatch.execution.ends import Ends
 from flexbatch.execution.inputs import MicroBatchInputs
 from flexbatch.execution.routed_rows import RoutedRows
+from flexbatch.memory.handles import Handle
 from flexbatch.memory.host_buffers import HostBuffers
 from flexbatch.memory.rotary import Rotary
-from flexbatch.memory.transfer import Handle, TransferQueues
+from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models import layers
 from flexbatch.models.arch import Arch
@@ -47,6 +48,8 @@ class TickHalves:
         self.tracer: Tracer = queues.tracer
         self.apart: dict[int, layers.Apart] = {}
         """By micro-batch, the hidden states that the next layer adds up, where none of them leave the device."""
+        self.in_turn = False
+        """Whether this pass has one micro-batch, so that nothing is computed beside the CPU's attention."""
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
@@ -66,6 +69,7 @@ class TickHalves:
         """What becomes of the experts in host memory in a pass whose micro-batches have so many tokens: whether the CPU
         computes some, and which, and whether the others cross the link only as they are hit."""
         self.weights.pass_tokens = sum(tokens)
+        self.in_turn = len(tokens) == 1
         self.apart.clear()
         experts, hits = self.weights.cpu_experts, self.weights.hit_experts
         self.weights.fetches_hits = hits is not None and sum(tokens) <= hits.max_tokens
@@ -101,7 +105,7 @@ class TickHalves:
             pending, (query, key, value) = self.project(tick, inputs, watch)
             groups = inputs.groups(self.attention.cache.windowed[tick.layer])
             if groups.cpu is not None:
-                self.attention.start_cpu_attention(pending, groups.cpu, query, key, value)
+                self.attention.start_cpu_attention(pending, groups.cpu, query, key, value, self.in_turn)
             if groups.gpu is not None:
                 self.attention.attend_resident(pending, groups.gpu, query, key, value)
         if groups.staged is not None:

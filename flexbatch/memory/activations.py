@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from flexbatch.memory.files import DiskFile, align
+from flexbatch.memory.handles import READY, Handle, together
 from flexbatch.memory.tiers import Tiers
-from flexbatch.memory.transfer import READY, Handle, TransferQueues, together
+from flexbatch.memory.transfer import TransferQueues
 from flexbatch.policy.balancer import TierBalancer
 from flexbatch.policy.policy import TIERS, Split
 

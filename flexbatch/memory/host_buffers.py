@@ -3,15 +3,33 @@ their way to the host, its results on their way back."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from flexbatch.memory.handles import READY, Handle
 from flexbatch.memory.tiers import Pool
-from flexbatch.memory.transfer import READY, Handle, TransferQueues
+from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.uploads import Uploads
 
 NUM_BUFFERS = 4
 """Up to three ticks are in flight at a time; one more lets the host run ahead of the device."""
+ROWS_BYTES = 1 << 18
+"""Of queries, keys and values side by side, up to which they go to the host as they are: one copy and not three, each
+with a kernel before it. The host then has to gather the queries, 50 us for so many bytes."""
+
+
+@dataclass(frozen=True)
+class HostParts:
+    """A buffer that is cut: queries [n, num_heads, head_dim], keys and values [n, num_kv_heads, head_dim], output as
+    the queries. rows [n, widths of all]: of which the first three are columns, None where each lies by itself."""
+
+    rows: Tensor | None
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
 
 
 class HostBuffers:
@@ -44,7 +62,7 @@ class HostBuffers:
             if self.copies and max_tokens
             else []
         )
-        self.parts: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self.parts: dict[int, HostParts] = {}
         """Of each buffer, what it was cut into last: all layers of a pass want it cut alike."""
         self.free_after: list[Handle] = [READY] * NUM_BUFFERS
         self.owners: dict[int, int] = {}
@@ -63,24 +81,38 @@ class HostBuffers:
         # By buffer, not by address: where the output lies in a buffer depends on the number of tokens.
         assert index not in self.owners.values(), "a host buffer is taken before it was given back"
         self.free_after[index].synchronize()
+        rows = rows_of(query, key, value)
+        if rows is not None and rows.nbytes > ROWS_BYTES:
+            rows = None
         parts = self.parts.get(index)
-        if parts is None or parts[0].shape[0] != num_tokens:
-            parts = self.parts[index] = self.cut(index, num_tokens)
-        for target, source in zip(parts, (query, key, value), strict=False):
-            target.copy_(source, non_blocking=True)
-        self.owners[parts[3].data_ptr()] = index
-        return parts
+        if parts is None or len(parts.output) != num_tokens or (parts.rows is None) != (rows is None):
+            parts = self.parts[index] = self.cut(index, num_tokens, rows is not None)
+        if parts.rows is not None and rows is not None:
+            parts.rows.copy_(rows, non_blocking=True)
+        else:
+            for target, source in ((parts.query, query), (parts.key, key), (parts.value, value)):
+                target.copy_(source, non_blocking=True)
+        self.owners[parts.output.data_ptr()] = index
+        return parts.query, parts.key, parts.value, parts.output
 
-    def cut(self, index: int, num_tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A buffer as query, key, value and output of so many tokens."""
-        heads = self.num_heads, self.num_kv_heads, self.num_kv_heads, self.num_heads
-        sizes = [num_tokens * count * self.head_dim for count in heads]
-        elements = self.buffers[index][: sum(sizes) * self.dtype.itemsize].view(self.dtype)
-        query, key, value, output = (
-            part.view(num_tokens, count, self.head_dim)
-            for part, count in zip(elements.split_with_sizes(sizes), heads, strict=True)
+    def cut(self, index: int, num_tokens: int, by_rows: bool) -> HostParts:
+        """A buffer as query, key, value and output of so many tokens. by_rows: the first three lie side by side."""
+        heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
+        width, output_width = sum(heads) * self.head_dim, self.num_heads * self.head_dim
+        elements = self.buffers[index].view(self.dtype)
+        given, output = elements[: num_tokens * (width + output_width)].split_with_sizes(
+            [num_tokens * width, num_tokens * output_width]
         )
-        return query, key, value, output
+        rows = given.view(num_tokens, width) if by_rows else None
+        if rows is not None:
+            query, key, value = rows.view(num_tokens, -1, self.head_dim).split_with_sizes(heads, 1)
+        else:
+            sizes = [num_tokens * count * self.head_dim for count in heads]
+            query, key, value = (
+                part.view(num_tokens, count, self.head_dim)
+                for part, count in zip(given.split_with_sizes(sizes), heads, strict=True)
+            )
+        return HostParts(rows, query, key, value, output.view(num_tokens, self.num_heads, self.head_dim))
 
     def release(self, output: Tensor, done: Handle) -> None:
         """End the ownership of the buffer of ``output``, which everything before ``done`` has read."""
@@ -101,3 +133,14 @@ class HostBuffers:
         self.buffers.clear()
         for i in range(NUM_BUFFERS):
             self.host.free(f"attention buffer {i}")
+
+
+def rows_of(query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+    """The rows [tokens, widths of all] that the three are columns of, as the product that makes them leaves them; None
+    where they are not."""
+    num_tokens, (heads, kv_heads), width = query.shape[0], (query.shape[1], key.shape[1]), query.shape[2]
+    total = (heads + 2 * kv_heads) * width
+    side_by_side = all(each.stride() == (total, width, 1) and each.dtype == query.dtype for each in (query, key, value))
+    size, start = width * query.element_size(), query.data_ptr()
+    follow = key.data_ptr() == start + heads * size and value.data_ptr() == start + (heads + kv_heads) * size
+    return query.as_strided((num_tokens, total), (total, 1)) if side_by_side and follow else None

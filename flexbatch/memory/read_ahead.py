@@ -15,7 +15,8 @@ from functools import partial
 from torch import Tensor
 
 from flexbatch.memory.files import ALIGNMENT, DiskFile, align, chunks, map_all
-from flexbatch.memory.transfer import READY, FutureHandle, Handle, TransferQueues
+from flexbatch.memory.handles import READY, FutureHandle, Handle
+from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weight_plan import PlacedTensor
 
 

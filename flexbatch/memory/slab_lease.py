@@ -13,7 +13,7 @@ from flexbatch.kernels.coded_matrix import CodedMatrix
 from flexbatch.kernels.expert_codes import ExpertStacks
 from flexbatch.memory.cpu_experts import LeftOut, Ranges
 from flexbatch.memory.files import align
-from flexbatch.memory.transfer import Handle
+from flexbatch.memory.handles import Handle
 
 
 @dataclass

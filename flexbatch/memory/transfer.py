@@ -1,4 +1,4 @@
-"""Asynchronous work beside compute: transfer queues run jobs, handles say when a job's result may be used.
+"""Asynchronous work beside compute: transfer queues run jobs, `handles` say when a job's result may be used.
 
 On CUDA a queue of the link is a stream and a handle is an event; on the CPU, and for the disk and CPU attention, a
 queue is a worker thread and a handle is a future. Both kinds are waited on in the same way, so the executor is written
@@ -8,15 +8,16 @@ once.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexbatch.kernels import ops
 from flexbatch.kernels.streams import current_stream
+from flexbatch.memory.handles import READY, Events, FutureHandle, Handle, PostponedHandle
 from flexbatch.policy.limits import DISK_THREADS
 from flexbatch.trace import Tracer
 
@@ -24,91 +25,6 @@ ROW_BYTES = 16
 """The kernel that reads host memory moves rows of multiples of this."""
 MAX_ROWS = 1 << 19
 """Rows that it moves at once, at most: 8 MiB of the smallest."""
-
-
-class Handle(Protocol):
-    """The promise of a finished job."""
-
-    def wait(self) -> None:
-        """Order the caller's following work (its CUDA stream, or the calling thread) after the job. Re-raises the
-        job's error."""
-
-    def synchronize(self) -> None:
-        """Block the calling thread until the job is done. Re-raises the job's error."""
-
-
-class Ready:
-    """A handle of something that is already there."""
-
-    def wait(self) -> None:
-        return
-
-    def synchronize(self) -> None:
-        return
-
-
-READY = Ready()
-
-
-class EventHandle:
-    """A CUDA event on the stream that ran the job."""
-
-    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
-        self.event, self.device = event, device
-
-    def wait(self) -> None:
-        self.event.wait(current_stream(self.device))
-
-    def synchronize(self) -> None:
-        self.event.synchronize()
-
-
-class FutureHandle:
-    """A job on a worker thread. Its result may itself be a handle (a disk read that ends in a copy on a CUDA
-    stream)."""
-
-    def __init__(self, future: Future[Any]) -> None:
-        self.future = future
-
-    @property
-    def done(self) -> bool:
-        """Whether the job has ended; what its result promises may still be on its way."""
-        return self.future.done()
-
-    @property
-    def failed(self) -> bool:
-        """Whether the job has ended with an error."""
-        return self.future.done() and self.future.exception() is not None
-
-    def wait(self) -> None:
-        result = self.future.result()
-        if hasattr(result, "wait"):
-            result.wait()
-
-    def synchronize(self) -> None:
-        result = self.future.result()
-        if hasattr(result, "synchronize"):
-            result.synchronize()
-
-
-class AllHandles:
-    """Several handles as one."""
-
-    def __init__(self, handles: Iterable[Handle]) -> None:
-        self.handles = [handle for handle in handles if handle is not READY]
-
-    def wait(self) -> None:
-        for handle in self.handles:
-            handle.wait()
-
-    def synchronize(self) -> None:
-        for handle in self.handles:
-            handle.synchronize()
-
-
-def together(*handles: Handle) -> Handle:
-    pending = [handle for handle in handles if handle is not READY]
-    return pending[0] if len(pending) == 1 else AllHandles(pending) if pending else READY
 
 
 class ThreadQueue:
@@ -130,6 +46,14 @@ class ThreadQueue:
 
     def submit(self, job: Callable[[], Any], after: Handle = READY, name: str = "", num_bytes: int = 0) -> FutureHandle:
         """Run ``job`` on the worker once ``after`` is done."""
+        return FutureHandle(self.pool.submit(self.counted(job, after, name, num_bytes)))
+
+    def postpone(self, job: Callable[[], Any], after: Handle, name: str, num_bytes: int) -> PostponedHandle:
+        """Run ``job`` once ``after`` is done, when somebody waits for it and in that thread: where nobody has anything
+        else to do meanwhile, waking the worker and being woken by it is lost time."""
+        return PostponedHandle(self.counted(job, after, name, num_bytes))
+
+    def counted(self, job: Callable[[], Any], after: Handle, name: str, num_bytes: int) -> Callable[[], Any]:
         self.num_bytes += num_bytes
         self.num_submitted += 1
 
@@ -140,7 +64,7 @@ class ThreadQueue:
             finally:
                 self.num_ended += 1
 
-        return FutureHandle(self.pool.submit(work))
+        return work
 
     def traced(self, job: Callable[[], Any], after: Handle, name: str, num_bytes: int) -> Any:
         after.synchronize()
@@ -181,6 +105,7 @@ class StreamQueue:
         # Kernels that read or write host memory need few multiprocessors but must not queue behind a GEMM's thread
         # blocks.
         self.stream = torch.cuda.Stream(device, priority=-1)
+        self.events = Events(device)
 
     def submit(self, job: Callable[[], Any], after: Handle = READY, name: str = "", num_bytes: int = 0) -> Handle:
         """Enqueue ``job`` on the stream, ordered after ``after``."""
@@ -193,11 +118,9 @@ class StreamQueue:
             job()
             if span is not None:
                 span.end()
-            event = torch.cuda.Event()
-            event.record(self.stream)
+            return self.events.record(self.stream)
         finally:
             torch.cuda.set_stream(outer)
-        return EventHandle(event, self.device)
 
     def guard(self, tensor: Tensor) -> None:
         """Keep the allocator from handing out the memory of ``tensor`` before the jobs submitted so far are done
@@ -224,6 +147,7 @@ class TransferQueues:
 
     def __init__(self, device: torch.device, tracer: Tracer, disk_threads: int = DISK_THREADS) -> None:
         self.device, self.tracer = device, tracer
+        self.events = Events(device)
         cuda = device.type == "cuda"
         self.h2d: TransferQueue = StreamQueue("h2d", tracer, device) if cuda else ThreadQueue("h2d", tracer)
         # Pages ride on a stream of their own: the gather kernel and the copy engine share the link and neither waits
@@ -246,9 +170,7 @@ class TransferQueues:
         returns."""
         if self.device.type != "cuda":
             return READY
-        event = torch.cuda.Event()
-        event.record(current_stream(self.device))
-        return EventHandle(event, self.device)
+        return self.events.record(current_stream(self.device))
 
     def copy_to_device(self, source: Tensor, target: Tensor) -> None:
         """Copy rows of pinned host memory into ``target`` of the same shape on the compute device, on the current

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from flexbatch.memory.files import align
+from flexbatch.memory.handles import READY, Handle
 from flexbatch.memory.tiers import Pool
-from flexbatch.memory.transfer import READY, ROW_BYTES, Handle, TransferQueues
+from flexbatch.memory.transfer import ROW_BYTES, TransferQueues
 from flexbatch.policy.limits import INPUT_BUFFER_BYTES
 
 PACKET_BYTES = 1 << 20

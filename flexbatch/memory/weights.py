@@ -13,12 +13,13 @@ from flexbatch.kernels.coded_matrix import CodedMatrix
 from flexbatch.kernels.expert_codes import ExpertStacks
 from flexbatch.memory.cpu_experts import CpuExperts, LeftOut, Ranges, cut
 from flexbatch.memory.expert_stacks import layer_stacks
+from flexbatch.memory.handles import READY, Handle, together
 from flexbatch.memory.hit_experts import HitExperts, leased
 from flexbatch.memory.read_ahead import ReadAhead, read_tensors
 from flexbatch.memory.slab_lease import KeptViews, SlabLease, gaps, place_of, slices
 from flexbatch.memory.tensor_views import DequantizationBuffers, TensorView, view_of
 from flexbatch.memory.tiers import Tiers
-from flexbatch.memory.transfer import READY, Handle, TransferQueues, together
+from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weight_plan import PlacedTensor, WeightPlan
 from flexbatch.memory.weight_tensors import WeightTensors
 from flexbatch.policy.limits import CODED_PASS_TOKENS, CODED_TOKENS

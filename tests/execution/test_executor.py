@@ -4,6 +4,7 @@ and survives what fails."""
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from flexbatch import LLM, SamplingParams
 from flexbatch.execution.executor import Executor
 from flexbatch.kernels import ops
 from flexbatch.memory.files import DiskFile
-from flexbatch.memory.transfer import FutureHandle, Handle
+from flexbatch.memory.handles import FutureHandle, Handle
+from flexbatch.memory.transfer import ThreadQueue
 from flexbatch.memory.weights import WeightStore
 from flexbatch.planner.usage import UsageTracer
 from flexbatch.trace import RecordingTracer, Tracer
@@ -296,6 +298,27 @@ def test_no_time_of_computing_holds_the_waiting_for_a_link(
     with engine(folder, None, percent=(*percent, 100, 0), cpu_attention=0.5, overlap=True) as llm:
         assert tokens(llm) == expected
     assert len(waited) > 50 and not any(waited)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_with_one_micro_batch_the_thread_that_waits_attends(
+    micro_batches: int, folder: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several it launches the others meanwhile."""
+    threads, traced = list[bool](), ThreadQueue.traced
+
+    def noted(self: ThreadQueue, *job: Any) -> Any:
+        if self.resource == "cpu_attention":
+            threads.append(threading.current_thread() is threading.main_thread())
+        return traced(self, *job)
+
+    monkeypatch.setattr(ThreadQueue, "traced", noted)
+    block = {"num_gpu_batches": micro_batches, "gpu_batch_size": 7 // micro_batches + 1}
+    placed = {"percent": (50, 50, 0, 100, 100, 0), **block}
+    with engine(folder, None, cpu_attention=1.0, overlap=True, **placed) as llm:
+        assert tokens(llm) == expected
+        check(llm)
+    assert len(threads) > 20 and all(threads) == (micro_batches == 1)
 
 
 def test_cpu_attention_appends_and_attends_with_as_many_threads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from flexbatch.execution.resize import adjust
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
-from flexbatch.memory.transfer import READY
+from flexbatch.memory.handles import READY
 from flexbatch.policy.admission import CacheSizes
 from flexbatch.policy.policy import TIERS, Policy, Split
 from flexbatch.speculative.tree import TokenTree, TreeShape

@@ -28,9 +28,9 @@ from flexbatch.execution.pass_batch import PassBatch, QueryTokens, parts_of
 from flexbatch.execution.sampler import SampledTokens
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
+from flexbatch.memory.handles import READY
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.pages import CacheLayout
-from flexbatch.memory.transfer import READY
 from flexbatch.memory.uploads import Uploads
 from flexbatch.policy.admission import CacheSizes
 from flexbatch.policy.limits import LOOKAHEAD_TOKENS
@@ -206,7 +206,7 @@ class SteppingAside(RuleBasedStateMachine):
                 new = self.attend(staged.attention, self.bytes_of(self.cache.staging_rows(k % 2)), ordered)
                 leaving = self.cache.layout.row_view(new.clone().view(-1))
                 if staged.num_cpu_tokens:
-                    self.cache.drain_cpu(0, leaving[: staged.num_cpu_tokens], staged.cpu_slots, READY)
+                    self.cache.drain_cpu(0, leaving[: staged.num_cpu_tokens], staged.cpu_slots)
                 if staged.disk_pages:
                     self.cache.drain_disk(0, leaving[staged.num_cpu_tokens :], staged.disk_pages, READY)
                 self.cache.release_staging(k % 2, READY)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from flexbatch.memory import uploads
-from flexbatch.memory.host_buffers import NUM_BUFFERS, HostBuffers
+from flexbatch.memory import host_buffers, uploads
+from flexbatch.memory.handles import READY
+from flexbatch.memory.host_buffers import NUM_BUFFERS, HostBuffers, rows_of
 from flexbatch.memory.tiers import Pool
-from flexbatch.memory.transfer import READY, TransferQueues
+from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.uploads import ROW_BYTES, Uploads
 from flexbatch.trace import Tracer
 from tests.memory.rigs import MIB, open_tiers
@@ -63,6 +66,63 @@ def test_buffers_in_flight_do_not_touch_each_other(buffers: HostBuffers) -> None
         assert output.shape == given_in[0].shape and torch.all(output == seed)
     with pytest.raises(AssertionError, match="taken before it was given back"):
         buffers.acquire(*tensors(1, 9))
+
+
+@pytest.mark.parametrize("most_bytes", [1 << 18, 6 * 24 * 4 - 1])
+@settings(max_examples=40, deadline=None)
+@given(counts=st.lists(st.integers(1, MAX_TOKENS), min_size=1, max_size=8), seed=st.integers(0, 99), data=st.data())
+def test_what_one_product_has_made_goes_in_one_copy_while_it_is_small(
+    most_bytes: int, counts: list[int], seed: int, data: st.DataObject
+) -> None:
+    """Columns of the same rows, in part of a micro-batch; as they were sent, whichever way the last ones went."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(host_buffers, "ROWS_BYTES", most_bytes)
+        with open_tiers(Path(folder)) as (_, queues):
+            made = HostBuffers(MAX_TOKENS, HEADS, KV_HEADS, HEAD_DIM, torch.float32, Pool("cpu", 64 * MIB), queues)
+            made.copies = True
+            size = MAX_TOKENS * (2 * HEADS + 2 * KV_HEADS) * HEAD_DIM * 4
+            made.buffers = [made.host.allocate(f"attention buffer {i}", size) for i in range(NUM_BUFFERS)]
+            for turn, count in enumerate(counts):
+                first = data.draw(st.integers(0, 2), "first token of the part")
+                generator = torch.Generator().manual_seed(seed + turn)
+                fused = torch.randn(first + count, HEADS + 2 * KV_HEADS, HEAD_DIM, generator=generator)
+                parts = fused[first:].split_with_sizes((HEADS, KV_HEADS, KV_HEADS), 1)
+                apart = data.draw(st.booleans(), "apart")
+                given_in = tensors(count, seed) if apart else parts
+                assert (rows_of(*given_in) is None) == apart
+                query, key, value, output = made.acquire(*given_in)
+                held = made.parts[turn % NUM_BUFFERS].rows
+                assert (held is None) == (apart or count * 24 * 4 > most_bytes)
+                output.fill_(turn)
+                assert all(
+                    torch.equal(copy, source) for copy, source in zip((query, key, value), given_in, strict=True)
+                )
+                assert output.shape == query.shape and output.is_contiguous() and torch.all(output == turn)
+                made.release(output, READY)
+                made.check()
+            made.close()
+
+
+def swapped(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return parts[0], parts[2], parts[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(swapped, id="values before keys"),
+        pytest.param(lambda parts: (parts[0] * 1, *parts[1:]), id="queries that were made anew"),
+        pytest.param(lambda parts: (*parts[:2], parts[2].clone()), id="values that were made anew"),
+        pytest.param(lambda parts: (parts[0], parts[1], parts[1]), id="keys that are the values"),
+        pytest.param(lambda parts: tuple(part[::2] for part in parts), id="every second token"),
+        pytest.param(lambda parts: (parts[0].double(), *parts[1:]), id="another type"),
+    ],
+)
+def test_what_does_not_lie_side_by_side_is_not_taken_for_it(change: Any) -> None:
+    fused = torch.randn(4, HEADS + 2 * KV_HEADS, HEAD_DIM)
+    parts = fused.split_with_sizes((HEADS, KV_HEADS, KV_HEADS), 1)
+    assert torch.equal(rows_of(*parts), fused.view(4, -1))  # type: ignore[arg-type]
+    assert rows_of(*change(parts)) is None
 
 
 def test_a_buffer_is_taken_again_only_once_its_readers_are_done(buffers: HostBuffers, queues: TransferQueues) -> None:

@@ -19,10 +19,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from flexbatch.execution.input_builder import InputBuilder
 from flexbatch.execution.inputs import MicroBatchInputs
 from flexbatch.execution.pass_batch import QueryTokens
+from flexbatch.memory.handles import READY, FutureHandle
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.page_moves import keep_paths, park, restore
 from flexbatch.memory.pages import CacheLayout, Gather, PageTable
-from flexbatch.memory.transfer import READY, FutureHandle
+from flexbatch.memory.transfer import ThreadQueue
 from flexbatch.memory.uploads import Uploads
 from flexbatch.policy.admission import CacheSizes
 from flexbatch.policy.layer_window import LayerWindow, WindowSizes
@@ -172,7 +173,9 @@ class CacheMachine(RuleBasedStateMachine):
             self.look(group, rows, [q for q in inputs.queries if q.pages.tier != "gpu"], layer)
             leaving = self.layout.row_view(new[group.start : group.end].clone().view(-1))
             if staged.num_cpu_tokens:
-                self.cache.drain_cpu(layer, leaving[: staged.num_cpu_tokens], staged.cpu_slots, READY)
+                # Some by the transfer queue, and some by what computes.
+                self.cache.few_bytes = (layer + len(self.texts)) % 2 * leaving.nbytes
+                self.cache.drain_cpu(layer, leaving[: staged.num_cpu_tokens], staged.cpu_slots)
             if staged.disk_pages:
                 self.cache.drain_disk(layer, leaving[staged.num_cpu_tokens :], staged.disk_pages, READY)
             self.cache.release_staging(layer % 2, READY)
@@ -293,9 +296,7 @@ def test_pages_are_gathered_once_their_rows_are_home(tmp_path: Path, late: str) 
         queue.submit(lambda: gate.wait(10))
         cache.begin_pass(READY)
         if late != "disk":
-            cache.drain_cpu(
-                0, rows["cpu"], torch.tensor(tables["cpu"].location.slots(0, PAGE_TOKENS, PAGE_TOKENS)), READY
-            )
+            cache.drain_cpu(0, rows["cpu"], torch.tensor(tables["cpu"].location.slots(0, PAGE_TOKENS, PAGE_TOKENS)))
         if late != "cpu":
             cache.drain_disk(0, rows["disk"], [(tables["disk"].location, 0, PAGE_TOKENS, 0)], READY)
         for table in tables.values():
@@ -315,6 +316,24 @@ def test_pages_are_gathered_once_their_rows_are_home(tmp_path: Path, late: str) 
         cache.close()
 
 
+@pytest.mark.parametrize(("few", "by_queue"), [(0, True), (1, False)])
+def test_few_rows_go_home_with_what_computes_and_are_counted(tmp_path: Path, few: int, by_queue: bool) -> None:
+    rows = torch.randn(PAGE_TOKENS, 2, 2, 6)
+    with open_tiers(tmp_path) as (tiers, queues):
+        cache = KVCache(layout_of(16), SIZES, tiers, queues)
+        assert cache.few_bytes == 0, "on a CPU there is no stream that computes"
+        cache.few_bytes = few * rows.nbytes
+        table = cache.open("cpu", PAGE_TOKENS)
+        slots = torch.tensor(table.location.slots(0, PAGE_TOKENS, PAGE_TOKENS))
+        assert isinstance(queues.d2h, ThreadQueue) and queues.d2h.num_submitted == 0
+        cache.begin_pass(READY)
+        cache.drain_cpu(0, rows, slots)
+        assert queues.d2h.num_submitted == by_queue
+        cache.synchronize()
+        assert torch.equal(cache.rows("cpu", 0)[slots], rows) and queues.moved_bytes()["d2h"] == rows.nbytes
+        cache.close()
+
+
 @pytest.mark.parametrize("tier", ["cpu", "disk"])
 def test_rows_of_a_sequence_that_sat_out_a_pass_are_waited_for(tmp_path: Path, tier: str) -> None:
     """A prompt that is left out of a pass: what it drained in the pass before may still be under way when the pass
@@ -326,7 +345,7 @@ def test_rows_of_a_sequence_that_sat_out_a_pass_are_waited_for(tmp_path: Path, t
         (queues.disk_write if tier == "disk" else queues.d2h).submit(lambda: time.sleep(0.2))
         cache.begin_pass(READY)
         if tier == "cpu":
-            cache.drain_cpu(0, rows, torch.tensor(table.location.slots(0, PAGE_TOKENS, PAGE_TOKENS)), READY)
+            cache.drain_cpu(0, rows, torch.tensor(table.location.slots(0, PAGE_TOKENS, PAGE_TOKENS)))
         else:
             cache.drain_disk(0, rows, [(table.location, 0, PAGE_TOKENS, 0)], READY)
         cache.commit(table, PAGE_TOKENS)

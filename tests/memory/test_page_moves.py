@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from flexbatch.memory.handles import READY
 from flexbatch.memory.kvcache import KVCache
 from flexbatch.memory.page_moves import park, restore
 from flexbatch.memory.pages import Gather
-from flexbatch.memory.transfer import READY
 from tests.memory.rigs import open_tiers
 from tests.memory.test_kvcache import LAYERS, PAGE_TOKENS, SIZES, layout_of
 
@@ -42,7 +42,7 @@ def test_rows_of_one_that_has_ended_do_not_lie_over_those_of_one_that_comes_back
         for layer in range(LAYERS):
             if tier == "cpu":
                 slots = torch.tensor(ended.location.slots(0, TOKENS, PAGE_TOKENS))
-                cache.drain_cpu(layer, others[layer], slots, READY)
+                cache.drain_cpu(layer, others[layer], slots)
             else:
                 cache.drain_disk(layer, others[layer], [(ended.location, 0, TOKENS, 0)], READY)
         cache.commit(ended, TOKENS)

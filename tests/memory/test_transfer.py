@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.memory.transfer import READY, FutureHandle, Handle, ThreadQueue, TransferQueues, together
+from flexbatch.memory.handles import READY, EventHandle, Events, FutureHandle, Handle, together
+from flexbatch.memory.transfer import ThreadQueue, TransferQueues
 from flexbatch.trace import RecordingTracer, Tracer
 from tests.memory.rigs import dawdle
 
@@ -81,6 +82,69 @@ def test_waiting_waits_for_one_job_and_not_for_those_behind_it(queues: TransferQ
     assert isinstance(blocked, FutureHandle) and not blocked.future.done()
     gate.set()
     blocked.synchronize()
+
+
+def test_who_waits_first_runs_a_postponed_job_once(queues: TransferQueues) -> None:
+    ran, gate = list[threading.Thread](), queues.h2d.submit(lambda: time.sleep(0.02))
+    handle = queues.cpu_attention.postpone(lambda: ran.append(threading.current_thread()), gate, "a", 5)
+    queues.synchronize()
+    assert not ran and queues.moved_bytes()["cpu_attention"] == 5
+    queues.check()
+    for waiting in (handle.wait, handle.synchronize, together(handle, gate).wait):
+        waiting()
+        assert ran == [threading.current_thread()]
+    assert queues.cpu_attention.num_ended == queues.cpu_attention.num_submitted == 1
+    queues.check()
+
+
+@pytest.mark.parametrize("what", ["job", "before", "interrupt"])
+def test_the_error_of_a_postponed_job_is_that_of_all_who_wait(queues: TransferQueues, what: str) -> None:
+    error = KeyboardInterrupt if what == "interrupt" else ValueError
+
+    def fail() -> None:
+        raise error("lost")
+
+    before = queues.h2d.submit(fail) if what == "before" else READY
+    handle = queues.cpu_attention.postpone((lambda: None) if what == "before" else fail, before, "a", 5)
+    for waiting in (handle.wait, handle.synchronize):
+        with pytest.raises(error, match="lost"):
+            waiting()
+    queues.check()
+
+
+class CountedEvent:
+    """Stands for an event of CUDA."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        CountedEvent.made += 1
+        self.recorded = list[object]()
+
+    def record(self, stream: object) -> None:
+        self.recorded.append(stream)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 6), max_size=40))
+def test_events_are_recorded_anew_once_nobody_has_their_handle(turns: list[int]) -> None:
+    """turns: 0 records another one; n lets the n-th go."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "Event", CountedEvent)
+        CountedEvent.made = 0
+        events, held, most = Events(torch.device("cpu")), list[EventHandle](), 0
+        for number, turn in enumerate(turns):
+            if turn == 0:
+                handle = events.record(number)  # type: ignore[arg-type]
+                assert handle.event.recorded[-1] == number  # type: ignore[attr-defined]
+                held.append(handle)
+                del handle
+            elif turn <= len(held):
+                del held[turn - 1]
+            most = max(most, len(held))
+            assert len({id(handle.event) for handle in held}) == len(held)
+            assert not {id(event) for event in events.free} & {id(handle.event) for handle in held}
+        assert CountedEvent.made == most == len(held) + len(events.free)
 
 
 def test_a_job_may_end_in_another_handle(queues: TransferQueues) -> None:

@@ -20,8 +20,9 @@ from flexbatch.kernels import ops, reference
 from flexbatch.kernels.coded_matrix import CodedMatrix
 from flexbatch.memory import files
 from flexbatch.memory.files import DiskFile
+from flexbatch.memory.handles import READY
 from flexbatch.memory.loading import Loader
-from flexbatch.memory.transfer import READY, TransferQueues
+from flexbatch.memory.transfer import TransferQueues
 from flexbatch.memory.weight_plan import plan_weights
 from flexbatch.memory.weights import WeightStore
 from flexbatch.models.arch import Arch

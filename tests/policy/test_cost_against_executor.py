@@ -62,19 +62,18 @@ def run(
     """Passes of a job of four sequences in two micro-batches, prompts in chunks of 16 tokens."""
     moved: Counter[tuple[str, str]] = Counter()
     passes: list[Pass] = []
-    submit, execute = ThreadQueue.submit, Executor.run
+    counted, execute = ThreadQueue.counted, Executor.run
 
-    def counting(self: ThreadQueue, job: Any, *rest: Any, **named: Any) -> Any:
-        _, name, num_bytes = (*rest, *(None, "", 0)[len(rest) :])
-        moved[self.resource, (named.get("name") or name).split(" ")[0]] += named.get("num_bytes") or num_bytes
-        return submit(self, job, *rest, **named)
+    def counting(self: ThreadQueue, job: Any, after: Any, name: str, num_bytes: int) -> Any:
+        moved[self.resource, name.split(" ")[0]] += num_bytes
+        return counted(self, job, after, name, num_bytes)
 
     def recording(self: Executor, work: Any, *rest: Any, **named: Any) -> Iterator[Any]:
         load, before, ticks = PassMeter.load(work), Counter(moved), count_ticks(self)
         yield from execute(self, work, *rest, **named)
         passes.append(Pass(load, moved - before, count_ticks(self) - ticks))
 
-    monkeypatch.setattr(ThreadQueue, "submit", counting)
+    monkeypatch.setattr(ThreadQueue, "counted", counting)
     monkeypatch.setattr(Executor, "run", recording)
     sizes = {"gpu_batch_size": 2, "num_gpu_batches": 2, "prefill_chunk": 16, "cpu_attention": 0.0}
     memory = {"gpu_memory": "256MiB", "cpu_memory": "256MiB", "offload_dir": str(offload)}
