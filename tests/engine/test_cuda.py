@@ -9,6 +9,7 @@ import torch
 
 from flexbatch import LLM, SamplingParams
 from flexbatch.execution.runner import keep_workspace
+from flexbatch.memory import cache_storage, host_buffers
 from tests.engine.device_memory import ALLOCATED, watched, without_collector
 from tests.engine.test_parity import ACTIVATIONS, CACHE, GRID, NEW_TOKENS, WEIGHTS
 from tests.tiny_models import make_model
@@ -56,6 +57,23 @@ def test_whole_grid_on_the_gpu(family, cell, reference, tmp_path_factory):
     model = reference(family)
     with engine(model, tmp_path_factory.getbasetemp() / f"offload-{family}", cell) as llm:
         completions = llm.generate(model.prompts, SamplingParams(max_tokens=NEW_TOKENS, temperature=0))
+    assert [completion.token_ids for completion in completions] == model.token_ids
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("few", [True, False])
+def test_few_rows_and_many_go_their_ways_with_the_same_tokens(few, micro_batches, reference, tmp_path, monkeypatch):
+    """To the CPU's attention, and home from staging. All that a tiny model has is few."""
+    model = reference("opt")
+    if not few:
+        monkeypatch.setattr(host_buffers, "ROWS_BYTES", 0)
+        monkeypatch.setattr(cache_storage, "FEW_BYTES", 0)
+    with engine(model, tmp_path, ("cpu", "cpu", "gpu", micro_batches, True, 64), cpu_attention=0.5) as llm:
+        completions = llm.generate(model.prompts, SamplingParams(max_tokens=NEW_TOKENS, temperature=0))
+        queues, buffers = llm.queues, llm.runner.host_buffers
+        assert any(parts.rows is not None for parts in buffers.parts.values()) == few
+        for queue in (queues.h2d, queues.d2h, queues):
+            assert queue.events.free, "no event comes back"
     assert [completion.token_ids for completion in completions] == model.token_ids
 
 
