@@ -45,7 +45,7 @@ JOINT: dict[str, tuple[str, ...]] = {
     "h2d beside cpu_attention": ("h2d", "cpu_attention", "cpu_experts"),
     "cpu_attention beside h2d": ("cpu_attention", "cpu_experts", "h2d"),
     "cpu_attention + cpu_experts": ("cpu_attention", "cpu_experts"),
-    "one micro-batch": ("cpu_attention", "cpu_experts", "gpu_compute"),
+    "CPU attention in turn": ("cpu_attention", "cpu_experts", "gpu_compute"),
     "gather beside gpu_compute": ("h2d", "gpu_compute"),
     "h2d after dequantization": ("h2d", "gpu_compute"),
     "cpu_attention after dequantization": ("cpu_attention", "gpu_compute"),

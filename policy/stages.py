@@ -9,9 +9,10 @@ import numpy as np
 from flexbatch.policy.affine import affine, total
 from flexbatch.policy.attention_seconds import KEYS_OF_SEQUENCE, decode_seconds, prompt_seconds
 from flexbatch.policy.collectives import logits_seconds, send_rate, sum_seconds
-from flexbatch.policy.expansion import expanded_bytes, quantized_launch_seconds
+from flexbatch.policy.expansion import expanded_bytes
 from flexbatch.policy.expert_traffic import NO_EXPERTS, hit_fetch_seconds, routed_traffic, spared_bytes
 from flexbatch.policy.hardware import Hardware
+from flexbatch.policy.in_turn import in_turn_seconds
 from flexbatch.policy.limits import DECODING_APART, DISK_THREADS, PAGE_TOKENS
 from flexbatch.policy.model_shape import ModelShape
 from flexbatch.policy.pass_load import PassLoad
@@ -277,15 +278,10 @@ class PassStages:
         seconds["h2d beside cpu_attention"] = seconds["h2d"] + read * hardware.link_slowdown / hardware.h2d
         slowdown = hardware.cpu_attention_slowdown / hardware.cpu_attention.values[0]
         seconds["cpu_attention beside h2d"] = on_cores + work["h2d"] * slowdown
-        if self.batches == 1:
-            # Nothing is left to compute or to launch while the only micro-batch's attention runs on the CPU: its passes
-            # take the sum. Of Llama-3-8B with 8 bits 53 ms of it, 35 of launching and 12 of the GPU were 101 to 107 ms.
+        if self.batches == 1 or policy.cpu_attention > 0:
+            given = self.shape, hardware, policy, self.load
             calls = traffic["calls"][..., 0]
-            fetch = calls * hardware.launched_seconds("fetch")
-            launch = hardware.launch_seconds + quantized_launch_seconds(hardware, policy, self.tokens)
-            each = calls * (hardware.exchange_seconds + launch)
-            in_turn = affine(each, weights_cpu=fetch, weights_disk=fetch)
-            seconds["one micro-batch"] = on_cores + gpu_seconds + in_turn
+            seconds["CPU attention in turn"] = in_turn_seconds(*given, on_cores, gpu_seconds, calls)
         if hardware.device == "cpu":
             attended = traffic["attended_16"] / attention_rate
             links = seconds["h2d"] + seconds["d2h"]

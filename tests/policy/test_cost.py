@@ -429,7 +429,7 @@ def test_fixed_costs_of_cpu_attention_and_of_disk_pages():
         assert costly["cpu_attention"] - base["cpu_attention"] == pytest.approx(2 * calls)
         assert costly["disk_read"] - base["disk_read"] == pytest.approx(100 * (calls + 32 * 24 / 4 * 0.5))
         if policy is one:
-            assert costly["one micro-batch"] - base["one micro-batch"] == pytest.approx(22 * calls)
+            assert costly["CPU attention in turn"] - base["CPU attention in turn"] == pytest.approx(22 * calls)
         staged = PassModel(shape, slow, dataclasses.replace(policy, cpu_attention=0.0), load).resource_seconds(point)
         assert staged["cpu_attention"] == base["cpu_attention"]
         prompts = PassModel(shape, slow, policy, PassLoad.prefill(24, 100)).resource_seconds(point)
@@ -442,8 +442,15 @@ def test_one_micro_batch_cannot_hide_cpu_attention():
     two = dataclasses.replace(one, gpu_batch_size=16, num_gpu_batches=2)
     load = PassLoad.decode(32, 500) + PassLoad.prefill(32, 128)
     seconds = {p: PassModel(shape, small(), p, load).resource_seconds(point_of(p)) for p in (one, two)}
-    assert seconds[one]["one micro-batch"] == pytest.approx(seconds[one]["cpu_attention"] + seconds[one]["gpu_compute"])
-    assert "one micro-batch" not in seconds[two]
+    for policy, share in ((one, 1), (two, 1 / 2)):
+        both = seconds[policy]["cpu_attention"] + seconds[policy]["gpu_compute"]
+        assert seconds[policy]["CPU attention in turn"] == pytest.approx(share * both)
+    three = PassModel(shape, small(), dataclasses.replace(two, num_gpu_batches=3), PassLoad.decode(32, 500))
+    alone = three.resource_seconds(point_of(three.policy))
+    both = alone["cpu_attention"] + alone["gpu_compute"]
+    assert alone["CPU attention in turn"] == pytest.approx(both / 3), "without prompts two ticks are put off"
+    none = dataclasses.replace(two, cpu_attention=0.0)
+    assert "CPU attention in turn" not in PassModel(shape, small(), none, load).resource_seconds(point_of(none))
 
 
 @pytest.mark.parametrize(("bits", "keys"), [(16, 16), (8, 24), (4, 24)])
@@ -479,7 +486,7 @@ def test_one_micro_batch_launches_nothing_beside_cpu_attention(bits, weights):
     def in_turn(policy: Policy, load: PassLoad) -> float:
         hardware = (small(), host)
         models = (PassModel(shape, each, policy, load) for each in hardware)
-        none, launched = (each.resource_seconds(point_of(policy))["one micro-batch"] for each in models)
+        none, launched = (each.resource_seconds(point_of(policy))["CPU attention in turn"] for each in models)
         return float(launched - none)
 
     assert in_turn(policy, PassLoad.decode(32, 500)) == pytest.approx(48 * tick)
