@@ -16,7 +16,7 @@ import torch
 from benchmark.kernel_cases import MIB, Row
 from benchmark.kernel_timings_cpu import beside_the_link, host_seconds
 from benchmark.machine import machine
-from flexbatch.calibrate.experts import FORMS, call_of, stored_experts
+from flexbatch.calibrate.experts import FORMS, call_of, expert_bytes, stored_experts
 from flexbatch.kernels import native
 
 SHAPES = {"qwen3-30b-a3b": (2048, 768), "gpt-oss": (2880, 2880), "mixtral-8x7b": (4096, 14336)}
@@ -28,9 +28,9 @@ def expert_timings(total_bytes: int, threads: int, shapes: dict[str, tuple[int, 
     cuda = torch.cuda.is_available()
     for name, (hidden, width) in shapes.items():
         for form in FORMS:
-            _, each = stored_experts(form, 1, hidden, width, torch.bfloat16)
+            each = expert_bytes(form, hidden, width, torch.bfloat16)
             count = max(1, total_bytes // each)
-            table, each = stored_experts(form, count, hidden, width, torch.bfloat16)
+            table = stored_experts(form, count, hidden, width, torch.bfloat16)
             for given in ROWS:
                 call = call_of(table, given, torch.bfloat16, threads)
                 seconds = host_seconds(call, 3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Many
@@ -12,6 +11,7 @@ from itertools import count
 from typing import Any
 
 from flexbatch.execution.feed import Feed
+from flexbatch.execution.garbage import frozen_heap
 from flexbatch.intake import Item
 from flexbatch.loop import EngineLoop
 from flexbatch.planner.comparison import Turn, turns
@@ -40,26 +40,6 @@ def completions(
                 yield request, completion
         if loop.draining:
             raise KeyboardInterrupt
-
-
-FROZEN_AT_START = 1000
-"""Objects that an interpreter may have frozen itself: Python 3.12 has 375 from its start."""
-
-
-@contextlib.contextmanager
-def frozen_heap() -> Iterator[None]:
-    """Leave all objects that there are now out of Python's collections of garbage: one of them took 120 to 200 ms of a
-    job of 1,000 sequences, in which the GPU had nothing to do, and found nothing. Whoever has frozen the heap
-    already is not interfered with. An earlier version took what Python 3.12 freezes for that and did nothing there:
-    six of 19 jobs of 10 s on an H200 had one pass of 160 ms more than the others."""
-    if gc.get_freeze_count() > FROZEN_AT_START:
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def turn(loop: EngineLoop, complete: bool) -> Iterator[tuple[Request, Completion, bool]]:

@@ -18,16 +18,17 @@ import numpy as np
 import torch
 
 from flexbatch.calibrate.fits import non_negative
-from flexbatch.calibrate.passes import SmallJob, job_runner, resident, small_arch
+from flexbatch.calibrate.passes import SmallJob, SmallModels, resident, runner_of
 from flexbatch.execution.pass_batch import DecodedTokens
 from flexbatch.execution.runner import Runner
 from flexbatch.execution.scheduler import Scheduler
 from flexbatch.execution.sequence import Sequence
 from flexbatch.policy.limits import PAGE_TOKENS
 from flexbatch.policy.policy import Policy
-from flexbatch.trace import Tracer
 
-BLOCK, HEAD_DIM, TOKEN = 64, 128, 5
+BLOCK, TOKEN = 64, 5
+LAYERS = 2
+"""Of a model that other passes are timed with: none of them computes anything."""
 BESIDE_TURNS = 0.5
 """Of a request, beside what it costs in turns: `LLM.generate` takes it in, and gives its completion. On a processor of
 two cores 0.05 ms, where turns took 0.11; 0.06 ms in the jobs on the H200."""
@@ -85,7 +86,7 @@ def turns(runner: Runner, policy: Policy, job: SmallJob) -> Iterator[tuple[Compo
 
 
 @torch.inference_mode()
-def composing_seconds(device: torch.device) -> dict[str, float]:
+def composing_seconds(models: SmallModels) -> dict[str, float]:
     """Seconds of a request, of a token of a prompt and of a page that a sequence takes which decodes: ``request``,
     ``prompt_token`` and ``page``."""
     longest = max(JOBS, key=lambda job: job.prompt_tokens)
@@ -94,7 +95,7 @@ def composing_seconds(device: torch.device) -> dict[str, float]:
         for tokens in (job.prompt_tokens for job in (longest, *JOBS))
     ]
     timed = list[tuple[ComposedTurn, float]]()
-    with job_runner(small_arch(1, HEAD_DIM), policies[0], device, Tracer(), longest) as runner:
+    with runner_of(models.of(LAYERS), policies[0], longest.lengths) as runner:
         for policy, job in zip(policies[1:], JOBS, strict=True):
             rounds = [list(turns(runner, policy, replace(job, seed=seed))) for seed in range(ROUNDS)]
             timed += [(same[0][0], min(seconds for _, seconds in same)) for same in zip(*rounds, strict=True)]

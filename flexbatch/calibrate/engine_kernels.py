@@ -24,15 +24,15 @@ class EngineKernels:
         self.made = Compiled()
         self.ahead = contextlib.ExitStack()
         self.native: Future[Any] | None = None
+        self.pages: dict[str, float] = {}
 
     def begin(self) -> None:
         """Have kernels compiled from here on, those of the host, too, with a GPU: they would come in the middle of what
         is measured; and import what measures. Whoever does not go on to `compiled` exits ``ahead``."""
-        if self.device.type != "cuda" or self.native is not None:
-            return
-        pool = self.ahead.enter_context(ThreadPoolExecutor(1, thread_name_prefix="flexbatch-profile"))
-        self.ahead.enter_context(compiled_ahead(self.device, profile_kernels(self.dtype), self.note))
-        self.native = pool.submit(ops.load_compiled)
+        if self.device.type == "cuda" and self.native is None:
+            pool = self.ahead.enter_context(ThreadPoolExecutor(1, thread_name_prefix="flexbatch-profile"))
+            self.ahead.enter_context(compiled_ahead(self.device, profile_kernels(self.dtype), self.note))
+            self.native = pool.submit(ops.load_compiled)
         import flexbatch.calibrate.rates  # noqa: F401
 
     @contextlib.contextmanager
@@ -41,6 +41,11 @@ class EngineKernels:
             self.begin()
             yield
             if self.native is not None:
+                from flexbatch.calibrate.kernels import page_rates
+
+                # Waits for the link, as what came before; its few short kernels are compiled long before the last.
+                with phases.of("pages over the link"):
+                    self.pages = page_rates(self.device)
                 with phases.of("the compilers", "waiting for"):
                     self.native.result()
                     self.ahead.close()
@@ -62,4 +67,4 @@ class EngineKernels:
     def rates(self, phases: Phases) -> dict[str, Any]:
         from flexbatch.calibrate.rates import kernel_rates
 
-        return kernel_rates(self.device, self.dtype, phases)
+        return kernel_rates(self.device, self.dtype, phases) | self.pages

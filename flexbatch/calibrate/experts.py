@@ -65,15 +65,26 @@ def stored_matrices(
     return StoredMatrices(codes, of_all(parameters), bits, group)
 
 
-def stored_experts(form: str, count: int, hidden: int, width: int, dtype: torch.dtype) -> tuple[ExpertTable, int]:
-    """A layer's experts in a form, and the bytes of one of them."""
+def stored_experts(form: str, count: int, hidden: int, width: int, dtype: torch.dtype) -> ExpertTable:
+    """A layer's experts in a form, of `expert_bytes` each."""
     gate_up, down = (
         stored_matrices(form, count, outputs, inputs, dtype)
         for outputs, inputs in ((2 * width, hidden), (hidden, width))
     )
-    kept = [gate_up.values, gate_up.parameters, down.values, down.parameters]
-    num_bytes = sum(tensor.nbytes for tensors in kept for tensor in tensors.values()) // count
-    return ExpertTable.of(StoredExperts(gate_up, down, hidden, width), count), num_bytes
+    return ExpertTable.of(StoredExperts(gate_up, down, hidden, width), count)
+
+
+def expert_bytes(form: str, hidden: int, width: int, dtype: torch.dtype) -> int:
+    """Of one expert's weights in a form."""
+    shapes = (2 * width, hidden), (hidden, width)
+    if form == "16":
+        return sum(outputs * inputs for outputs, inputs in shapes) * dtype.itemsize
+    bits, total = 8 if form == "8" else 4, 0
+    for outputs, inputs in shapes:
+        scales = inputs // mxfp4_reference.BLOCK
+        parameters = scales if form == "mxfp4" else 2 * dtype.itemsize * reference.num_groups(inputs, GROUP)
+        total += outputs * (reference.code_bytes(inputs, bits) + parameters)
+    return total
 
 
 def expert_curves(device: torch.device, dtype: torch.dtype) -> dict[str, Curve]:
@@ -83,9 +94,9 @@ def expert_curves(device: torch.device, dtype: torch.dtype) -> dict[str, Curve]:
     timer, curves = Timer(torch.device("cpu"), SECONDS[device.type]), {}
     plain = 3 * HIDDEN * WIDTH * dtype.itemsize
     for form, name in (("16", "cpu_experts"), ("8", "cpu_experts_8"), ("4", "cpu_experts_4")):
-        each = stored_experts(form, 1, HIDDEN, WIDTH, dtype)[1]
+        each = expert_bytes(form, HIDDEN, WIDTH, dtype)
         count = max(1, total // each)
-        table, _ = stored_experts(form, count, HIDDEN, WIDTH, dtype)
+        table = stored_experts(form, count, HIDDEN, WIDTH, dtype)
         counts = [used_experts(rows, count, total // plain) for rows in ROWS]
         rates = [
             used * each / timer(call_of(table, rows, dtype, count=used))

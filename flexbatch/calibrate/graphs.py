@@ -8,7 +8,16 @@ from statistics import median
 
 import torch
 
-from flexbatch.calibrate.passes import PROMPT_TOKENS, SmallJob, job_runner, resident, small_arch, turns_of
+from flexbatch.calibrate.passes import (
+    PROMPT_TOKENS,
+    SmallJob,
+    SmallModels,
+    job_runner,
+    resident,
+    runner_of,
+    small_arch,
+    turns_of,
+)
 from flexbatch.calibrate.replays import recorded_seconds, replayed_seconds
 from flexbatch.execution.runner import Runner
 from flexbatch.models.specs import weight_specs
@@ -21,7 +30,7 @@ SEQUENCES = 8
 FEW, MANY = 2, 5
 """Of these layers."""
 FEW_PIECES, MANY_PIECES = 2, 10
-"""Of layers of a single head."""
+"""Of layers of a single head, as of the models whose passes tell what the host takes."""
 RECORDING, READING = RECORDING_PASSES, 7
 """Passes of a prompt that are launched kernel by kernel until the last of them records pieces, and that are timed.
 With three of the former most of the others were no pieces: 0.6 to 0.95 ms a layer were found on four H200 where pieces
@@ -64,15 +73,15 @@ def element_seconds(device: torch.device) -> float:
     return recorded_seconds(partial(torch.nn.functional.linear, x, weight), device) / weight.numel()
 
 
-def piece_seconds(device: torch.device) -> float:
+def piece_seconds(models: SmallModels) -> float:
     """Returns the extra seconds per layer of passes on the GPU that run in pieces: of those that read prompts, whose
     attention is another kernel than that of single tokens. Of these 0.19 ms were found where jobs took 0.25 to 0.32."""
     policy = replace(resident(SEQUENCES, 1), piece_tokens=SEQUENCES * PROMPT_TOKENS)
 
     def of_pass(num_layers: int) -> float:
-        arch, found = small_arch(num_layers, HEAD_DIM), []
+        found = []
         first, later = (SmallJob(SEQUENCES, PROMPT_TOKENS * (passes + READING), 2) for passes in (RECORDING, 1))
-        with job_runner(arch, policy, device, Tracer(), first) as runner:
+        with runner_of(models.of(num_layers), policy, first.lengths) as runner:
             for job in (first, *[later] * (ROUNDS - 1)):
                 turns = turns_of(runner, policy, Tracer(), job)
                 last = job.prompt_tokens // PROMPT_TOKENS

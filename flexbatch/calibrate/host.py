@@ -25,9 +25,11 @@ from flexbatch.calibrate.passes import (
     ON_CPU,
     ON_GPU,
     SmallJob,
+    SmallModels,
     decode_seconds_of,
     job_runner,
     resident,
+    runner_of,
     small_arch,
     turns_of,
     with_cpu_attention,
@@ -69,12 +71,12 @@ def head_dim(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def decode_passes(num_layers: int, policy: Policy, device: torch.device) -> Iterator[Callable[[], float]]:
+def decode_passes(num_layers: int, policy: Policy, models: SmallModels) -> Iterator[Callable[[], float]]:
     """Gives what runs a job and returns the seconds of a decode pass: the median, which is what jobs take. The fastest
     of three was 0.5 ms less than the mean pass of a job on H100's hosts with other users, of 1.5 that the host takes
     beside a graph."""
-    arch, job, tracer = small_arch(num_layers, head_dim(device)), SmallJob(policy.block_size), Tracer()
-    with job_runner(arch, policy, device, tracer, job) as runner:
+    job, tracer = SmallJob(policy.block_size), Tracer()
+    with runner_of(models.of(num_layers), policy, job.lengths) as runner:
         yield lambda: median(decode_seconds_of(runner, policy, tracer, job))
 
 
@@ -129,7 +131,9 @@ def attention_in_passes(device: torch.device, weights: Split, calls: AttentionCa
     sizes, seconds = [], []
     arch, tracer = small_arch(calls.num_layers, head_dim(device), calls.num_heads), RecordingTracer(device)
     policy = replace(with_cpu_attention(calls.sequences, 2), weights=weights)
-    policies = [replace(policy, prefill_chunk=context, prefill_budget=8 * context) for context in calls.contexts]
+    # As many tokens of prompts a pass as the longest have: shorter ones come in one, after which all calls are full.
+    budget = 8 * calls.contexts[-1]
+    policies = [replace(policy, prefill_chunk=context, prefill_budget=budget) for context in calls.contexts]
     jobs = [SmallJob(policy.block_size, context) for context in calls.contexts]
     # Placing a GB of weights and two of cache in pinned memory takes longer than the passes of a job.
     with job_runner(arch, policies[-1], device, tracer, jobs[-1]) as runner:
@@ -171,12 +175,12 @@ class HostPasses:
     """Decode passes of a few policies, measured in rounds: of each the fastest counts, and the machine's other users
     come and go between rounds."""
 
-    def __init__(self, policies: dict[str, Policy], device: torch.device, of_few: dict[str, Policy]) -> None:
+    def __init__(self, policies: dict[str, Policy], models: SmallModels, of_few: dict[str, Policy]) -> None:
         """of_few: measured with few layers only."""
         cells = [(name, layers) for name in policies for layers in (FEW, MANY)] + [(name, FEW) for name in of_few]
         policies = policies | of_few
         with contextlib.ExitStack() as stack:
-            timed = [stack.enter_context(decode_passes(layers, policies[name], device)) for name, layers in cells]
+            timed = [stack.enter_context(decode_passes(layers, policies[name], models)) for name, layers in cells]
             rounds = [[seconds() for seconds in timed] for _ in range(ROUNDS)]
         self.seconds = {cell: min(times) for cell, times in zip(cells, zip(*rounds, strict=True), strict=True)}
 
@@ -197,6 +201,17 @@ def python_rates(passes: HostPasses, policies: dict[str, Policy]) -> dict[str, f
     # Relative errors: a pass of ten layers is not five times as important as one of two.
     found = non_negative(np.array(terms) / np.array(seconds)[:, None], np.ones(len(seconds)))
     return dict(zip(("pass_seconds", "sequence_seconds", "launch_seconds"), found.tolist()[:3], strict=True))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """There is nothing to share out, and on a busy machine each meeting of two threads costs a time slice."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @torch.inference_mode()
@@ -221,20 +236,15 @@ def host_rates(device: torch.device, phases: Phases | None = None) -> dict[str, 
         "in turn": replace(with_cpu_attention(8), overlap=False),
     }
     away = {f"{name} away": replace(baseline[name], cache=ON_CPU) for name in ("few", "many")}
-    threads = torch.get_num_threads()
-    # There is nothing to share out, and on a busy machine each meeting of two threads costs a time slice.
-    torch.set_num_threads(1)
-    try:
-        with phases.of("passes of small models"):
-            passes = HostPasses(baseline | others, device, away)
-        with phases.of("what comes and goes"):
-            composing = composing_seconds(device)
-    finally:
-        torch.set_num_threads(threads)
-    rates = {"graph_seconds": 0.0, "piece_seconds": 0.0}
-    if gpu:
-        with phases.of("layers in graphs and in pieces"):
-            rates |= {"graph_seconds": graph_seconds(device), "piece_seconds": piece_seconds(device)}
+    with contextlib.closing(SmallModels(device, head_dim(device))) as models:
+        with phases.of("passes of small models"), one_thread():
+            passes = HostPasses(baseline | others, models, away)
+        with phases.of("what comes and goes"), one_thread():
+            composing = composing_seconds(models)
+        rates = {"graph_seconds": 0.0, "piece_seconds": 0.0}
+        if gpu:
+            with phases.of("layers in graphs and in pieces"):
+                rates |= {"graph_seconds": graph_seconds(device), "piece_seconds": piece_seconds(models)}
     rates |= python_rates(passes, baseline)
     layer = {name: passes.layer_seconds(name) for name in others}
     more = baseline["many"].block_size - baseline["few"].block_size

@@ -214,7 +214,7 @@ def page_calls(
     }
 
 
-def page_rates(device: torch.device) -> dict[str, Any]:
+def page_rates(device: torch.device) -> dict[str, float]:
     return {name: moved / seconds(call, device) for name, (moved, call) in page_calls(device).items()}
 
 

@@ -29,6 +29,7 @@ from flexbatch.calibrate.identity import machine_key
 from flexbatch.calibrate.links import GATHER_SHARE, MIB, Timer, host_bandwidth, measure_links
 from flexbatch.calibrate.phases import Phases
 from flexbatch.calibrate.replays import recorded_seconds
+from flexbatch.execution.garbage import frozen_heap
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.launches import KERNELS_OF_TICK
 
@@ -87,7 +88,7 @@ def measure(
     errors: dict[str, float] = {}
     disk, given = begin_disk(device, disk_folder), dict[str, Any]()
     compiled = engine.compiled(phases) if engine is not None else contextlib.nullcontext()
-    with torch.no_grad():
+    with frozen_heap(), torch.no_grad():  # as jobs run
         with compiled, phases.of("links and products"):
             host = measure_links(values, errors, dev, timer)
             weight = _products(values, errors, dev, dtype, timer)

@@ -74,35 +74,79 @@ def with_cpu_attention(sequences: int, num_gpu_batches: int = 1) -> Policy:
     return Policy(ON_GPU, ON_CPU, ON_GPU, sequences, num_gpu_batches, cpu_attention=1.0, prefill_chunk=PROMPT_TOKENS)
 
 
+@dataclass(frozen=True)
+class SmallModel:
+    """Random weights on their tiers, and the queues of all runners of them, which run their jobs one after another."""
+
+    arch: Arch
+    weights: WeightStore
+    queues: TransferQueues
+    folder: Path
+
+
+def tiers_of(device: torch.device, folder: Path) -> Tiers:
+    """Of one owner: names of what is allocated are its own."""
+    pinned = device.type == "cuda"
+    gpu, cpu = Pool("gpu", 8192 * MIB, device=device), Pool("cpu", 16384 * MIB, pinned=pinned)
+    return Tiers(gpu, cpu, Pool("disk", MIB), folder)
+
+
 @contextlib.contextmanager
-def small_runner(
-    arch: Arch, policy: Policy, job: Job, device: torch.device, dtype: torch.dtype, tracer: Tracer
-) -> Iterator[Runner]:
-    """A runner with random weights. Of a policy with pieces no pass is one graph."""
+def small_model(
+    arch: Arch, device: torch.device, tracer: Tracer, placed: Split = ON_GPU, weight_bits: int = 16
+) -> Iterator[SmallModel]:
+    """placed: its weights. Those that lie on a GPU come from a pool of numbers there: from the host's the two widest
+    models of a profile were 2.3 GB, which eight threads with pinned buffers of their own sent over the link."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-        pinned = device.type == "cuda"
-        tiers = Tiers(
-            Pool("gpu", 8192 * MIB, device=device),
-            Pool("cpu", 16384 * MIB, pinned=pinned),
-            Pool("disk", MIB),
-            Path(folder),
-        )
+        tiers = tiers_of(device, Path(folder))
         stack.callback(tiers.close)
         queues = TransferQueues(device, tracer, disk_threads=1)
         stack.callback(queues.close)
-        group = weight_group(arch.hidden_size)
-        plan = plan_weights(arch, policy.weights, policy.weight_bits, group, dtype.itemsize)
+        plan = plan_weights(arch, placed, weight_bits, weight_group(arch.hidden_size), dtype.itemsize)
         weights = WeightStore(plan, tiers, queues, dtype)
         stack.callback(weights.close)
-        Loader(weights, None, cache_quantized=False).load(lambda skip: dummy(arch, 0, dtype))
-        layout = cache_layout(arch, 16, dtype)
+        near = placed == ON_GPU
+        loader = Loader(weights, None, cache_quantized=False, threads=0 if near else None)
+        loader.load(lambda skip: dummy(arch, 0, dtype, device=device if near else None))
+        yield SmallModel(arch, weights, queues, Path(folder))
+
+
+@contextlib.contextmanager
+def runner_of(model: SmallModel, policy: Policy, job: Job) -> Iterator[Runner]:
+    """One of several of this model, each with a cache of its own. Of a policy with pieces no pass is one graph."""
+    with contextlib.ExitStack() as stack:
+        tiers = tiers_of(model.queues.device, model.folder)
+        stack.callback(tiers.close)
+        layout = cache_layout(model.arch, 16, model.weights.dtype)
         buckets, sizes = piece_buckets(policy), block_sizes(policy, layout, job)
         graphs = 0 if buckets else MAX_GRAPHS
         runner = open_runner(
-            arch, weights, layout, policy, sizes, tiers, queues, max_graphs=graphs, piece_buckets=buckets
-        )
+            model.arch, model.weights, layout, policy, sizes, tiers, model.queues,
+            max_graphs=graphs, piece_buckets=buckets,
+        )  # fmt: skip
         stack.callback(runner.close)
         yield runner
+
+
+class SmallModels:
+    """Models with layers of a single head on one device, by the number of their layers: opened when they are first
+    asked for, and closed together."""
+
+    def __init__(self, device: torch.device, head_dim: int) -> None:
+        self.device, self.head_dim = device, head_dim
+        self.opened: dict[int, SmallModel] = {}
+        self._open = contextlib.ExitStack()
+
+    def of(self, num_layers: int) -> SmallModel:
+        if num_layers not in self.opened:
+            model = small_model(small_arch(num_layers, self.head_dim), self.device, Tracer())
+            self.opened[num_layers] = self._open.enter_context(model)
+        return self.opened[num_layers]
+
+    def close(self) -> None:
+        self.opened.clear()
+        self._open.close()
 
 
 @dataclass(frozen=True)
@@ -130,9 +174,11 @@ class SmallJob:
 
 @contextlib.contextmanager
 def job_runner(arch: Arch, policy: Policy, device: torch.device, tracer: Tracer, longest: SmallJob) -> Iterator[Runner]:
-    """For jobs that are no longer than this one. Opening one takes a GPU's host as long as ten passes."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with small_runner(arch, policy, longest.lengths, device, dtype, tracer) as runner:
+    """With a model of its own, for jobs that are no longer than this one."""
+    with (
+        small_model(arch, device, tracer, policy.weights, policy.weight_bits) as model,
+        runner_of(model, policy, longest.lengths) as runner,
+    ):
         yield runner
 
 

@@ -18,6 +18,7 @@ from flexbatch.validation.devices import check_device
 from flexbatch.validation.errors import DONE, INTERRUPTED, USAGE, ConfigurationError, LostRankError
 
 if TYPE_CHECKING:
+    from flexbatch.calibrate.engine_kernels import EngineKernels
     from flexbatch.calibrate.interconnect import WaitingRanks
     from flexbatch.calibrate.phases import Phases
     from flexbatch.policy.hardware import Hardware
@@ -83,19 +84,18 @@ def write_profile(options: argparse.Namespace) -> None:
 
 def measured(options: argparse.Namespace, phases: Phases) -> tuple[Hardware, str]:
     """The machine, and what its compilers did."""
-    import torch
+    from flexbatch.execution.garbage import frozen_heap, no_collection
 
-    from flexbatch.calibrate.engine_kernels import EngineKernels
-
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    engine = EngineKernels(device) if options.kernels == "engine" else None
-    gpus = torch.cuda.device_count() if device == "cuda" else 1
     with contextlib.ExitStack() as stack:
-        if engine is not None:
-            stack.push(engine.ahead)
-            engine.begin()
-        from flexbatch.calibrate.measure import measure  # beside the compilers
+        with no_collection():
+            device, engine = begun(options, stack)
+            import torch
 
+            from flexbatch.calibrate.measure import measure  # beside the compilers
+
+            stack.enter_context(frozen_heap())  # or the first collection goes through all of it
+
+        gpus = torch.cuda.device_count() if device == "cuda" else 1
         if gpus > 1:
             from flexbatch.calibrate.interconnect import WaitingRanks
 
@@ -105,6 +105,26 @@ def measured(options: argparse.Namespace, phases: Phases) -> tuple[Hardware, str
         if gpus > 1:
             hardware = with_others(hardware, gpus, ranks, phases)
     return hardware, engine.text if engine is not None else ""
+
+
+def begun(options: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[str, EngineKernels | None]:
+    """The device, with torch imported, and the engine's kernels, whose compilers ``stack`` ends."""
+    from flexbatch.calibrate.early_gpu import begin_gpu
+
+    opening = begin_gpu(options.device) if options.device != "cpu" else None
+    import torch
+
+    from flexbatch.calibrate.engine_kernels import EngineKernels
+
+    if opening is not None:
+        opening.join()
+    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if options.kernels != "engine":
+        return device, None
+    engine = EngineKernels(device)
+    stack.push(engine.ahead)
+    engine.begin()
+    return device, engine
 
 
 def with_others(hardware: Hardware, gpus: int, ranks: WaitingRanks, phases: Phases) -> Hardware:

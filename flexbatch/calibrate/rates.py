@@ -10,7 +10,7 @@ import torch
 from flexbatch.calibrate.coded import coded_curves
 from flexbatch.calibrate.experts import expert_curves
 from flexbatch.calibrate.host import ALONE, host_rates
-from flexbatch.calibrate.kernels import attention_rates, cpu_attention_rates, page_rates
+from flexbatch.calibrate.kernels import attention_rates, cpu_attention_rates
 from flexbatch.calibrate.phases import Phases
 from flexbatch.kernels import native
 from flexbatch.policy.curve import Curve
@@ -21,9 +21,6 @@ def kernel_rates(dev: torch.device, dtype: torch.dtype, phases: Phases) -> dict[
     with torch.no_grad():
         with phases.of("attention"):
             rates = attention_rates(dev, dtype)
-        if dev.type == "cuda":
-            with phases.of("pages over the link"):
-                rates |= page_rates(dev)
         with phases.of("attention on the CPU"):
             rates |= cpu_attention_rates(dev, dtype)
         rates |= host_rates(dev, phases)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from flexbatch.execution.graphs import no_collection
+from flexbatch.execution.garbage import no_collection
 
 logger = logging.getLogger("flexbatch")
 

@@ -108,6 +108,7 @@ def in_child(work: Callable[[Say], None], answers: int, signals: Iterable[int]) 
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, signals)
         gc.freeze()
+        gc.enable()  # whoever imports may have it off
         # Where this process has no stdin and stdout, pipes take their numbers.
         answers = fcntl.fcntl(answers, fcntl.F_DUPFD_CLOEXEC, 3)
         leave_descriptors(answers)

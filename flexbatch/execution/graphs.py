@@ -6,15 +6,14 @@ machine, where reading the weights takes 3.
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from flexbatch.execution.garbage import no_collection
 from flexbatch.execution.inputs import AttentionGroup, CacheGroups, MicroBatchInputs
 from flexbatch.execution.set_up import SetUp
 from flexbatch.execution.static_adapters import GroupAdapters, fill_adapters, static_adapters
@@ -46,19 +45,6 @@ class Recorded(Protocol):
 Record = Callable[[Callable[[], Tensor]], tuple[Recorded, Tensor]]
 """Records what a call launches, without running it; gives what replays it, and the call's result, which each replay
 writes anew."""
-
-
-@contextlib.contextmanager
-def no_collection() -> Iterator[None]:
-    """Without collections of garbage: one that frees what an engine before had of the driver's, while kernels are
-    recorded, is an error in a destructor, which ends the process."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class CudaRecorder:

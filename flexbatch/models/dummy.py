@@ -20,10 +20,15 @@ POOL_SIZE = 4_000_000
 
 
 def dummy(
-    arch: Arch, seed: int = 0, dtype: torch.dtype = torch.float32, formats: Mapping[str, Form] | None = None
+    arch: Arch,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    formats: Mapping[str, Form] | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[Piece | QuantizedPiece]:
     """Every tensor of the model in the order of a pass, in pieces of at most 2 million numbers. The same seed gives the
-    same values. formats: those of ``formats`` that are MXFP4 come so.
+    same values. formats: those of ``formats`` that are MXFP4 come so. device: where dense pieces are, the same values
+    on each (None: the host).
 
     Matrices are normal with standard deviation 0.02, those that write into the residual stream 0.02 / sqrt(2 x
     layers) (GPT-2's initialization); norms are normal around one with 0.1, biases around zero with 0.02. The numbers
@@ -35,15 +40,17 @@ def dummy(
     size = min(POOL_SIZE, 2 * max(spec.numel for spec in specs))
     normal = torch.randn(size, generator=torch.Generator().manual_seed(seed))
     pools: dict[tuple[float, float], Tensor] = {}
-    codes = torch.randint(256, (size,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    codes: Tensor | None = None
     for spec in specs:
         scale, center = _distribution(spec, arch)
         form = (formats or {}).get(spec.role)
         if form is not None and form.floats:
+            if codes is None:
+                codes = torch.randint(256, (size,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
             yield from _blocks(codes, spec, form, seed, scale)
             continue
         if (scale, center) not in pools:
-            pools[scale, center] = (normal * scale + center).to(dtype)
+            pools[scale, center] = (normal * scale + center).to(dtype).to(device)
         yield from _cut(pools[scale, center], spec, seed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections import Counter
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from flexbatch.calibrate import composing
-from flexbatch.calibrate.passes import SmallJob, job_runner, resident, small_arch
+from flexbatch.calibrate.passes import SmallJob, SmallModels, job_runner, resident, small_arch
 from flexbatch.policy.limits import PAGE_TOKENS
 from flexbatch.trace import Tracer
 
@@ -57,7 +58,8 @@ def test_costs_are_told_apart(noise: float) -> None:
 
 def test_costs_of_this_machine() -> None:
     """Finite, and not all nothing."""
-    found = composing.composing_seconds(CPU)
+    with contextlib.closing(SmallModels(CPU, 8)) as models:
+        found = composing.composing_seconds(models)
     assert all(0 <= seconds < math.inf for seconds in found.values()) and sum(found.values()) > 0
     rates = {"pass_seconds": 1e-3, "sequence_seconds": 1e-6, "launch_seconds": 5e-4}
     with_them = composing.with_composing(rates, found)

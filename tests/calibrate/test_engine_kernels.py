@@ -15,6 +15,8 @@ from flexbatch.calibrate.engine_kernels import EngineKernels
 from flexbatch.calibrate.phases import Phases
 from flexbatch.execution.kernels_ahead import Compiled
 
+PAGES = {"gather": 5e10, "scatter": 5e10, "expand": 1e12}
+
 
 @pytest.fixture
 def events(monkeypatch):
@@ -30,6 +32,8 @@ def events(monkeypatch):
 
     monkeypatch.setattr(engine_kernels, "compiled_ahead", ahead)
     monkeypatch.setattr(engine_kernels.ops, "load_compiled", lambda: events.append("C"))
+    monkeypatch.setattr("flexbatch.calibrate.kernels.page_rates", lambda device: events.append("pages") or PAGES)
+    monkeypatch.setattr("flexbatch.calibrate.rates.kernel_rates", lambda *told: {"attention_decode": 2e12})
     return events
 
 
@@ -40,7 +44,11 @@ def test_kernels_are_compiled_beside_what_is_measured_without_them(events):
     with engine.compiled(phases), phases.of("links"):
         pass
     assert events[0] == "compilers begin" and events[-1] == "compilers end"
-    assert [line.split(" (")[0] for line in events if " (" in line] == ["measuring links", "waiting for the compilers"]
+    assert [line.split(" (")[0] for line in events if " (" in line] == [
+        *("measuring links", "measuring pages over the link", "waiting for the compilers")
+    ]
+    assert events.count("pages") == 1, "before the compilers are waited for"
+    assert engine.rates(phases) == {"attention_decode": 2e12, **PAGES} and events.count("pages") == 1
     assert events.count("C") == 1 and events.index("C") < len(events) - 1
     told = "17 kernels compiled: imports 2.5 s, listing 1.0 s, compiling 3.0 s; 12.0 s of processors"
     assert engine.text == told
@@ -68,7 +76,7 @@ def test_what_breaks_off_waits_for_no_compiler(events):
     engine.device = torch.device("cuda", 0)
     with pytest.raises(KeyboardInterrupt), engine.compiled(Phases(events.append)):
         raise KeyboardInterrupt
-    assert "compilers end" not in events and "waiting" not in " ".join(events)
+    assert not {"compilers end", "pages"} & {*events} and "waiting" not in " ".join(events)
 
 
 def test_without_a_gpu_nothing_is_compiled_before(events):
@@ -76,6 +84,7 @@ def test_without_a_gpu_nothing_is_compiled_before(events):
     with engine.compiled(Phases()):
         pass
     assert not events and not engine.text
+    assert engine.rates(Phases()) == {"attention_decode": 2e12}
 
 
 @pytest.mark.gpu
@@ -96,4 +105,4 @@ def test_lines_of_a_profile_are_all_that_it_took(tmp_path, monkeypatch):
     assert {"links and products", "the compilers", "passes of small models", "layers in graphs and in pieces"} < {
         *parts
     }
-    assert re.search(r"17 kernels compiled: imports [\d.]+ s", told)
+    assert re.search(r"[1-9][0-9] kernels compiled: imports [\d.]+ s", told)

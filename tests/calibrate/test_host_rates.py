@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from flexbatch.calibrate import graphs, host, passes, replays
-from flexbatch.models.arch import Arch
 from flexbatch.policy.decode_graphs import RECORDING_PASSES
 from flexbatch.policy.policy import Policy, Split
 from flexbatch.trace import Span, Tracer
@@ -26,16 +25,16 @@ def let_passes_take(monkeypatch: pytest.MonkeyPatch, seconds: Any, turns: Any = 
     """seconds: of a decode pass, by layers, policy and device; turns: of a job, by layers, policy and the job."""
 
     @contextlib.contextmanager
-    def runner(arch: Arch, policy: Policy, device: torch.device, *told: Any) -> Iterator[Any]:
-        yield SimpleNamespace(arch=arch, device=device, executor=SimpleNamespace(pieces=SimpleNamespace(passes=99)))
+    def runner(model: passes.SmallModel, *told: Any) -> Iterator[Any]:
+        yield SimpleNamespace(arch=model.arch, executor=SimpleNamespace(pieces=SimpleNamespace(passes=99)))
 
     @contextlib.contextmanager
-    def timed(num_layers: int, policy: Policy, device: torch.device) -> Iterator[Any]:
-        yield lambda: seconds(num_layers, policy, device)
+    def timed(num_layers: int, policy: Policy, models: passes.SmallModels) -> Iterator[Any]:
+        yield lambda: seconds(num_layers, policy, models.device)
 
     monkeypatch.setattr(host, "decode_passes", timed)
     if turns is not None:
-        monkeypatch.setattr(graphs, "job_runner", runner)
+        monkeypatch.setattr(graphs, "runner_of", runner)
         monkeypatch.setattr(
             graphs, "turns_of", lambda runner, policy, tracer, job: turns(runner.arch.num_layers, policy, job)
         )
@@ -55,10 +54,10 @@ def test_every_cost_is_found_again(device: str, monkeypatch: pytest.MonkeyPatch)
     attention = {0: host.AttentionInPasses(6e-4, 1e11, 5e10), 1: host.AttentionInPasses(5e-4, 1.2e11, math.inf)}
     let_passes_take(monkeypatch, seconds)
     composing = {"request": 2e-5, "prompt_token": 3e-7, "page": 1.6e-5}
-    monkeypatch.setattr(host, "composing_seconds", lambda device: composing)
+    monkeypatch.setattr(host, "composing_seconds", lambda models: composing)
     monkeypatch.setattr(host, "attention_seconds", lambda device: 4e-4)
     monkeypatch.setattr(host, "graph_seconds", lambda device: 4e-5)
-    monkeypatch.setattr(host, "piece_seconds", lambda device: 7e-5)
+    monkeypatch.setattr(host, "piece_seconds", lambda models: 7e-5)
     monkeypatch.setattr(host, "attention_in_passes", lambda device, weights, calls: attention[weights.gpu])
     found = host.host_rates(torch.device(device))
     wanted = {
@@ -121,7 +120,8 @@ def test_pieces_are_timed_while_prompts_are_read(monkeypatch: pytest.MonkeyPatch
         return [(seconds, seconds) for seconds in [*reading, 8.0]]
 
     let_passes_take(monkeypatch, None, turns)
-    assert graphs.piece_seconds(CPU) == pytest.approx(2e-4)
+    with contextlib.closing(passes.SmallModels(CPU, 8)) as models:
+        assert graphs.piece_seconds(models) == pytest.approx(2e-4)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -134,7 +134,7 @@ def test_the_fastest_of_all_rounds_counts(late: bool, monkeypatch: pytest.Monkey
         return num_layers * (1e-3 if (len(calls) > 4) == late else 5e-3)
 
     let_passes_take(monkeypatch, seconds)
-    timed = host.HostPasses({"one": passes.resident(8), "two": passes.resident(16)}, CPU, {})
+    timed = host.HostPasses({"one": passes.resident(8), "two": passes.resident(16)}, passes.SmallModels(CPU, 8), {})
     assert timed.layer_seconds("one") == timed.layer_seconds("two") == pytest.approx(1e-3)
     assert len(calls) == 8
 
@@ -220,7 +220,7 @@ def test_costs_of_a_quiet_machine_are_found(monkeypatch: pytest.MonkeyPatch) -> 
 
     let_passes_take(monkeypatch, seconds)
     monkeypatch.setattr(host, "attention_seconds", lambda device: 1e-4)
-    monkeypatch.setattr(host, "composing_seconds", lambda device: {"request": 0.0, "prompt_token": 0.0, "page": 0.0})
+    monkeypatch.setattr(host, "composing_seconds", lambda models: {"request": 0.0, "prompt_token": 0.0, "page": 0.0})
     found = host.host_rates(CPU)
     assert (found["pass_seconds"], found["sequence_seconds"]) == (pytest.approx(1.14e-3), pytest.approx(2e-5))
     assert found["launch_seconds"] == pytest.approx(1e-4) and found["exchange_seconds"] == pytest.approx(0, abs=1e-9)
@@ -234,6 +234,21 @@ def test_attention_in_passes(weights: Split) -> None:
     assert 0 < found.rate < 1e12
     # On two cores no copy may run beside attention.
     assert found.link_rate == math.inf or (weights.gpu == 0 and 0 < found.link_rate < 1e12)
+
+
+def test_prompts_come_in_as_few_passes_as_those_of_the_longest_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes that bring them measure nothing, and stream all weights: 32 prompts of 16 tokens are one, of 128 a pass
+    holds 16. Behind the last of them every call is full."""
+    turns, turns_of = list[int](), host.turns_of
+
+    def counted(runner: Any, policy: Policy, tracer: Tracer, job: passes.SmallJob) -> list[tuple[float, float]]:
+        found = turns_of(runner, policy, tracer, job)
+        turns.append(len(found) - (job.new_tokens - 1))
+        return found
+
+    monkeypatch.setattr(host, "turns_of", counted)
+    host.attention_in_passes(CPU, host.ON_GPU, host.AttentionCalls(16, 2, 1, (16, 128)))
+    assert turns == [1, 2]
 
 
 def test_attention_is_measured_with_what_memory_there_is() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.calibrate import cache
+from flexbatch.calibrate import cache, measure
 from flexbatch.calibrate.fits import fit_curve, fit_rate, mean_rate
 from flexbatch.calibrate.links import Timer
 from flexbatch.calibrate.phases import Phases, process_age
@@ -117,6 +118,24 @@ def test_a_timer_stops_when_its_fastest_runs_agree(seconds, runs, monkeypatch):
     left = iter(range(9, 0, -1))
     monkeypatch.setattr(timer, "_once", lambda work, calls=1: told.append(next(left)) or told[-1])
     assert timer(lambda: None) == 7 and len(told) == 3
+
+
+def test_what_was_there_before_is_left_out_of_collections_while_a_machine_is_measured(tmp_path, monkeypatch):
+    """As in jobs, and no longer, whatever becomes of it."""
+    frozen = []
+
+    def links(*told):
+        frozen.append(gc.get_freeze_count())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "measure_links", links)
+    gc.unfreeze()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            measure.measure("cpu", tmp_path)
+        assert frozen[0] > 10_000 and not gc.get_freeze_count()
+    finally:
+        gc.freeze()
 
 
 def test_this_machine_is_measured_and_cached(tmp_path, monkeypatch):

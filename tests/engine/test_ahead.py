@@ -14,8 +14,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexbatch import LLM, SamplingParams, jobs
+from flexbatch import LLM, SamplingParams
 from flexbatch.config import EngineConfig
+from flexbatch.execution import garbage
 from flexbatch.execution.passes import Passes
 from flexbatch.execution.pipelined import passes_of
 from flexbatch.trace import Tracer
@@ -273,7 +274,7 @@ def test_what_an_interpreter_freezes_itself_is_no_frozen_heap(frozen, called, mo
         freeze=lambda: calls.append("freeze"),
         unfreeze=lambda: calls.append("unfreeze"),
     )
-    monkeypatch.setattr(jobs, "gc", stand_in)
-    with jobs.frozen_heap():
+    monkeypatch.setattr(garbage, "gc", stand_in)
+    with garbage.frozen_heap():
         assert calls == called[:1]
     assert calls == called

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -41,3 +42,14 @@ def test_where_no_thread_can_be_started_none_is_forked(monkeypatch):
     with pytest.raises(OSError, match="can't start new thread"):
         Forked(lambda say: None)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_child_collects_what_is_its_own_where_its_parent_imports():
+    """Which goes on without collections."""
+    gc.disable()
+    try:
+        child = Forked(lambda say: say({"collects": gc.isenabled(), "frozen": gc.get_freeze_count() > 1000}))
+        assert child.said(60) == {"collects": True, "frozen": True}
+        child.close()
+    finally:
+        gc.enable()
