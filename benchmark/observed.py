@@ -198,6 +198,7 @@ def measure(llm: ObservedLLM, setting: Setting) -> dict[str, Any]:
         "shape": llm.planner.problem.shape.as_dict(),
         **fixed_by(llm.policy),
         "prefill_budget": llm.policy.prefill_budget,
+        "few_in_codes": llm.policy.few_in_codes,
         "percent": percent,
         "prompt_lens": [len(prompt) for prompt in prompts],
         "output_lens": [p.max_tokens for p in params],

@@ -1,5 +1,5 @@
 """What it takes to multiply with quantized weights: they are expanded to 16 bits first, or read as they are, for a few
-tokens on a GPU, and on a processor that was measured at it."""
+tokens on a GPU where a policy has it so, and on a processor that was measured at it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,19 @@ kernel-tuning-coded-h200.jsonl: seconds against elements are lines, the same on 
 them."""
 
 
+def most_in_codes(num_gpu_batches: int) -> int:
+    """Tokens of the largest pass of so many micro-batches that a GPU multiplies with weights in codes."""
+    return max(CODED_TOKENS * num_gpu_batches, CODED_PASS_TOKENS)
+
+
 def in_codes(hardware: Hardware, policy: Policy, tokens: np.ndarray) -> np.ndarray:
     """For passes of so many tokens: whether they are multiplied with weights in codes. What was measured on a processor
     has in it what is expanded for many tokens."""
+    if not policy.few_in_codes or policy.weight_bits == 16:
+        return np.zeros(np.shape(tokens), dtype=bool)
     if hardware.device == "cpu":
         return np.full(np.shape(tokens), hardware.coded(policy.weight_bits) is not None)
-    tokens = np.asarray(tokens)
-    few = (tokens / policy.num_gpu_batches <= CODED_TOKENS) | (tokens <= CODED_PASS_TOKENS)
-    return few & (policy.weight_bits != 16)
+    return np.asarray(tokens) <= most_in_codes(policy.num_gpu_batches)
 
 
 def quantized_launch_seconds(hardware: Hardware, policy: Policy, tokens: np.ndarray) -> np.ndarray:

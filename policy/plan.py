@@ -141,6 +141,13 @@ class Plan:
         return shortfall(self.memory, self.hardware)
 
 
+def as_met(policy: Policy) -> Policy:
+    """Without a cache on the CPU nothing is there to attend to, whatever share of it the CPU is given; and of experts
+    alike."""
+    met = policy if policy.cache.cpu else dataclasses.replace(policy, cpu_attention=0.0)
+    return met if policy.weights.cpu else dataclasses.replace(met, cpu_experts=0.0)
+
+
 def price(
     shape: ModelShape, hardware: Hardware, workload: Workload, policy: Policy, passes: JobPasses | None = None
 ) -> Plan:
@@ -148,9 +155,7 @@ def price(
     known."""
     passes = passes_of(workload, policy, window=shape.layer_window) if passes is None else passes
     load, counts, tokens = passes.load, passes.counts, passes.tokens
-    # Without a cache on the CPU nothing is there to attend to, whatever share of it the CPU is given.
-    met = policy if policy.cache.cpu else dataclasses.replace(policy, cpu_attention=0.0)
-    met = met if policy.weights.cpu else dataclasses.replace(met, cpu_experts=0.0)
+    met = as_met(policy)
     memory = peak_memory(shape, hardware, workload, met)
     model, point = PassModel(shape, hardware, met, load, has_graphs(memory)), point_of(met)
     seconds = counts * model.pass_seconds(point)

@@ -68,6 +68,9 @@ class Policy:
     """Tokens of the largest pass with prompts that runs in pieces, where everything is on the GPU; 0: none does."""
     admission_passes: int = 1
     """From one round of admission that filled the block to the next, at least: see `rounds.Rounds`."""
+    few_in_codes: bool = True
+    """Whether few tokens are multiplied with the dense quantized matrices as they are stored (see
+    `expansion.in_codes`), or like many with what these are expanded to, once a layer of a pass: see `code_choice`."""
 
     @property
     def block_size(self) -> int:

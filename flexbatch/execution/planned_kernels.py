@@ -56,6 +56,7 @@ class PassKinds:
     streams: bool
     """Whether some of the cache, or of what passes are given, is on other tiers."""
     cpu_experts: bool
+    few_in_codes: bool
     host_tables: tuple[tuple[int, ...], ...] = ()
     """Shapes of embedding tables in host memory."""
 
@@ -75,7 +76,8 @@ def kinds_of(plan: WeightPlan, layout: CacheLayout, dtype: torch.dtype, policy: 
     """Of the passes of a policy."""
     streams = min(policy.cache.gpu, policy.activations.gpu) < 1
     tables = tuple(tuple(each.spec.shape) for each in plan.gathered if each.tier == "cpu")
-    return PassKinds(resident(plan), layout, dtype, max_nodes, streams, policy.cpu_experts > 0, tables)
+    products = policy.cpu_experts > 0, policy.few_in_codes
+    return PassKinds(resident(plan), layout, dtype, max_nodes, streams, *products, tables)
 
 
 def resident(plan: WeightPlan) -> WeightPlan:
@@ -101,6 +103,7 @@ def launch_all(models: Sequence[PassKinds]) -> None:
         here: Any = SimpleNamespace(device=DEVICE)
         tiers: Any = SimpleNamespace(gpu=Pool("gpu", ENOUGH, device=DEVICE), cpu=Pool("cpu", 0))
         weights = WeightStore(kinds.plan, tiers, here, kinds.dtype)
+        weights.few_in_codes = kinds.few_in_codes
         cache: Any = SimpleNamespace(layout=kinds.layout)
         nothing: Any = None
         attention = CacheAttention(kinds.plan.arch, cache, here, nothing, weights.tensors.embedding_weights)

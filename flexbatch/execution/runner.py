@@ -114,6 +114,7 @@ def open_runner(
         heads = arch.num_heads, arch.num_kv_heads, arch.head_dim
         host_buffers = HostBuffers(sizes.max_cpu_attention_tokens, *heads, dtype, tiers.cpu, queues)
         weights.leave_to_cpu(policy.cpu_experts)
+        weights.few_in_codes = policy.few_in_codes
         routed = routed_rows(weights, policy, sizes, tiers, queues)
         rotary = Rotary(arch, sizes.longest, dtype, tiers.gpu)
         executor = Executor(

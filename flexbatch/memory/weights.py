@@ -42,6 +42,7 @@ class WeightStore:
         most = (CODED_TOKENS, CODED_PASS_TOKENS) if self.device.type == "cuda" else (native_coded.most_tokens(dtype), 0)
         self.coded_tokens, self.coded_pass_tokens, self.pass_tokens = *most, 0
         """Tokens that are multiplied with quantized matrices as they are stored, at most; of a pass; this pass's."""
+        self.few_in_codes = True  # see `Policy.few_in_codes`
         self.tensors = WeightTensors(plan, tiers, self.device, dtype)
         self.views, self.files, self.cpu_slabs = self.tensors.views, self.tensors.files, self.tensors.cpu_slabs
         self.open_buffers()
@@ -182,11 +183,12 @@ class WeightStore:
 
     def weights(self, layer: int, stage: str, tokens: int) -> dict[str, Any]:
         """Role -> tensor of a layer, ready for the compute stream; quantized ones of ``stage`` ("pre" or "post": up to
-        attention or after it) as they are for few enough ``tokens``, else dequantized, once in a pass."""
+        attention or after it) as they are for few enough ``tokens`` where that is planned, else dequantized, once in a
+        pass."""
         ready = self.arrived(layer)
         if self.dequantization.lacks(layer, stage):
             few = tokens <= self.coded_tokens or max(tokens, self.pass_tokens) <= self.coded_pass_tokens
-            if few and (coded := self.coded(layer, stage)):
+            if self.few_in_codes and few and (coded := self.coded(layer, stage)):
                 return ready | coded
             lease = self.leases.get(layer)
             views = [self.compute_view(tensor, layer, lease) for tensor in self.plan.expanded(layer, stage)]

@@ -24,6 +24,7 @@ from flexbatch.planner.placements import (
 )
 from flexbatch.planner.problem import Problem, constraints_of
 from flexbatch.policy.candidates import Known
+from flexbatch.policy.code_choice import with_products_chosen
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.limits import MAX_MICRO_BATCH_TOKENS, PAGE_TOKENS
 from flexbatch.policy.optimizer import choose
@@ -121,6 +122,18 @@ def on_slowest(problem: Problem, arches: Iterable[Arch], choice: Choice, hardwar
     problems = (dataclasses.replace(problem, arch=arch, known=Known()) for arch in others)
     plans = [priced(each, machine, choice.policy, choice.plan) for each in problems]
     return Choice(choice.policy, min([choice.plan, *plans], key=lambda plan: plan.predicted_tokens_per_second))
+
+
+def with_faster_products(problem: Problem, choice: Choice, known: Callable[[], Hardware | None]) -> Choice:
+    """The choice with quantized weights expanded for few tokens, too, where that is faster. known: the machine as far
+    as it is without measuring; where nothing had to be weighed and nothing is known of it, codes stay."""
+    planned = choice.plan
+    if choice.policy.weight_bits == 16 or (machine := planned.hardware if planned else known()) is None:
+        return choice
+    policy = with_products_chosen(problem.shape, machine, problem.workload, choice.policy)
+    if policy == choice.policy:
+        return choice
+    return Choice(policy, planned and priced(problem, machine, policy, planned))
 
 
 def filled_in_rounds(problem: Problem, choice: Choice) -> Choice:

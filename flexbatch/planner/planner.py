@@ -27,6 +27,7 @@ from flexbatch.planner.choose import (
     filled_in_rounds,
     on_slowest,
     priced,
+    with_faster_products,
     without_reserves,
 )
 from flexbatch.planner.deploy import deploy, refuse_adapters
@@ -193,6 +194,7 @@ class Planner:
     def _chosen(self, problem: Problem, job: Job, num_slabs: int | None = None) -> Choice:
         needs = partial(self.requirements_of, job=job, num_slabs=num_slabs)
         choice = choose_policy(problem, lambda: self.hardware, needs)
+        choice = with_faster_products(problem, choice, lambda: self.machine.known)
         choice = on_slowest(problem, self.deployment.stage_arches, choice, lambda: self.hardware)
         choice = filled_in_rounds(problem, choice)
         if not self.dry:

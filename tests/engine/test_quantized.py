@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import pytest
 import torch
 
 from flexbatch import LLM, SamplingParams
+from flexbatch.kernels import native_coded
+from flexbatch.memory.weights import WeightStore
 from flexbatch.models.described import describe
 from flexbatch.models.opened import planned_model
 from flexbatch.models.quantized.scheme import Form
+from flexbatch.planner import planner
 from tests.grids import sampled
 from tests.quantized_writer import KINDS, SIZES, write_model
 from tests.tiny_models import greedy_tokens, make_tokenizer, random_prompts
@@ -64,6 +68,30 @@ def test_tokens_are_those_of_the_weights_that_are_meant(name: str, percent: tupl
                 tensor.num_bytes for tensor in llm.engine_plan.weight_plan.all_tensors
             )
             llm.weights.check()
+
+
+@pytest.mark.parametrize("few_in_codes", [True, False])
+@torch.no_grad()
+def test_tokens_are_the_same_whether_few_are_multiplied_in_codes(
+    few_in_codes: bool, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Of passes of few tokens, as a GPU has them. What is planned reaches the passes of every job."""
+    model, prompts = made("int4", tmp_path), random_prompts([3, 20, 1, 9])
+    wanted = [greedy_tokens(model, prompt, 8, eos_token_id=None) for prompt in prompts]
+    asked, coded = list[bool](), WeightStore.coded
+    monkeypatch.setattr(native_coded, "most_tokens", lambda dtype: 16)
+    monkeypatch.setattr(WeightStore, "coded", lambda store, *place: asked.append(True) or coded(store, *place))
+    with_choice = planner.with_faster_products
+
+    def by_hand(problem: Any, choice: Any, known: Any) -> Any:
+        assert with_choice(problem, choice, known).policy.few_in_codes, "a processor"
+        return replace(choice, policy=replace(choice.policy, few_in_codes=few_in_codes))
+
+    monkeypatch.setattr(planner, "with_faster_products", by_hand)
+    with engine(tmp_path) as llm:
+        for some in (prompts, prompts[:2]):
+            found = [completion.token_ids for completion in llm.generate(some, GREEDY)]
+            assert found == wanted[: len(some)] and bool(asked) == few_in_codes
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ from flexbatch.kernels.imagined_gpu import DEVICE, GpuTraits, Launch, imagined_g
 from flexbatch.kernels.launched import LaunchedKernel
 from flexbatch.memory.weight_plan import PlacedTensor
 from flexbatch.models import experts, shapes
+from flexbatch.planner import planner
+from flexbatch.planner.choose import Choice
 from flexbatch.planner.loader import planned_kernels
 from flexbatch.policy.limits import CODED_PASS_TOKENS, CODED_TOKENS
 
@@ -61,6 +63,7 @@ MODELS = {
     },
     "experts": {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
 }
+OF_CODES = {"coded_linear_kernel", "coded_gemm_kernel"}
 SHORT, FEW = [3, 5, 9, 70, 17, 33, 40, 4, 120, 61] * 4, [300, 2, 700]
 STREAMED = {"percent": (50, 50, 50, 50, 100, 0), "gpu_batch_size": 8, "num_gpu_batches": 2, "cpu_attention": 0.0}
 WHOLE = {"percent": (100, 0, 100, 0, 100, 0), "gpu_batch_size": 40, "num_gpu_batches": 1, "prefill_chunk": 256}
@@ -69,9 +72,11 @@ JOBS: tuple[tuple[tuple[int, int], list[list[int]], dict[str, Any]], ...] = (
     ((8, 8), [SHORT, FEW], WHOLE),
     ((4, 4), [SHORT, FEW], WHOLE),
     ((8, 16), [SHORT[:20]], {**STREAMED, "prefill_chunk": 32}),
+    ((4, 16), [SHORT[:20]], {**STREAMED, "few_in_codes": False}),
     ((16, 4), [SHORT[:8]], {**WHOLE, "draft": ("ngram",), "tree": "chain:4"}),
 )
-"""Bits of weights and cache, the prompts of jobs one after the other, and settings."""
+"""Bits of weights and cache, the prompts of jobs one after the other, and settings; ``few_in_codes`` is none of these:
+a plan for a GPU may have it so."""
 
 
 def imagined(x: Any) -> Any:
@@ -133,8 +138,20 @@ class Listener:
         native_coded.most_tokens = lambda dtype: CODED_TOKENS  # as on a GPU
 
 
+def planned_with(few_in_codes: bool) -> Any:
+    """In the place of what chooses that."""
+
+    def chosen(problem: Any, choice: Choice, known: Any) -> Choice:
+        policy = dataclasses.replace(choice.policy, few_in_codes=few_in_codes)
+        return dataclasses.replace(choice, policy=policy)
+
+    return chosen
+
+
 def unannounced(model: str, jobs: list[list[int]], settings: dict[str, Any], listener: Listener) -> list[str]:
-    """What a job launches beside what its plan announces."""
+    """What a job launches beside what its plan announces; and products of few tokens in codes where it has none."""
+    few_in_codes = settings.pop("few_in_codes", True)
+    planner.with_faster_products = planned_with(few_in_codes)
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"gpu_memory": "256MiB", "cpu_memory": "256MiB", "offload_dir": folder}
         options = {"dummy_weights": True, "device": "cpu", "dtype": "bfloat16", "hardware": "cpu", **sizes, **settings}
@@ -155,6 +172,9 @@ def unannounced(model: str, jobs: list[list[int]], settings: dict[str, Any], lis
     with imagined_gpu(TRAITS) as found, noted() as not_kept:
         announced.launch(announced.what)
     assert launched, "nothing was launched"
+    in_codes = settings["weight_bits"] < 16 and few_in_codes
+    names = {each.name for each in found}
+    assert names.isdisjoint(OF_CODES) if not in_codes else names.issuperset(OF_CODES), (names, settings)
     return [f"{each.name} {each.forms} {each.options}" for each in launched if each not in found] + sorted(not_kept)
 
 

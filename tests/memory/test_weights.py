@@ -144,6 +144,18 @@ def test_a_few_tokens_get_codes(bits: int) -> None:
                 store.release(layer, READY)
 
 
+def test_a_plan_may_have_few_tokens_expanded_too() -> None:
+    arch = tiny_arch(1, hidden_size=64, intermediate_size=96, head_dim=16)
+    with open_store(arch, Split(1, 0), 4, group=32, dtype=torch.float16) as (store, _):
+        store.coded_tokens, store.coded_pass_tokens = 64, 256
+        for few_in_codes in (True, False, True):
+            store.few_in_codes = few_in_codes
+            for stage, role in (("pre", "qkv.weight"), ("post", "down.weight")):
+                matrices = [store.weights(0, stage, 3)[role] for _ in range(2)]
+                assert [isinstance(each, CodedMatrix) for each in matrices] == [few_in_codes] * 2
+            store.release(0, READY)
+
+
 def test_tokens_of_small_passes_get_codes_whatever_their_micro_batches_are() -> None:
     """Up to so many of a micro-batch, or of the whole pass."""
     arch = tiny_arch(1, hidden_size=64, intermediate_size=96, head_dim=16)
