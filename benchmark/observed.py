@@ -183,6 +183,8 @@ def measure(llm: ObservedLLM, setting: Setting) -> dict[str, Any]:
         # Graphs are recorded, new ones for every policy: those of full blocks. What the job still makes is told apart.
         count = WARM_BLOCKS * llm.policy.block_size
         llm.generate(prompts_of(llm, setting, "recorded")[:count], params[:count])
+    # What the plan says before the job: where passes differ from it, the engine compares and plans anew.
+    planned = llm.engine_plan.plan or priced_by_sizes(llm.planner, llm.policy)
     before, host, started = llm.report(), HostLoad(), time.perf_counter()
     compiled_before = {"compiled_ahead": before["compiled_ahead"], "compiled_in_warm_up": before["compiled_in_passes"]}
     completions = llm.generate(prompts, params)
@@ -199,6 +201,7 @@ def measure(llm: ObservedLLM, setting: Setting) -> dict[str, Any]:
         **fixed_by(llm.policy),
         "prefill_budget": llm.policy.prefill_budget,
         "few_in_codes": llm.policy.few_in_codes,
+        "admission_passes": llm.policy.admission_passes,
         "percent": percent,
         "prompt_lens": [len(prompt) for prompt in prompts],
         "output_lens": [p.max_tokens for p in params],
@@ -206,7 +209,8 @@ def measure(llm: ObservedLLM, setting: Setting) -> dict[str, Any]:
         "cpu_memory": llm.engine_plan.budgets["cpu"],
         "seconds": seconds,
         "tokens_per_second": generated / seconds,
-        "predicted_then": log.plan.predicted_tokens_per_second,
+        "predicted_then": planned.predicted_tokens_per_second,
+        "predicted_passes": planned.passes,
         "load_seconds": llm.report()["load_seconds"],
         "graphs": llm.num_graphs,
         "host": others,

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from benchmark import host_load, pass_errors, policy_neighbors, policy_runs
+from benchmark.observed import PassLog
 from benchmark.policy_error import plan_of
 from benchmark.policy_settings import EXPERTS, FEW_LAYERS, NEIGHBORHOODS, SETTINGS, Setting
 from flexbatch.models.shapes import SHAPES
@@ -51,6 +52,29 @@ def run(monkeypatch, tmp_path, names, *extra, table=None):
     return code, [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
 
 
+def test_what_was_predicted_is_what_the_plan_said_before_the_job(monkeypatch, tmp_path):
+    """An engine whose passes differ from its plan compares others: one drawn job was recorded as 23 % off by what had
+    been made of its plan meanwhile, which was right to 0.4 %."""
+    record = PassLog.record
+
+    class Replanned:
+        predicted_tokens_per_second, passes = -1.0, -1
+
+        def __init__(self, plan):
+            self.plan = plan
+
+        def __getattr__(self, name):
+            return getattr(self.plan, name)
+
+    def replanned(self, load, seconds):
+        record(self, load, seconds)
+        self.plan = Replanned(self.plan)
+
+    monkeypatch.setattr(PassLog, "record", replanned)
+    _, (run_record,) = run(monkeypatch, tmp_path, ["tiny"])
+    assert run_record["predicted_then"] > 0 and run_record["predicted_passes"] == len(run_record["passes"])
+
+
 def test_a_run_is_recorded_with_what_prices_it(monkeypatch, tmp_path):
     code, (record,) = run(monkeypatch, tmp_path, ["tiny"])
     assert code == 0 and "error" not in record
@@ -59,6 +83,7 @@ def test_a_run_is_recorded_with_what_prices_it(monkeypatch, tmp_path):
     assert plan.policy.block_size == 4 and not plan.missing
     assert plan.predicted_tokens_per_second == pytest.approx(record["predicted_then"], rel=0.02)
     passes = record["passes"]
+    assert record["predicted_passes"] == plan.passes == len(passes)
     kinds = list(pass_errors.kinds_of(record, load_hardware("cpu")))
     assert [each.kind for each in kinds] == ["decode", "mixed"] and sum(each.count for each in kinds) == len(passes)
     whole = sum(each.count * each.measured for each in kinds)
