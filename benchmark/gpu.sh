@@ -89,7 +89,7 @@ loading() {
 # The seed has never been used to fit anything. Plans and kernels first, in all cores, so that a setting takes its load,
 # a warm-up and its job: 26 of them 70 s and then 13 s each on a host with 16 cores that does nothing else.
 drawn() {
-    local end=$((SECONDS + $1)) runs=(python3 -m benchmark.policy_runs "$O/drawn.jsonl" --hardware "$HW" --seed 10 --count 26)
+    local end=$((SECONDS + $1)) runs=(python3 -m benchmark.policy_runs "$O/drawn.jsonl" --hardware "$HW" --seed 11 --count 26)
     step drawn-plans 120 "${runs[@]}" --plan "$O/drawn-plans.json" --processes "$CORES"
     step drawn "$((end - SECONDS - 10))" "${runs[@]}" --plans "$O/drawn-plans.json" --seconds "$((end - SECONDS - 20))"
     step drawn-errors 20 python3 -m benchmark.pass_errors "$O/drawn.jsonl" --hardware "$HW"
