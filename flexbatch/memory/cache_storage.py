@@ -151,6 +151,9 @@ class CacheStorage:
         target = self.rows("cpu", layer)
         scatter = partial(ops.scatter_rows, rows, target, slots)
         if rows.nbytes <= self.few_bytes:
+            # What the last pass drains, rows of sequences that have ended among it, would come to lie over these: pages
+            # go from one to the next, and where nothing is gathered nobody else has waited for it.
+            self.drained[layer].wait()
             scatter()
             self.queues.d2h.num_bytes += rows.nbytes
             handle = self.queues.mark()

@@ -316,6 +316,25 @@ def test_pages_are_gathered_once_their_rows_are_home(tmp_path: Path, late: str) 
         cache.close()
 
 
+def test_few_rows_come_to_lie_over_many_of_the_pass_before(tmp_path: Path) -> None:
+    """A sequence ends with its prompt, and another one takes its pages while its rows are still on their way there."""
+    many, few = torch.randn(2, PAGE_TOKENS, 2, 2, 6).unbind(0)
+    with open_tiers(tmp_path) as (tiers, queues):
+        cache, gate = KVCache(layout_of(16), SIZES, tiers, queues), threading.Event()
+        table = cache.open("cpu", PAGE_TOKENS)
+        slots = torch.tensor(table.location.slots(0, PAGE_TOKENS, PAGE_TOKENS))
+        cache.begin_pass(READY)
+        queues.d2h.submit(gate.wait)
+        cache.drain_cpu(0, many, slots)
+        cache.begin_pass(READY)
+        cache.few_bytes = few.nbytes
+        threading.Timer(0.05, gate.set).start()
+        cache.drain_cpu(0, few, slots)
+        cache.synchronize()
+        assert torch.equal(cache.rows("cpu", 0)[slots], few)
+        cache.close()
+
+
 @pytest.mark.parametrize(("few", "by_queue"), [(0, True), (1, False)])
 def test_few_rows_go_home_with_what_computes_and_are_counted(tmp_path: Path, few: int, by_queue: bool) -> None:
     rows = torch.randn(PAGE_TOKENS, 2, 2, 6)
