@@ -12,6 +12,7 @@ from flexbatch.policy.affine import KINDS
 from flexbatch.policy.blocks import FILLS, block_policy, coarse, first_fill, grid, neighbors, on_gpu
 from flexbatch.policy.bound import MachineBound
 from flexbatch.policy.candidates import Known
+from flexbatch.policy.code_choice import with_products_chosen
 from flexbatch.policy.families import families, templates
 from flexbatch.policy.hardware import Hardware
 from flexbatch.policy.lp import fixed_fractions
@@ -121,7 +122,9 @@ def choose(
             block_policy(search, templates(workload, constraints)[-1], 1, 1, 1.0),
         )
     passes = search.known.passes(workload, best.policy, window=shape.layer_window)
-    counted = price(shape, hardware, workload, best.policy, passes)
+    # The search has products in codes everywhere: which placement is the best hardly depends on them.
+    policy = with_products_chosen(shape, hardware, workload, best.policy)
+    counted = price(shape, hardware, workload, policy, passes)
     limit = max(bound.tokens_per_second for bound, _ in bounds)
     elapsed = time.perf_counter() - start
     return dataclasses.replace(

@@ -92,8 +92,8 @@ def choose_policy(problem: Problem, hardware: Callable[[], Hardware], requiremen
 
 def weighed(problem: Problem, machine: Hardware, requirements: Requirements) -> Choice:
     """The fastest of the search's choice and the simple placements. Raises DoesNotFitError."""
-    simple = [priced(problem, machine, policy) for policy in fallbacks(problem, requirements)]
-    found = [Choice(plan.policy, plan) for plan in simple]
+    simple = (Choice(policy, priced(problem, machine, policy)) for policy in fallbacks(problem, requirements))
+    found = [with_faster_products(problem, choice, lambda: machine) for choice in simple]
     refusal = None
     for needs in (counting_graphs(problem, machine, requirements), requirements):
         try:
