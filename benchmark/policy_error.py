@@ -5,9 +5,9 @@
 shape) or ``shape`` (fields of ModelShape); ``percent`` (six numbers); ``gpu_batch_size``, ``num_gpu_batches``;
 optional ``weight_bits``, ``cache_bits``, ``cpu_attention``, ``prefill_chunk``, ``prefill_budget``, ``overlap``,
 ``piece_tokens``, ``few_in_codes``, ``admission_passes``, ``async_scheduling`` (passes were composed one by one where
-it is false or not there); ``prompt_lens`` and ``output_lens`` (lists, one of each a sequence); ``gpu_memory``, ``cpu_memory`` in bytes;
-``tokens_per_second`` (measured); optional ``resource_seconds`` (busy seconds of the average pass). Exit code 1 when
-the median error exceeds 10 % or the worst 25 %.
+it is false or not there); ``prompt_lens`` and ``output_lens`` (lists, one of each a sequence); ``gpu_memory``,
+``cpu_memory`` in bytes; ``tokens_per_second`` (measured); optional ``resource_seconds`` (busy seconds of the average
+pass). Exit code 1 when the median error exceeds 10 % or the worst 25 %.
 """
 
 from __future__ import annotations
