@@ -39,11 +39,12 @@ def with_products_chosen(shape: ModelShape, hardware: Hardware, workload: Worklo
     """The policy with `Policy.few_in_codes` by what takes less time, codes where both take the same.
 
     Codes are what there is to choose where nothing is quantized, without a GPU, and for a model that lies on the GPU
-    whole: its decode passes are graphs, for which launching does not count.
+    whole and whose decode passes are graphs, for which launching does not count: those of several micro-batches and of
+    stages of a pipeline are launched tick by tick.
     """
     codes, expanded = (dataclasses.replace(policy, few_in_codes=in_codes) for in_codes in (True, False))
     model = PassModel(shape, hardware, policy, PassLoad.decode(1, 1))
-    if policy.weight_bits == 16 or hardware.device != "cuda" or model.on_gpu(point_of(policy)):
+    if policy.weight_bits == 16 or hardware.device != "cuda" or (model.graphs and model.on_gpu(point_of(policy))):
         return codes
     of_codes, of_expanded = (few_tokens_pass(shape, hardware, workload, each) for each in (codes, expanded))
     return expanded if of_expanded.is_faster(of_codes) else codes
