@@ -105,7 +105,9 @@ class TickHalves:
             pending, (query, key, value) = self.project(tick, inputs, watch)
             groups = inputs.groups(self.attention.cache.windowed[tick.layer])
             if groups.cpu is not None:
-                self.attention.start_cpu_attention(pending, groups.cpu, query, key, value, self.in_turn)
+                # Pages that are attended from staging take the host and the link a while, which the CPU uses.
+                in_turn = self.in_turn and groups.staged is None
+                self.attention.start_cpu_attention(pending, groups.cpu, query, key, value, in_turn)
             if groups.gpu is not None:
                 self.attention.attend_resident(pending, groups.gpu, query, key, value)
         if groups.staged is not None:

@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from flexbatch import LLM, SamplingParams
+from flexbatch.execution.attention import CacheAttention, PendingTick
 from flexbatch.execution.executor import Executor
+from flexbatch.execution.tick_halves import TickHalves
 from flexbatch.kernels import ops
 from flexbatch.memory.files import DiskFile
 from flexbatch.memory.handles import FutureHandle, Handle
@@ -300,25 +302,39 @@ def test_no_time_of_computing_holds_the_waiting_for_a_link(
     assert len(waited) > 50 and not any(waited)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize(("micro_batches", "attended"), [(1, 1.0), (1, 0.5), (2, 1.0)])
 def test_with_one_micro_batch_the_thread_that_waits_attends(
-    micro_batches: int, folder: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    micro_batches: int, attended: float, folder: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With several it launches the others meanwhile."""
-    threads, traced = list[bool](), ThreadQueue.traced
+    """With several it launches the others meanwhile, and beside pages in staging what is attended there."""
+    by_main, alone = list[bool](), list[bool]()
+    traced, begin_pass, start = ThreadQueue.traced, TickHalves.begin_pass, CacheAttention.start_cpu_attention
+    micro_batches_of_pass = 0
+
+    def counted(self: TickHalves, tokens: list[int]) -> None:
+        nonlocal micro_batches_of_pass
+        micro_batches_of_pass = len(tokens)
+        begin_pass(self, tokens)
+
+    def started(self: CacheAttention, pending: PendingTick, *given: Any) -> None:
+        alone.append(micro_batches_of_pass == 1 and pending.inputs.staged is None)
+        start(self, pending, *given)
 
     def noted(self: ThreadQueue, *job: Any) -> Any:
         if self.resource == "cpu_attention":
-            threads.append(threading.current_thread() is threading.main_thread())
+            by_main.append(threading.current_thread() is threading.main_thread())
         return traced(self, *job)
 
+    monkeypatch.setattr(TickHalves, "begin_pass", counted)
+    monkeypatch.setattr(CacheAttention, "start_cpu_attention", started)
     monkeypatch.setattr(ThreadQueue, "traced", noted)
     block = {"num_gpu_batches": micro_batches, "gpu_batch_size": 7 // micro_batches + 1}
     placed = {"percent": (50, 50, 0, 100, 100, 0), **block}
-    with engine(folder, None, cpu_attention=1.0, overlap=True, **placed) as llm:
+    with engine(folder, None, cpu_attention=attended, overlap=True, **placed) as llm:
         assert tokens(llm) == expected
         check(llm)
-    assert len(threads) > 20 and all(threads) == (micro_batches == 1)
+    assert len(by_main) == len(alone) > 20 and sum(by_main) == sum(alone)
+    assert any(alone) or micro_batches == 2 or attended < 1
 
 
 def test_cpu_attention_appends_and_attends_with_as_many_threads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
