@@ -56,10 +56,14 @@ class ObservedLoop(EngineLoop):
     log_class = PassLog
 
     def plan_monitor(self, runner: Runner) -> monitor.PlanMonitor:
-        engine_plan = self.planner.engine_plan
-        plan = engine_plan.plan or priced_by_sizes(self.planner, engine_plan.policy)
-        self.pass_log = self.log_class(plan, monitor.BusySeconds(self.tracer))
+        self.pass_log = self.log_class(current_plan(self.planner), monitor.BusySeconds(self.tracer))
         return monitor.PlanMonitor(self.planner, self.pass_log, self.statistics, self.replans)
+
+
+def current_plan(planner: Planner) -> Plan:
+    """What is planned now, also where nothing had to be weighed."""
+    engine_plan = planner.engine_plan
+    return engine_plan.plan or priced_by_sizes(planner, engine_plan.policy)
 
 
 def priced_by_sizes(planner: Planner, policy: Policy) -> Plan:
@@ -184,7 +188,7 @@ def measure(llm: ObservedLLM, setting: Setting) -> dict[str, Any]:
         count = WARM_BLOCKS * llm.policy.block_size
         llm.generate(prompts_of(llm, setting, "recorded")[:count], params[:count])
     # What the plan says before the job: where passes differ from it, the engine compares and plans anew.
-    planned = llm.engine_plan.plan or priced_by_sizes(llm.planner, llm.policy)
+    planned = current_plan(llm.planner)
     before, host, started = llm.report(), HostLoad(), time.perf_counter()
     compiled_before = {"compiled_ahead": before["compiled_ahead"], "compiled_in_warm_up": before["compiled_in_passes"]}
     completions = llm.generate(prompts, params)

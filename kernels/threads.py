@@ -16,9 +16,10 @@ none (passive)        0.78, 0.83 s  1.4, 1.9 s
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -40,6 +41,20 @@ def be_a_good_neighbor(environ: MutableMapping[str, str], cgroup: Path = CGROUP)
     if usable < len(os.sched_getaffinity(0)) and not any(name in environ for name in COUNTS):
         # OpenMP counts the processors that the process may run on.
         environ["OMP_NUM_THREADS"] = str(usable)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes with one in the body: where there is nothing to share out each meeting of two threads costs a time
+    slice on a busy machine, and sums in another order may draw another token."""
+    import torch  # after `be_a_good_neighbor`, which its import would forestall
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def usable_processors(cgroup: Path = CGROUP) -> int:

@@ -104,7 +104,7 @@ class PassModel:
     @property
     def tokens(self) -> np.ndarray:
         """Query tokens of each pass."""
-        return np.asarray(self.load.decode_sequences) + np.asarray(self.load.prompt_tokens)
+        return self.load.tokens
 
     @property
     def host_seconds(self) -> np.ndarray:

@@ -49,8 +49,7 @@ def in_turn_seconds(
     fetch = calls * hardware.launched_seconds("fetch")
     alone = policy.num_gpu_batches == 1
     exchange = hardware.exchange_seconds if alone else hardware.launched_seconds("attended")
-    tokens = np.asarray(load.decode_sequences) + load.prompt_tokens
-    codes = np.where(calls > 0, quantized_launch_seconds(hardware, policy, tokens), 0.0)
+    codes = np.where(calls > 0, quantized_launch_seconds(hardware, policy, load.tokens), 0.0)
     launching = affine(calls * (exchange + hardware.launch_seconds) + codes, weights_cpu=fetch, weights_disk=fetch)
     beside = 1.0 + ticks_put_off(shape, policy, load)
     return (on_cores + gpu_seconds + launching) / beside[..., None]

@@ -34,6 +34,11 @@ class PassLoad:
     finished_prompts: float | np.ndarray = 0.0
     """Sequences whose prompt is complete in this pass: each gives its first token."""
 
+    @property
+    def tokens(self) -> np.ndarray:
+        """Query tokens."""
+        return np.asarray(self.decode_sequences) + np.asarray(self.prompt_tokens)
+
     @classmethod
     def decode(cls, sequences: float, context: float) -> PassLoad:
         """Every sequence decodes and attends to ``context`` tokens."""

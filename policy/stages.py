@@ -42,7 +42,7 @@ class PassStages:
         self.shape, self.hardware, self.policy, self.load, self.hits = shape, hardware, policy, load, hits
         self.batches = policy.num_gpu_batches
         self.decode_tokens = np.asarray(load.decode_sequences)
-        self.tokens = self.decode_tokens + load.prompt_tokens
+        self.tokens = load.tokens
         recorded = recorded or RecordedLoad(self.tokens, self.decode_tokens, np.zeros_like(self.tokens))
         self.padded, self.attended = recorded.tokens, recorded.attended
         self.pieced = pieced_seconds(

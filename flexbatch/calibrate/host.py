@@ -35,6 +35,7 @@ from flexbatch.calibrate.passes import (
     with_cpu_attention,
 )
 from flexbatch.calibrate.phases import Phases
+from flexbatch.kernels.threads import one_thread
 from flexbatch.memory.host_memory import host_memory_bytes
 from flexbatch.models.specs import weight_specs
 from flexbatch.policy.attention_seconds import KEYS_OF_SEQUENCE
@@ -201,17 +202,6 @@ def python_rates(passes: HostPasses, policies: dict[str, Policy]) -> dict[str, f
     # Relative errors: a pass of ten layers is not five times as important as one of two.
     found = non_negative(np.array(terms) / np.array(seconds)[:, None], np.ones(len(seconds)))
     return dict(zip(("pass_seconds", "sequence_seconds", "launch_seconds"), found.tolist()[:3], strict=True))
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """There is nothing to share out, and on a busy machine each meeting of two threads costs a time slice."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @torch.inference_mode()

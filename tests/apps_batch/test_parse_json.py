@@ -19,6 +19,7 @@ from flexbatch.apps.jobs.columns import UnfitValue, holds_json
 from flexbatch.apps.jobs.json_types import SchemaTypes, json_field, nested, told_types
 from flexbatch.apps.jobs.json_values import converter
 from flexbatch.apps.jobs.reasons import reason_of
+from flexbatch.kernels.threads import one_thread
 from flexbatch.text.files import parse_json
 from tests.apps_batch.helpers import (
     benchmark_prompts,
@@ -29,7 +30,7 @@ from tests.apps_batch.helpers import (
     start,
     write_input,
 )
-from tests.apps_batch.test_real_engine import DEMO, SMALL_BLOCK, finished, one_thread
+from tests.apps_batch.test_real_engine import DEMO, SMALL_BLOCK, finished
 from tests.public_schemas import PUBLIC
 from tests.schemas import SHORT, WHOLE, fields, items
 

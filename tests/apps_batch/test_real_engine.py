@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import signal
 import time
@@ -15,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from flexbatch.apps.batch import main
 from flexbatch.apps.jobs.records import HEADER
+from flexbatch.kernels.threads import one_thread
 from tests.apps_batch.helpers import (
     benchmark_prompts,
     journal_bytes,
@@ -43,17 +42,6 @@ def start(*words: object, count_file: Path, **settings: object) -> Forked:
 def run_demo(*words: object) -> int:
     """In this process, which has loaded torch and transformers already: 3 seconds instead of 10."""
     return main([*map(str, words), *DEMO])
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """As in `start`'s processes: sums in another order would draw other tokens now and then."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def finished(process: Forked, code: int = 0) -> None:

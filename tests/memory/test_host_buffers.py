@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Iterator
@@ -33,8 +34,9 @@ def queues(tmp_path: Path) -> Iterator[TransferQueues]:
         yield made
 
 
-@pytest.fixture
-def buffers(queues: TransferQueues) -> Iterator[HostBuffers]:
+@contextlib.contextmanager
+def that_copy(queues: TransferQueues) -> Iterator[HostBuffers]:
+    """As with a GPU."""
     pool = Pool("cpu", 64 * MIB)
     made = HostBuffers(MAX_TOKENS, HEADS, KV_HEADS, HEAD_DIM, torch.float32, pool, queues)
     made.copies = True
@@ -44,6 +46,12 @@ def buffers(queues: TransferQueues) -> Iterator[HostBuffers]:
     made.check()
     made.close()
     assert not pool.used_bytes
+
+
+@pytest.fixture
+def buffers(queues: TransferQueues) -> Iterator[HostBuffers]:
+    with that_copy(queues) as made:
+        yield made
 
 
 def tensors(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -77,11 +85,7 @@ def test_what_one_product_has_made_goes_in_one_copy_while_it_is_small(
     """Columns of the same rows, in part of a micro-batch; as they were sent, whichever way the last ones went."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setattr(host_buffers, "ROWS_BYTES", most_bytes)
-        with open_tiers(Path(folder)) as (_, queues):
-            made = HostBuffers(MAX_TOKENS, HEADS, KV_HEADS, HEAD_DIM, torch.float32, Pool("cpu", 64 * MIB), queues)
-            made.copies = True
-            size = MAX_TOKENS * (2 * HEADS + 2 * KV_HEADS) * HEAD_DIM * 4
-            made.buffers = [made.host.allocate(f"attention buffer {i}", size) for i in range(NUM_BUFFERS)]
+        with open_tiers(Path(folder)) as (_, queues), that_copy(queues) as made:
             for turn, count in enumerate(counts):
                 first = data.draw(st.integers(0, 2), "first token of the part")
                 generator = torch.Generator().manual_seed(seed + turn)
@@ -100,7 +104,6 @@ def test_what_one_product_has_made_goes_in_one_copy_while_it_is_small(
                 assert output.shape == query.shape and output.is_contiguous() and torch.all(output == turn)
                 made.release(output, READY)
                 made.check()
-            made.close()
 
 
 def swapped(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
